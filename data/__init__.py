@@ -1,0 +1,152 @@
+"""Where the batches come from: real text or a synthetic task, behind one small class.
+
+    corpus = load("stdlib")                          # or a file, a folder, a task, a download
+    x, y = corpus.batch(8, 128, torch.Generator().manual_seed(1))
+"""
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+import torch
+
+from . import bpe, download, tasks, text
+from .errors import DataError
+
+__all__ = ["Corpus", "DataError", "NAMES", "load"]
+
+CACHE = Path(__file__).parent / "cache"
+NAMES = ["stdlib", *tasks.TASKS, *download.FILES]
+
+
+@dataclass
+class Corpus:
+    """Text as two token streams, or a synthetic task. Token ids are 0 .. vocab_size - 1.
+
+    A corpus of text has `encoding`, `train`, `val` and `bytes_per_token`; a task has `task`.
+    """
+    name: str
+    vocab_size: int  # <|bos|> included
+    bos: int  # the id of <|bos|>, the beginning of a document; always the last id
+    encoding: tiktoken.Encoding | None = None
+    train: torch.Tensor | None = None  # (N,) int16 or int32; a bos stands before every document
+    val: torch.Tensor | None = None  # (M,) the same, of the held-out documents
+    bytes_per_token: float | None = None  # of `val` without bos: bits per byte = loss / ln 2 / this
+    task: tasks.Task | None = None
+
+    def batch(self, batch_size: int, seq_len: int, generator: torch.Generator, split: str = "train",
+              bos: float = 0.5, with_copying: bool = False):
+        """Draw windows: x, y, each (B, T) int64, y the token that follows x at each position.
+
+        A share `bos` of the windows, drawn one by one, starts with <|bos|> and goes on with the
+        text: x = bos, s_0 .. s_{T-2} and y = s_0 .. s_{T-1}. The others begin with an ordinary
+        token: x = s_0 .. s_{T-1} and y = s_1 .. s_T. Everything is drawn from `generator`, so the
+        same state gives the same batch. A task ignores `split`: it never repeats a window.
+
+        with_copying adds a third (B, T) tensor, bool: whether the task copies the target y from
+        earlier in the window (`tasks`). DataError for text, where nobody knows.
+        """
+        if not 0 <= bos <= 1:
+            raise DataError(f"bos is {bos}, but it is the share of windows that start with <|bos|>: 0 to 1")
+        if self.task:
+            tokens, copied = self.task.windows(batch_size, seq_len + 1, generator)
+        elif with_copying:
+            raise DataError(f"{self.name} is text: which tokens are copied is known only for {', '.join(tasks.TASKS)}")
+        else:
+            tokens = self._text_windows(batch_size, seq_len + 1, generator, split)
+        lead = torch.rand(batch_size, generator=generator) < bos
+        tokens = torch.cat([torch.full((batch_size, 1), self.bos), tokens], 1)  # (B, T + 2)
+        x = torch.where(lead[:, None], tokens[:, :-2], tokens[:, 1:-1])
+        y = torch.where(lead[:, None], tokens[:, 1:-1], tokens[:, 2:])
+        if not with_copying:
+            return x, y
+        return x, y, torch.where(lead[:, None], copied[:, :-1], copied[:, 1:])
+
+    def _text_windows(self, n: int, length: int, generator: torch.Generator, split: str) -> torch.Tensor:
+        """(n, length) int64 stretches of the stream, none of which starts at a bos."""
+        if split not in ("train", "val"):
+            raise DataError(f"split is {split!r}, but there are only 'train' and 'val'")
+        stream = self.train if split == "train" else self.val
+        if len(stream) <= length:
+            raise DataError(_too_short(self.name, split, len(stream), length - 1))
+        starts = torch.randint(len(stream) - length, (n,), generator=generator)
+        starts += stream[starts] == self.bos  # documents are not empty, so the next one is ordinary
+        # Indexing this view copies n contiguous rows: faster than an (n, length) table of indices.
+        return stream.unfold(0, length, 1)[starts].long()
+
+    def optimal_loss(self, seq_len: int, bos: float = 0.5) -> float | None:
+        """The loss in nats of a perfect predictor on such batches, computed; None for text."""
+        if not self.task:
+            return None
+        loss = self.task.position_loss(seq_len + 1)  # (T + 1,)
+        return float(bos * loss[:-1].mean() + (1 - bos) * loss[1:].mean())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of any text, without <|bos|>. DataError for a symbol that a task does not have."""
+        return self.task.encode(text) if self.task else self.encoding.encode_ordinary(text)
+
+    def decode(self, ids) -> str:
+        """The text of token ids (a list or a 1-d tensor); <|bos|> appears by its name."""
+        ids = [int(i) for i in ids]
+        return self.task.decode(ids) if self.task else self.encoding.decode(ids)
+
+
+def load(name: str | Path = "stdlib", *, seq_len: int = 128, vocab_size: int = 1024,
+         encoding: str | None = None, cache: str | Path = CACHE) -> Corpus:
+    """Open a corpus by name, or the reader's own file or folder of text.
+
+    name        `stdlib` (the source text of the running Python's standard library), a task (`copy`,
+                `bigram`), a download (`shakespeare`, `tinystories`), or a path: one file, whose last
+                tenth is for validation, or a folder, whose text files (`text.SUFFIXES`) are
+                documents and are held out whole (`text.split`)
+    seq_len     the length T of the windows to come: a text too short for one is told now
+    vocab_size  tokens of our own BPE, <|bos|> included; a short text may support fewer
+    encoding    None for our own BPE, trained on the training part; "gpt2" for that of GPT-2
+    cache       the folder for token streams and downloads
+
+    Raises DataError, with one line for the reader, for whatever is wrong with these.
+    """
+    name, cache = str(name), Path(cache)
+    if name in tasks.TASKS:
+        task = tasks.TASKS[name]()
+        return Corpus(name, len(task.symbols) + 1, len(task.symbols), task=task)
+    if vocab_size < 257:
+        raise DataError(f"vocab_size is {vocab_size}, but 256 bytes and <|bos|> need at least 257")
+    options = {}
+    if name == "stdlib":
+        (root, files), options = text.stdlib_files(), {"skip_undecodable": True}
+    elif name in download.FILES:
+        file = download.FILES[name]
+        path = download.fetch(file, cache)
+        (root, files), options = (path.parent, [path]), {"separator": file.separator}
+    elif os.path.exists(name) or Path(name).name != name or Path(name).suffix:
+        root, files = text.own_files(Path(name))
+    else:
+        raise DataError(f"unknown data {name!r}: give one of {', '.join(NAMES)}, or a file or folder of text")
+
+    ready = _gpt2() if encoding == "gpt2" else None
+    if encoding not in (None, "gpt2"):
+        raise DataError(f"unknown encoding {encoding!r}: leave it out, or give 'gpt2'")
+    key = text.fingerprint(root, files, vocab_size=vocab_size, encoding=encoding, **options)
+    label = name if name in NAMES else Path(name).resolve().stem or "text"
+    ready, train, val, bytes_per_token = text.tokenise(
+        label, key, lambda: text.documents(root, files, **options), vocab_size, ready, cache)
+    for part, stream in (("train", train), ("val", val)):
+        if len(stream) <= seq_len + 1:
+            raise DataError(_too_short(name, part, len(stream), seq_len))
+    return Corpus(name, ready.n_vocab, ready.n_vocab - 1, ready, torch.from_numpy(train),
+                  torch.from_numpy(val), bytes_per_token)
+
+
+def _too_short(name: str, part: str, tokens: int, seq_len: int) -> str:
+    part = "training" if part == "train" else "validation"
+    return (f"{name} is too short for windows of {seq_len} tokens: its {part} part has {tokens}, "
+            f"and needs {seq_len + 2}; give more text or a smaller seq_len")
+
+
+def _gpt2() -> tiktoken.Encoding:
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # tiktoken passes on whatever its HTTP library raises
+        raise DataError(f"cannot get the gpt2 encoding ({type(error).__name__}): it is downloaded once; go online, "
+                        "or leave the encoding out to train our own") from None
