@@ -259,6 +259,12 @@ class GPT(nn.Module):
             if p.dim() == 2 and not p.is_meta:
                 nn.init.normal_(p, std=cfg.initializer_range, generator=generator)
 
+    def _apply(self, fn, *args, **kwargs):
+        """`.to(bfloat16)` converts the weights; the frequencies stay exact, or far positions would turn the wrong way."""
+        super()._apply(fn, *args, **kwargs)
+        self.rope_freq = rope_frequencies(self.cfg).to(self.rope_freq.device)
+        return self
+
     def forward(self, idx, targets=None, tap: Tap | None = None, mask=None):
         """idx (B, T) -> logits (B, T, V), mean loss in nats over targets (B, T) that are not -100.
 
@@ -268,7 +274,7 @@ class GPT(nn.Module):
         B, T = idx.shape
         if mask is not None and mask.dim() == 3 and mask.shape[0] not in (1, B):
             raise ModelError(f"mask is for a batch of {mask.shape[0]}, the tokens are a batch of {B}")
-        angle = torch.outer(torch.arange(T, device=idx.device, dtype=torch.float32), self.rope_freq.float())
+        angle = torch.outer(torch.arange(T, device=idx.device, dtype=torch.float32), self.rope_freq)
         rope = angle.cos(), angle.sin()
         bias = None
         if self.cfg.attn == "sigmoid" or tap is not None or mask is not None:
