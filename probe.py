@@ -46,18 +46,27 @@ def others(x, k, dim):
 
 # ---------------------------------------------------------------- 1 variance
 
-def variance_by_position(x):
+def variance_by_position(x, weights=None):
     """(N, T, ...) -> (T,): variance over the N windows, averaged over all other dimensions (paper, claim 1).
 
-    Exactly 0 at a position that holds the same token in every window, such as a fixed <bos>, when
-    nothing but that token can be seen from there: use windows with ordinary first tokens.
+    With weights (S, N), rows that sum to 1, -> (S, T): the same for S weightings of the windows.
+    Exactly 0 at position 0 when every window begins with the same token, such as <bos>, because
+    nothing else can be seen from there: use windows with ordinary first tokens.
     """
-    return x.float().var(0).flatten(1).mean(1)
+    N, T = x.shape[:2]
+    w = torch.full((1, N), 1 / N) if weights is None else weights
+    y = x.float().flatten(1)
+    y = y - y.mean(0)
+    var = (w.to(y) @ y.square() - (w.to(y) @ y).square()) * N / (N - 1)
+    var = var.view(len(w), T, -1).mean(2)
+    return var[0] if weights is None else var
 
 
 def spread_by_position(x):
-    """(N, T, ..., D) -> (T,): variance over the last dimension, averaged over the rest. Sees a fixed first token too."""
-    return x.float().var(-1).transpose(0, 1).flatten(1).mean(1)
+    """(N, T, ..., D) -> (N, T): variance over the last dimension, averaged over those between. Sees a fixed first token too."""
+    x, D = x.float(), x.shape[-1]
+    var = (x.square().mean(-1) - x.mean(-1).square()) * D / (D - 1)
+    return var.flatten(2).mean(2) if var.dim() > 2 else var
 
 
 def discrepancy(curve, k=0):
@@ -85,7 +94,8 @@ def value_correlation(v):
     From the variance of the mean over positions: `Var(mean) = Var(v) (1 + (T - 1) rho) / T`.
     """
     T = v.shape[1]
-    ratio = v.float().mean(1).var(0).mean() / v.float().var(0).mean()
+    var = lambda x: (x - x.mean(0)).square().mean()
+    ratio = var(v.float().mean(1)) / var(v.float())
     return (T * ratio - 1) / (T - 1)
 
 
@@ -103,7 +113,8 @@ def kendall_tau(a, b):
 def wo_tau(z, weight):
     """z (N, T, H, D), W_O (C, H D) -> Kendall tau between the std of each input dimension and the
     norm of W_O's column for it (paper, claim 3: 0.32 on average in Llama-2-7B)."""
-    return kendall_tau(z.float().flatten(2).flatten(0, 1).std(0), weight.float().norm(dim=0))
+    x = z.float().flatten(2).flatten(0, 1)
+    return kendall_tau((x - x.mean(0)).square().mean(0), weight.float().norm(dim=0))  # ranks: variance does as well as std
 
 
 def principal(x, n=1):
@@ -206,9 +217,12 @@ def energy_dimensions(x, share=0.9):
     return (e < share * e[..., -1:]).sum(-1).float() + 1
 
 
-def effective_rank(x):
-    """(M, C) -> `exp(-sum p ln p)`, p the singular values over their sum, in [1, min(M, C)] (Roy and Vetterli 2007)."""
-    x = x.double()
+def effective_rank(x, most=1024):
+    """(M, C) -> `exp(-sum p ln p)`, p the singular values over their sum, in [1, min(M, C)] (Roy and Vetterli 2007).
+
+    M tokens of several windows together; of more than `most`, every second, third, ... is used.
+    """
+    x = x[:: -(-len(x) // most)].double()
     gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
     p = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
@@ -305,10 +319,11 @@ def links(model: GPT, idx, tap=None, mask=None, k=0, targets=None, rows=None):
     Raises ProbeError for a position outside the window and for fewer than 2 windows.
     """
     N, T = idx.shape
-    check_position(k, T)
     if N < 2 or T < 3:
         raise ProbeError(f"the chain needs at least 2 windows of 3 tokens; this is {N} of {T}")
+    check_position(k, T)
     rows = torch.arange(N)[None] if rows is None else rows
+    weights = torch.stack([torch.bincount(r, minlength=N) for r in rows]) / N  # (S, N): the same choice as weights
     group = model.cfg.num_attention_heads // model.cfg.num_key_value_heads
     out, now = defaultdict(list), {}
 
@@ -362,21 +377,22 @@ def links(model: GPT, idx, tap=None, mask=None, k=0, targets=None, rows=None):
             alpha = sink_scores(normalise_rows(x), k)
             mean("alpha", alpha)
             mean("rate", alpha > EPS)
-            sigma, rho = now["v"].float().var(0).mean(), value_correlation(now.pop("v"))
-            out["variance_predicted"].append((sigma * predicted_variance(x, rho)).expand(len(rows), T))
+            v = now.pop("v")
+            predicted = variance_by_position(v).mean() * predicted_variance(x, value_correlation(v))
+            out["variance_predicted"].append(predicted.expand(len(rows), T))
         elif what == "z_raw":
-            pooled("variance_raw", variance_by_position, x)
+            out["variance_raw"].append(variance_by_position(x, weights))
         elif what == "z":
-            pooled("variance", variance_by_position, x)
+            out["variance"].append(variance_by_position(x, weights))
             if model.cfg.attn != "headnorm":
                 out["variance_raw"].append(out["variance"][-1])
-            pooled("spread", spread_by_position, x)
+            mean("spread", spread_by_position(x))
             weight = block.self_attn.o_proj.weight
             pooled("wo_tau", lambda z: wo_tau(z, weight), x)
             pooled("wo_gain", lambda z: wo_gain(z, weight), x)
         elif what == "attn_out":
-            pooled("variance_out", variance_by_position, x)
-            pooled("spread_out", spread_by_position, x)
+            out["variance_out"].append(variance_by_position(x, weights))
+            mean("spread_out", spread_by_position(x))
         elif what == "mlp_post":
             down = block.mlp.down_proj.weight
             energy = neuron_energy(x, down)
@@ -607,3 +623,85 @@ def remove_key_direction(cfg, layer, direction, k=0):
         u = unit.to(x)
         return x[:, k] - (x[:, k] * u).sum(-1, keepdim=True) * u
     return edit(cfg, layer, "k", at(k, change))
+
+
+# ---------------------------------------------------------------- runs and windows
+
+def load_checkpoint(path) -> dict:
+    """The dict that train.py saved: tensors, numbers and strings, nothing that runs code. Raises ProbeError."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["model"].items()
+    except Exception as error:  # torch has a dozen ways to say that this is no checkpoint
+        raise ProbeError(f"{path} is no checkpoint of train.py ({type(error).__name__})") from None
+    return saved
+
+
+def load_run(folder, untrained=False):
+    """A folder of train.py -> (model, corpus, settings); untrained: the weights it started from. Raises ProbeError."""
+    import data  # only here: the numbers themselves need no corpus
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        what = "holds no run (config.json is missing)" if folder.is_dir() else "is not a folder"
+        raise ProbeError(f"{folder} {what}; train one with: python train.py --out {folder}")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        settings, cfg = config["run"], Config(**config["model"])
+        corpus = data.load(settings["data"], seq_len=settings["seq_len"], vocab_size=settings["vocab_size"],
+                           encoding=settings["encoding"])
+    except data.DataError as error:
+        raise ProbeError(f"{folder}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ProbeError(f"{folder}/config.json is not that of a run of train.py ({type(error).__name__}: {error})") from None
+    if corpus.vocab_size != cfg.vocab_size:
+        raise ProbeError(f"{folder} was trained on {cfg.vocab_size} tokens, but {settings['data']} has {corpus.vocab_size} "
+                         "here: the text is not the same any more")
+    model = GPT(cfg, seed=settings["seed"])
+    if not untrained:
+        if not (folder / "model.pt").is_file():
+            raise ProbeError(f"{folder} has no model.pt: its training never saved; start it anew, or add --untrained")
+        try:
+            model.load_state_dict(load_checkpoint(folder / "model.pt")["model"])
+        except RuntimeError:
+            raise ProbeError(f"{folder}/model.pt does not fit the shape in its config.json") from None
+    return model.eval(), corpus, settings
+
+
+def read_tokens(path, encode=None):
+    """A file of token ids (whole numbers between blanks or commas), or of text, which `encode` turns into ids -> (M,)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProbeError(f"--tokens {path}: cannot be read ({error.__class__.__name__}); give random, text, or a file of ids or text") from None
+    words = text.replace(",", " ").replace("[", " ").replace("]", " ").split()
+    if not words:
+        raise ProbeError(f"--tokens {path}: the file is empty")
+    if all(word.isdigit() for word in words):
+        return torch.tensor([int(word) for word in words])
+    if encode is None:
+        raise ProbeError(f"--tokens {path} is text, and this model came without a tokenizer; give a file of token ids")
+    return torch.tensor(encode(text))
+
+
+def draw_windows(N, T, vocab_size, bos, with_bos, seed=0, stream=None):
+    """x, y (N, T): windows of uniformly random ordinary tokens, or evenly spaced ones of `stream` (M,).
+
+    with_bos: each begins with the id `bos`, and the tokens follow it. y is the next token.
+    """
+    if stream is None:
+        tokens = torch.randint(vocab_size - (bos is not None), (N, T + 1), generator=torch.Generator().manual_seed(seed))
+        if bos is not None:
+            tokens += tokens >= bos  # every id but bos
+    else:
+        if len(stream) < T + 2:
+            raise ProbeError(f"the text has {len(stream)} tokens, too few for windows of {T}")
+        if not 0 <= int(stream.min()) <= int(stream.max()) < vocab_size:
+            raise ProbeError(f"token ids go from {int(stream.min())} to {int(stream.max())}, but this model has 0 to {vocab_size - 1}")
+        starts = torch.linspace(0, len(stream) - T - 1, N).long()
+        tokens = stream[starts[:, None] + torch.arange(T + 1)]
+    if not with_bos:
+        return tokens[:, :-1], tokens[:, 1:]
+    if bos is None:
+        raise ProbeError("this model names no beginning-of-text token; leave --bos out")
+    lead = torch.full((N, 1), bos)
+    return torch.cat((lead, tokens[:, : T - 1]), 1), tokens[:, :T]
