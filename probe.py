@@ -705,3 +705,623 @@ def draw_windows(N, T, vocab_size, bos, with_bos, seed=0, stream=None):
         raise ProbeError("this model names no beginning-of-text token; leave --bos out")
     lead = torch.full((N, 1), bos)
     return torch.cat((lead, tokens[:, : T - 1]), 1), tokens[:, :T]
+
+
+# ---------------------------------------------------------------- the chain table
+
+def _alpha(cfg, T, k):
+    return sum(1 / (t + 1) for t in range(k, T)) / (T - k)
+
+
+# link, key, what it is, and what it would be by chance: Gaussian vectors, unrelated rankings, uniform attention
+TABLE = (
+    ("1 variance", "variance_ratio_raw", "V_k / median V_t of z, first layer", None),
+    ("", "variance_predicted", "  averaging alone would give", None),
+    ("", "variance_ratio", "  what W_O is given", None),
+    ("", "spread_ratio", "  the same for spread over dimensions", None),
+    ("2 W_O", "variance_out_ratio", "V_k / median V_t after W_O", None),
+    ("", "wo_tau", "Kendall tau: std of z, column of W_O", lambda c, T, k: 0.0),
+    ("", "wo_gain", "gain on the widest directions / random", lambda c, T, k: 1.0),
+    ("3 neurons", "neuron_z", "largest weight norm, z-score", lambda c, T, k: math.sqrt(2 * math.log(c.intermediate_size))),
+    ("", "neuron_share_top5", "share of the MLP's write by top 5, token k", None),
+    ("", "neuron_share_rest", "  the other tokens", None),
+    ("", "neuron_overlap", "overlap: largest weights, most active at k", lambda c, T, k: TOP / c.intermediate_size),
+    ("", "neuron_first_ratio", "top weights: activation at k / others", lambda c, T, k: 1.0),
+    ("4 disparity", "norm_ratio", "norm of token k / median", lambda c, T, k: 1.0),
+    ("", "dom_ratio_first", "DomRatio of token k, layer mean", lambda c, T, k: gaussian_dominance(c.hidden_size)),
+    ("", "dom_ratio_rest", "  the other tokens", lambda c, T, k: gaussian_dominance(c.hidden_size)),
+    ("", "dom_ratio_max", "  token k, largest of all layers", None),
+    ("", "energy_dims_first", "dimensions that hold 90 % of token k", None),
+    ("", "erank_with", "effective rank, layer mean", lambda c, T, k: float(c.hidden_size)),
+    ("", "erank_without", "  without token k", lambda c, T, k: float(c.hidden_size)),
+    ("5 direction", "norm_direction_cos", "cos of normed token k between windows", lambda c, T, k: 0.0),
+    ("", "norm_direction_cos_rest", "  the other tokens", lambda c, T, k: 0.0),
+    ("", "norm_layer_cos", "cos of normed token k, layer to layer", lambda c, T, k: 0.0),
+    ("6 lock", "lock_cos", "cos of key k and leading query, sink head", lambda c, T, k: 0.0),
+    ("", "lock_positive", "share of queries with q.k > 0", lambda c, T, k: 0.5),
+    ("", "lock_gap", "logit of key k above the others, nats", lambda c, T, k: 0.0),
+    ("", "lock_weights_tau", "Kendall tau: lock by weights alone, alpha", lambda c, T, k: 0.0),
+    ("7 sink", "sink_alpha_max", "alpha_k of the strongest head", _alpha),
+    ("", "sink_alpha_mean", "  mean of all heads", _alpha),
+    ("", "sink_rate", "sink rate (alpha_k > 0.3)", lambda c, T, k: 0.0),
+    ("", "sink_alpha_raw", "raw mass on k, mean of all heads", None),
+    ("", "value_drain", "||v_k|| / mean ||v_t||, sink head", lambda c, T, k: 1.0),
+    ("", "loss", "loss, nats per token", None),
+)
+FIXED_BY_BOS = ("variance_ratio", "variance_ratio_raw", "variance_out_ratio", "norm_direction_cos")
+
+
+def interval(values):
+    """(S,), the first measured, the others bootstrap -> {value, half}: half the width of a 95 % interval, None without draws."""
+    return {"value": values[0].item(), "half": 1.96 * values[1:].std().item() if len(values) > 2 else None}
+
+
+def number(x):
+    return "-" if x is None or not math.isfinite(x) else f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
+
+
+def chain_of(model, x, y, k, draws, null=None):
+    """`links` of a model with intervals, and of its null (an untrained model) without -> JSON-able dict."""
+    found = links(model, x, k=k, targets=y, rows=resamples(len(x), draws))
+    result = {"numbers": {name: interval(v) for name, v in summary(found, k).items()},
+              "layers": {name: v[0].tolist() for name, v in found.items() if name != "loss" and not v[0].isnan().any()}}
+    if null is not None:
+        result["untrained"] = {name: v[0].item() for name, v in summary(links(null, x, k=k, targets=y), k).items()}
+    return result
+
+
+def print_chain(kind, results, models, T, k, bos):
+    """One table: rows in causal order, a column for each run, value, interval and `| untrained`, and chance."""
+    width = max(22, *(len(name) + 2 for name in results))
+    print(f"\n{kind}; token k = {k}. value ±95 % interval | the same model untrained")
+    print(f"{'link':12}{'number':44}" + "".join(f"{name:>{width}}" for name in results) + f"{'chance':>10}")
+    cfg = next(iter(models.values())).cfg
+    for link, key, label, chance in TABLE:
+        if bos and k == 0 and key in FIXED_BY_BOS:
+            cells, label = ["" for _ in results], label + " (fixed token: none)"
+        else:
+            cells = []
+            for r in results.values():
+                v = r["numbers"][key]
+                cells.append(number(v["value"]) + (f" ±{number(v['half'])}" if v["half"] is not None else "")
+                             + (f" | {number(r['untrained'][key])}" if "untrained" in r else ""))
+        print(f"{link:12}{label:44}" + "".join(f"{c:>{width}}" for c in cells)
+              + (f"{number(chance(cfg, T, k)):>10}" if chance else ""))
+
+
+# ---------------------------------------------------------------- the cut matrix
+
+@torch.no_grad()
+def observe(model, idx, k=0, top=TOP):
+    """What the cuts need to know of the untouched model, one entry a layer, from one forward pass:
+
+        neurons  (top,) the most energetic at k      scores (F,) by weight      means (F,) mean activations
+        dims     (3,) largest |x_k| of what it reads limits (3,) mean |x| of the other tokens there
+        state    (C,) mean state of token k          other  (N, C) state of the token in the middle
+        query    (K, D) leading direction of the queries that use each key head
+    """
+    seen, K = defaultdict(list), model.cfg.num_key_value_heads
+
+    def look(name, x):
+        layer, _, what = name.rpartition(".")
+        if what == "resid_pre":
+            size = x.float().abs()
+            dims = size[:, k].mean(0).topk(min(3, x.shape[-1])).indices
+            seen["dims"].append(dims)
+            seen["limits"].append(others(size, k, 1)[..., dims].mean((0, 1)))
+            seen["state"].append(x[:, k].mean(0))
+            seen["other"].append(x[:, x.shape[1] // 2].clone())
+        elif what == "q":
+            N, T, H, D = x.shape
+            q = x[:, k + 1:].reshape(N, T - k - 1, K, H // K, D).transpose(2, 3).flatten(1, 2)
+            seen["query"].append(leading_query(q))
+        elif what == "mlp_post":
+            mlp, norm = model.layers[int(layer)].mlp, model.layers[int(layer)].post_attention_layernorm
+            seen["neurons"].append(neuron_energy(x[:, k], mlp.down_proj.weight).mean(0).topk(top).indices)
+            seen["means"].append(x.mean((0, 1)))
+            seen["scores"].append(neuron_scores(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, norm.weight)[0])
+        return x
+
+    model(idx, tap=look)
+    return seen
+
+
+def similar_neurons(score, ids):
+    """As many other neurons, each the nearest to one of `ids` in weight score (F,): the control for an ablation."""
+    wanted, score, taken = score[ids].tolist(), score.clone(), []
+    score[ids] = math.inf
+    for w in wanted:
+        taken.append((score - w).abs().argmin().item())
+        score[taken[-1]] = math.inf
+    return torch.tensor(taken)
+
+
+def interventions(model, idx, k, factor, layer=0, seed=0):
+    """Every cut at the first token and every forgery at token k -> list of (link, kind, label, position, tap, mask).
+
+    kind: cut, forge, or control of the cuts or forgeries of its link above it.
+    """
+    cfg, T = model.cfg, idx.shape[1]
+    seen, L, mid = observe(model, idx), cfg.num_hidden_layers, T // 2
+    deep = range(min(1, L - 1), L)  # layers that read what an earlier layer wrote
+    g = torch.Generator().manual_seed(seed)
+
+    def each(layers, build):
+        return compose(*(build(i) for i in layers))
+
+    def ablate(i, ids, to=None, at=None):
+        return ablate_neurons(cfg, i, ids, 0.0 if to is None else to[ids], at)
+
+    like = [similar_neurons(score, ids) for score, ids in zip(seen["scores"], seen["neurons"])]
+    anywhere = torch.randperm(cfg.hidden_size, generator=g)[:3]
+    other_query = torch.randn(seen["query"][0].shape, generator=g)
+    parity = normalise_position(cfg, range(L), 0)
+    quiet = each(range(L), lambda i: ablate(i, seen["neurons"][i]))
+    unlocked = each(range(L), lambda i: remove_key_direction(cfg, i, seen["query"][i]))
+    block = block_aggregation(T, k)
+    return [
+        ("variance", "cut", "z_0 given the RMS of the others", 0, parity, None),
+        ("variance", "control", f"z_{mid} given the RMS of the others", 0, normalise_position(cfg, range(L), mid), None),
+        ("neurons", "cut", f"top {TOP} at token 0, each layer: 0", 0, quiet, None),
+        ("neurons", "cut", "  their mean instead of 0", 0, each(range(L), lambda i: ablate(i, seen["neurons"][i], seen["means"][i])), None),
+        ("neurons", "cut", "  0 at token 0 only", 0, each(range(L), lambda i: ablate(i, seen["neurons"][i], at=0)), None),
+        ("neurons", "control", "  others of like weight: 0", 0, each(range(L), lambda i: ablate(i, like[i])), None),
+        ("disparity", "cut", "3 largest dimensions of x_0 clipped", 0, each(deep, lambda i: clip_dimensions(cfg, i, seen["dims"][i], seen["limits"][i])), None),
+        ("disparity", "cut", "  largest turned into all, norm kept", 0, each(deep, lambda i: spread_dimension(cfg, i, seen["dims"][i][0].item())), None),
+        ("disparity", "control", "  3 random dimensions clipped", 0, each(deep, lambda i: clip_dimensions(cfg, i, anywhere, seen["limits"][i])), None),
+        ("direction", "cut", f"x_0 turned to x_{mid}, norm kept", 0, each(deep, lambda i: replace_direction(cfg, i, seen["other"][i])), None),
+        ("direction", "cut", "  to one random direction, norm kept", 0, each(deep, lambda i: random_direction(cfg, i, seed=seed + i)), None),
+        ("direction", "control", f"  x_{mid} turned at random", 0, each(deep, lambda i: random_direction(cfg, i, mid, seed + i)), None),
+        ("lock", "cut", "k_0 without the leading query", 0, unlocked, None),
+        ("lock", "control", "  without a random direction", 0, each(range(L), lambda i: remove_key_direction(cfg, i, other_query)), None),
+        ("all", "cut", "z_0 parity + neurons + lock together", 0, compose(parity, quiet, unlocked), None),
+        ("variance", "forge", f"token {k} sees only itself", k, None, block),
+        ("variance", "forge", f"variance of z_{k} x {factor:g}, layer {layer}", k, amplify_variance(cfg, layer, k, factor), None),
+        ("variance", "control", f"  norm x {factor:g} (as the paper)", k, scale_norm(cfg, layer, k, factor), None),
+        ("variance", "control", "  norm as the amplified one's", k, scale_norm_matched(cfg, layer, k, factor), None),
+        ("neurons", "forge", f"top {TOP} at token {k} answer as at 0", k, each(range(L), lambda i: copy_neurons(cfg, i, seen["neurons"][i], k)), None),
+        ("direction", "forge", f"x_{k} turned to the mean x_0, norm kept", k, each(deep, lambda i: replace_direction(cfg, i, seen["state"][i], k)), None),
+        ("direction", "control", "  to one random direction, norm kept", k, each(deep, lambda i: random_direction(cfg, i, k, seed + i)), None),
+        ("disparity", "forge", f"x_{k} becomes the mean x_0, layer {deep[0]}", k, replace_state(cfg, deep[0], seen["state"][deep[0]], k), None),
+        ("all", "forge", "sees only itself, z parity in all layers", k, normalise_position(cfg, range(L), k), block),
+    ]
+
+
+COLUMNS = {"variance_ratio_raw": "V_k/V", "neuron_share_top5": "top-5 share", "norm_ratio": "norm", "dom_ratio_max": "DomRatio",
+           "norm_direction_cos": "cos x_k", "lock_cos": "lock cos", "lock_gap": "lock gap", "sink_alpha_max": "alpha max",
+           "sink_alpha_mean": "alpha mean", "value_drain": "drain", "loss": "loss"}
+
+
+def cut_matrix(model, x, y, k, factor, layer=0, draws=20, seed=0):
+    """Every intervention against every link -> list of rows (dicts) with, for each number, before, after, the
+    change and half its 95 % interval (the same bootstrap windows before and after)."""
+    rows = resamples(len(x), draws)
+    numbers = lambda at, tap=None, mask=None: summary(links(model, x, tap, mask, at, y, rows), at)
+    before = {at: numbers(at) for at in (0, k)}
+    table = []
+    for link, kind, label, at, tap, mask in interventions(model, x, k, factor, layer, seed):
+        after = numbers(at, tap, mask)
+        cells = {}
+        for name in before[at]:
+            change = interval(after[name] - before[at][name])
+            cells[name] = {"before": before[at][name][0].item(), "after": after[name][0].item(),
+                           "change": change["value"], "half": change["half"]}
+        table.append({"link": link, "kind": kind, "label": label, "position": at, "numbers": cells})
+    return table
+
+
+def average(tables):
+    """Cut matrices of several runs -> one of means, `half` being the standard deviation of the change between runs."""
+    if len(tables) == 1:
+        return tables[0]
+    result = []
+    for same in zip(*tables):
+        cells = {}
+        for name in same[0]["numbers"]:
+            all_ = {key: torch.tensor([row["numbers"][name][key] for row in same]) for key in ("before", "after", "change")}
+            cells[name] = {key: v.mean().item() for key, v in all_.items()} | {"half": all_["change"].std().item()}
+        result.append(same[0] | {"numbers": cells})
+    return result
+
+
+def print_cuts(table, spread):
+    print(f"{'link':11}{'intervention':42}" + "".join(f"{name:>14}" for name in COLUMNS.values()))
+    position = None
+    for row in table:
+        n = row["numbers"]
+        if row["position"] != position:
+            position = row["position"]
+            print(f"{'':11}{f'untouched, numbers of token {position}':42}" + "".join(f"{number(n[key]['before']):>14}" for key in COLUMNS))
+        sign = {"cut": "-", "forge": "+", "control": "o"}[row["kind"]]
+        cells = "".join(f"{number(n[key]['after']) + ('' if n[key]['half'] is None else ' ±' + number(n[key]['half'])):>14}" for key in COLUMNS)
+        print(f"{row['link']:11}{sign + ' ' + row['label']:42}{cells}")
+    print(f"- cut   + forged   o control;   ± {spread} of the change")
+
+
+# (statement, link, kind, which number answers, its chance level, from where on there is something to explain)
+CLAIMS = (
+    ("variance of z_0 feeds the sink", "variance", "cut", "sink_alpha_max"),
+    ("super neurons make the disparity", "neurons", "cut", "dom_ratio_max"),
+    ("super neurons make the sink", "neurons", "cut", "sink_alpha_max"),
+    ("disparity makes the lock", "disparity", "cut", "lock_gap"),
+    ("disparity makes the sink", "disparity", "cut", "sink_alpha_max"),
+    ("the direction of x_0 makes the lock", "direction", "cut", "lock_gap"),
+    ("the direction of x_0 makes the sink", "direction", "cut", "sink_alpha_max"),
+    ("the locked key makes the sink", "lock", "cut", "sink_alpha_max"),
+    ("variance forges a sink at k", "variance", "forge", "sink_alpha_max"),
+    ("super neurons forge a sink at k", "neurons", "forge", "sink_alpha_max"),
+    ("the state of x_0 forges a sink at k", "disparity", "forge", "sink_alpha_max"),
+    ("the direction of x_0 forges a sink at k", "direction", "forge", "sink_alpha_max"),
+)
+CRITERION = """A link holds when its cut takes at least half of what the number has above chance at token 0, the interval of
+that change excludes 0, and no control of the same kind does half as much as the cut; partly, from a quarter on.
+A forgery holds when it gives token k at least half of what token 0 has, on the same terms. Of several cuts the
+strongest counts. Where token 0 itself has no sink (alpha <= 0.3), a lock gap below 0.5 nats or a DomRatio below
+twice the Gaussian's, there is nothing to explain: absent."""
+
+
+def verdict(share, half, control):
+    """share: effect over what there is to explain; half: half its interval in the same unit; control: the largest share of a control."""
+    if share < 0.25 or (half is not None and share - half <= 0) or control >= share / 2:
+        return "no"
+    return "holds" if share >= 0.5 else "partly"
+
+
+def verdicts(table, cfg, T):
+    """[(statement, verdict, share of the excess, the control's share, label of the strongest intervention)], by CRITERION."""
+    first = table[0]["numbers"]
+    chance = {"sink_alpha_max": _alpha(cfg, T, 0), "lock_gap": 0.0, "dom_ratio_max": gaussian_dominance(cfg.hidden_size)}
+    least = {"sink_alpha_max": EPS, "lock_gap": 0.5, "dom_ratio_max": 2 * chance["dom_ratio_max"]}
+    result = []
+    for statement, link, kind, key in CLAIMS:
+        excess = first[key]["before"] - chance[key]
+        if first[key]["before"] <= least[key]:
+            result.append((statement, "absent", None, None, f"{key} {number(first[key]['before'])}"))
+            continue
+        here = [row for row in table if row["link"] == link and (row["position"] == 0) == (kind == "cut")]
+        sign = -1 if kind == "cut" else 1
+        shares = [(sign * row["numbers"][key]["change"] / excess, (row["numbers"][key]["half"] or 0) / excess, row) for row in here]
+        share, half, row = max((s for s in shares if s[2]["kind"] == kind), key=lambda s: s[0])
+        control = max((s[0] for s in shares if s[2]["kind"] == "control"), default=0.0)
+        result.append((statement, verdict(share, half, control), share, control, row["label"].strip()))
+    return result
+
+
+def print_answers(table, blocks, k, trained_with_bos):
+    """Open questions 2 (ablation), 3 (a fair norm control) and 6 (mask intervention without <bos>), in numbers."""
+    def change(row, *keys):
+        return ", ".join(f"{COLUMNS[key]} {number(row['numbers'][key]['before'])} -> {number(row['numbers'][key]['after'])}" for key in keys)
+    named = lambda text: next(row for row in table if text in row["label"])
+    keys = ("dom_ratio_max", "lock_gap", "sink_alpha_max", "loss")
+    print("\nWhat do the super neurons carry?")
+    for label in (f"top {TOP} at token 0, each layer", "their mean", "others of like weight"):
+        print(f"  {named(label)['label'].strip():40}{change(named(label), *keys)}")
+    print("Is it variance or norm?")
+    for label in ("variance of z", "as the paper", "as the amplified"):
+        print(f"  {named(label)['label'].strip():40}{change(named(label), 'norm_ratio', 'sink_alpha_max')}")
+    print(f"Does blocking token {k} make a sink there, with <bos> in the window and without? (trained with <bos> in {trained_with_bos} of the windows)")
+    for kind, (before, after) in blocks.items():
+        print(f"  {kind:40}alpha max {number(before)} -> {number(after)}")
+
+
+# ---------------------------------------------------------------- figures
+# Each draws numbers into a matplotlib axes. Shades, dashes and markers differ, so grey print is enough.
+
+STYLES = (dict(color="black", ls="-", marker="o"), dict(color="0.45", ls="--", marker="s"), dict(color="0.65", ls="-.", marker="^"),
+          dict(color="black", ls=":", marker="D"), dict(color="0.3", ls="-", marker="v"), dict(color="0.55", ls="--", marker="x"))
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def draw_attention(ax, pattern, title):
+    """pattern (T, T), mean over windows of one head; dark: much attention. Shades go with the square root."""
+    from matplotlib.colors import PowerNorm
+    image = ax.imshow(pattern, cmap="Greys", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    ax.set(xlabel="key position s", ylabel="query position t")
+    ax.set_title(title, fontsize=10)
+    return image
+
+
+def draw_variance(ax, curves, title="Variance by position"):
+    """curves: name -> (T,). Each is divided by its median, so that the shape can be compared."""
+    for style, (name, y) in zip(STYLES, curves.items()):
+        y = torch.as_tensor(y)
+        ax.plot(range(1, len(y) + 1), y / y.median(), label=name, markevery=[0, 1, 3, 7], ms=4, lw=1.2,
+                **(style | (dict(marker="") if name.startswith("predict") else {})))
+    ax.set(xscale="log", yscale="log", xlabel="position t + 1 (log)", ylabel="variance / median (log)")
+    ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=7, frameon=False)
+
+
+def draw_neurons(ax, score, activation, rest, title="Neurons of one MLP"):
+    """Weight score (F,) against mean |activation| at the first token (F,) and at the others (F,)."""
+    ax.scatter(score, rest, s=9, c="0.75", marker="o", label="other tokens")
+    ax.scatter(score, activation, s=12, c="black", marker="x", lw=0.8, label="first token")
+    ax.set(xscale="log", yscale="log", xlabel="|W_down| ||W_gate|| ||W_up|| (log)", ylabel="mean |activation| (log)")
+    ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=7, frameon=False, loc="upper left")
+
+
+def draw_dimensions(ax, profiles, title="Dimension profile"):
+    """profiles: name -> (C,) mean |x_j|, drawn from largest to smallest over its mean."""
+    for style, (name, y) in zip(STYLES, profiles.items()):
+        y = torch.as_tensor(y).sort(descending=True).values
+        ax.plot(range(1, len(y) + 1), y / y.mean(), label=name, markevery=[0], ms=4, lw=1.2, **style)
+    ax.set(xscale="log", xlabel="rank of the dimension (log)", ylabel="|x_j| / mean |x|")
+    ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=7, frameon=False)
+
+
+def draw_lock(ax, gap, alpha, title="Key lock by head"):
+    """gap, alpha (L, H): a bar for each head, dark where the head has a sink (alpha > EPS)."""
+    gap, alpha = torch.as_tensor(gap), torch.as_tensor(alpha)
+    L, H = gap.shape
+    place = torch.arange(L)[:, None] * (H + 1) + torch.arange(H)
+    dark = [("0.2" if a > EPS else "0.8") for a in alpha.flatten().tolist()]
+    ax.bar(place.flatten().tolist(), gap.flatten().tolist(), color=dark, edgecolor="black", lw=0.5)
+    ax.axhline(0, color="black", lw=0.8)
+    step = -(-L // 12)
+    ax.set_xticks([i * (H + 1) + (H - 1) / 2 for i in range(0, L, step)], [str(i) for i in range(0, L, step)])
+    ax.set(xlabel=f"layer ({H} heads each; dark: sink)", ylabel="logit of key 0 above the others (nats)")
+    ax.set_title(title, fontsize=10)
+
+
+def draw_cut(ax, table):
+    """Heat map: rows interventions, columns links; the number after as a share of that before, on a log scale."""
+    keys = [key for key in COLUMNS if key != "loss"] + ["loss"]
+    shade = torch.zeros(len(table), len(keys))
+    for i, row in enumerate(table):
+        for j, key in enumerate(keys):
+            n = row["numbers"][key]
+            change, size = n["change"], max(abs(n["before"]), 1e-3)
+            shade[i, j] = max(-1.0, min(1.0, change / size * (10 if key == "loss" else 1)))
+            sure = n["half"] is None or abs(change) > n["half"]
+            ax.text(j, i, number(n["after"]), ha="center", va="center", fontsize=7, color="black" if abs(shade[i, j]) < 0.6 else "white",
+                    fontweight="bold" if sure else "normal")
+    image = ax.imshow(shade.abs(), cmap="Greys", vmin=0, vmax=1.3, aspect="auto")
+    ax.set_xticks(range(len(keys)), [COLUMNS[key] for key in keys], rotation=30, ha="left", fontsize=8)
+    ax.xaxis.tick_top()
+    ax.set_yticks(range(len(table)), [f"{ {'cut': '-', 'forge': '+', 'control': 'o'}[r['kind']]} {r['label'].strip()}" for r in table], fontsize=8)
+    split = sum(row["position"] == 0 for row in table)
+    ax.axhline(split - 0.5, color="black", lw=1.5)
+    return image
+
+
+BIRTH = {"variance_ratio_raw": "1 variance", "neuron_share_top5": "3 neurons", "dom_ratio_max": "4 disparity", "norm_ratio": "4 norm",
+         "lock_gap": "6 lock", "sink_alpha_max": "7 sink"}
+
+
+def draw_birth(ax, rows, links="links", title="Birth of the sink"):
+    """rows: the evaluations of log.jsonl. Each link as its share of the way from its least to its greatest value."""
+    rows = [row for row in rows if links in row]
+    steps = [max(row["step"], 1) for row in rows]
+    for style, (key, label) in zip(STYLES, BIRTH.items()):
+        y = torch.tensor([row[links][key] for row in rows])
+        low, high = y.min(), y.max()
+        ax.plot(steps, (y - low) / (high - low).clamp_min(1e-9), label=f"{label} ({number(low.item())} to {number(high.item())})",
+                ms=3.5, lw=1.2, **style)
+    ax.set(xscale="log", xlabel="training step (log; step 0 drawn at 1)", ylabel="share of the way from least to greatest", ylim=(-0.03, 1.03))
+    ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=7, frameon=True, loc="center left")
+
+
+@torch.no_grad()
+def portrait(model, x, layers):
+    """What the figure of one model needs on windows x (N, T); `layers` is that part of `chain_of`."""
+    alpha = torch.tensor(layers["alpha"])
+    layer, head = divmod(alpha.flatten().argmax().item(), alpha.shape[1])
+    writer = torch.tensor(layers["neuron_share"]).argmax().item()
+    state = torch.tensor(layers["dom_first"])[1:].argmax().item() + 1
+    seen = {}
+
+    def look(name, a):
+        if name == f"{layer}.pattern":
+            seen["pattern"] = normalise_rows(a[:, head]).mean(0)
+        elif name == f"{writer}.mlp_post":
+            seen["first"], seen["rest"] = a[:, 0].abs().mean(0), a[:, 1:].abs().mean((0, 1))
+        elif name == f"{state}.resid_pre":
+            normed = model.layers[state].input_layernorm(a)
+        elif name == "final" and state == model.cfg.num_hidden_layers:
+            normed = a
+        if name in (f"{state}.resid_pre", "final") and "profile" not in seen and "normed" in locals():
+            seen["profile"], seen["profile_rest"] = normed[:, 0].abs().mean(0), normed[:, 1:].abs().mean((0, 1))
+        return a
+
+    model(x, tap=look)
+    block = model.layers[writer]
+    score = neuron_scores(block.mlp.gate_proj.weight, block.mlp.up_proj.weight, block.mlp.down_proj.weight, block.post_attention_layernorm.weight)[0]
+    return {name: a.float().cpu() for name, a in seen.items()} | {"score": score.float().cpu(), "head": (layer, head), "writer": writer, "state": state}
+
+
+def draw_chain(path, portraits, results, kind):
+    """chain.png: attention maps of up to three runs above, then variance, neurons, dimensions and lock of the first."""
+    plt = pyplot()
+    names, first = list(results)[:3], next(iter(results))
+    figure = plt.figure(figsize=(15, 8), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.05, 1))
+    axes = top.subplots(1, len(names), squeeze=False)[0]
+    for ax, name in zip(axes, names):
+        layer, head = portraits[name]["head"]
+        alpha = results[name]["numbers"]["sink_alpha_max"]["value"]
+        image = draw_attention(ax, portraits[name]["pattern"], f"{name}: layer {layer} head {head}, alpha {alpha:.2f}")
+    top.colorbar(image, ax=list(axes), label="attention (row-normalised)", shrink=0.8)
+    top.suptitle(f"Attention of the strongest head, mean over windows; {kind}", fontsize=11)
+    a, b, c, d = bottom.subplots(1, 4)
+    layers, p = results[first]["layers"], portraits[first]
+    draw_variance(a, {name: results[name]["layers"]["variance_raw"][0] for name in names if min(results[name]["layers"]["variance_raw"][0]) > 0}
+                  | {f"predicted, {first}": layers["variance_predicted"][0]}, "Variance of z over windows, layer 0")
+    draw_neurons(b, p["score"], p["first"], p["rest"], f"{first}: neurons of layer {p['writer']}")
+    noise = torch.randn(64, len(p["profile"]), generator=torch.Generator().manual_seed(0)).abs().sort(descending=True).values.mean(0)
+    draw_dimensions(c, {"first token": p["profile"], "other tokens": p["profile_rest"], "Gaussian vector": noise}, f"{first}: normed state {p['state']}")
+    draw_lock(d, layers["lock_gap"], layers["alpha"], f"{first}: key lock by head")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_figure(path, draw, size, *args):
+    """One axes, drawn by `draw(ax, *args)`, as a PNG."""
+    plt = pyplot()
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    draw(ax, *args)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- command line
+
+def parser():
+    p = argparse.ArgumentParser(description="Measure every link between the first token and the attention sink, cut it, forge it.")
+    p.add_argument("runs", nargs="*", help="folders of train.py, such as out/softmax out/headnorm")
+    p.add_argument("--llama", metavar="FOLDER", help="a Llama checkpoint in Hugging Face format instead of runs")
+    p.add_argument("--cut", action="store_true", help="the cut matrix: every intervention against every link")
+    p.add_argument("--untrained", action="store_true", help="the weights that the runs started from")
+    p.add_argument("--tokens", default=None, help="text (default for runs), random (default for --llama), or a file of token ids or of text")
+    p.add_argument("--bos", action=argparse.BooleanOptionalAction, default=None,
+                   help="only windows that begin with <bos>, or only those that do not (default: the table shows both; "
+                        "the cut matrix takes what the run was mostly trained with)")
+    p.add_argument("--windows", type=int, default=None, help="how many windows (default 32; 8 for --llama)")
+    p.add_argument("--seq-len", type=int, default=None, help="tokens a window (default: the run's; 64 for --llama)")
+    p.add_argument("--position", type=int, default=None, help="the token looked at (default 0), or with --cut where to forge a sink (default 10)")
+    p.add_argument("--layer", type=int, default=0, help="with --cut: the layer whose variance is amplified (default 0)")
+    p.add_argument("--factor", type=float, default=5.0, help="with --cut: how much it is amplified (default 5)")
+    p.add_argument("--draws", type=int, default=None, help="bootstrap draws for the intervals (default 20; 0, none, for --llama)")
+    p.add_argument("--seed", type=int, default=0, help="of windows, draws and random controls")
+    p.add_argument("--out", default=None, help="folder for JSON and figures (default: that of the first run)")
+    return p
+
+
+def open_models(args):
+    """-> {name: (model, null or None, settings, text stream or None, bos id)} in the order given. Raises ProbeError."""
+    opened = {}
+    if args.llama:
+        model = GPT.from_llama(args.llama).eval()
+        folder = Path(args.llama)
+        bos = json.loads((folder / "config.json").read_text()).get("bos_token_id")
+        bos = bos[0] if isinstance(bos, list) else bos
+        settings = {"seq_len": 64, "bos": None, "seed": 0, "data": folder.name, "vocab_size": model.cfg.vocab_size}
+        return {folder.resolve().name: (model, None, settings, llama_stream(args.tokens or "random", folder), bos)}
+    for folder in args.runs:
+        model, corpus, settings = load_run(folder, args.untrained)
+        name = Path(folder).resolve().name
+        if name in opened:
+            raise ProbeError(f"two runs are called {name}; give each folder its own name")
+        first = next(iter(opened.values()), None)
+        for key in ("data", "seq_len", "vocab_size"):
+            if first and first[2][key] != settings[key]:
+                raise ProbeError(f"{folder} has {key} {settings[key]}, but {args.runs[0]} has {first[2][key]}: "
+                                 "their windows would differ; probe them one by one")
+        null = None if args.untrained else GPT(model.cfg, seed=settings["seed"]).eval()
+        tokens = args.tokens or "text"
+        stream = corpus if tokens == "text" else None if tokens == "random" else read_tokens(tokens, corpus.encode)
+        opened[name] = (model, null, settings, stream, corpus.bos)
+    return opened
+
+
+def llama_stream(tokens, folder):
+    """Token ids (M,) of a checkpoint: None for random ones; a file; or `text`, the held-out part of our own corpus."""
+    if tokens == "random":
+        return None
+
+    def encode(text):
+        try:
+            from tokenizers import Tokenizer
+            return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+        except ImportError:
+            raise ProbeError("text needs the tokenizers package: pip install tokenizers") from None
+        except Exception as error:
+            raise ProbeError(f"{folder / 'tokenizer.json'} cannot be read ({type(error).__name__}); use --tokens random or a file of ids") from None
+    if tokens != "text":
+        return read_tokens(tokens, encode)
+    import data
+    corpus = data.load("stdlib")
+    return torch.tensor(encode(corpus.decode(corpus.val[corpus.val != corpus.bos][:60000])))
+
+
+def take_windows(stream, model, bos, N, T, with_bos, seed):
+    """x, y (N, T) on the model's device, from a corpus, a stream of ids or nothing (random)."""
+    if hasattr(stream, "batch"):
+        return stream.batch(N, T, torch.Generator().manual_seed(seed), split="val", bos=float(with_bos))
+    return draw_windows(N, T, model.cfg.vocab_size, bos, with_bos, seed, stream)
+
+
+def run_command(args):
+    if bool(args.runs) == bool(args.llama):
+        raise ProbeError("give the folders of one or more runs, or --llama FOLDER" + (", not both" if args.runs else ""))
+    if args.llama and args.untrained:
+        raise ProbeError("--untrained is for runs: a checkpoint does not say what it started from")
+    opened = open_models(args)
+    N, draws = args.windows or (8 if args.llama else 32), args.draws if args.draws is not None else (0 if args.llama else 20)
+    models = {name: m for name, (m, *_) in opened.items()}
+    _, _, settings, stream, bos = next(iter(opened.values()))
+    T = args.seq_len or settings["seq_len"]
+    k = args.position if args.position is not None else (10 if args.cut else 0)
+    check_position(k, T)
+    if N < 2:
+        raise ProbeError(f"--windows {N}: variance over windows needs at least 2")
+    tokens = args.tokens or ("random" if args.llama else "text")
+    out = Path(args.out or (args.runs[0] if args.runs else "out"))
+    out.mkdir(parents=True, exist_ok=True)
+    what = {True: f"{tokens}, first token <bos>", False: f"{tokens}, first token ordinary"}
+    kinds = [False, True] if args.bos is None and bos is not None else [bool(args.bos)]
+    windows = {kind: take_windows(stream, next(iter(models.values())), bos, N, T, kind, args.seed) for kind in kinds}
+    print(f"{N} windows of {T} tokens, {draws} bootstrap draws{', untrained' if args.untrained else ''}")
+    if args.cut:
+        if k == 0:
+            raise ProbeError("--position 0 with --cut: the first token is the one to cut; forge at another")
+        cut_command(args, opened, windows, what, k, draws, out)
+    else:
+        table_command(opened, models, windows, what, T, k, draws, out)
+
+
+def table_command(opened, models, windows, what, T, k, draws, out):
+    saved = {"windows": len(next(iter(windows.values()))[0]), "tokens": T, "position": k, "draws": draws, "chain": {}}
+    for kind, (x, y) in windows.items():
+        results = {name: chain_of(m, x, y, k, draws, null) for name, (m, null, *_) in opened.items()}
+        saved["chain"][what[kind]] = results
+        print_chain(what[kind], results, models, T, k, kind)
+    (out / "chain.json").write_text(json.dumps(saved, indent=1) + "\n")
+    portraits = {name: portrait(m, x, results[name]["layers"]) for name, m in list(models.items())[:3]}
+    draw_chain(out / "chain.png", portraits, results, what[kind])
+    print(f"\nwrote {out / 'chain.json'}, {out / 'chain.png'}")
+
+
+def cut_command(args, opened, windows, what, k, draws, out):
+    share = next(iter(opened.values()))[2]["bos"]
+    main = next(iter(windows)) if len(windows) == 1 else share is None or share >= 0.5
+    x, y = windows[main]
+    tables = [cut_matrix(m, x, y, k, args.factor, args.layer, draws, args.seed) for m, *_ in opened.values()]
+    table = average(tables)
+    print(f"{what[main]}; {'mean of ' + ', '.join(opened) if len(tables) > 1 else next(iter(opened))}\n")
+    print_cuts(table, "standard deviation between runs" if len(tables) > 1 else "95 % interval")
+    print("\nWhich links hold? " + CRITERION)
+    decided = {name: verdicts(t, m.cfg, x.shape[1]) for (name, (m, *_)), t in zip(opened.items(), tables)}
+    for lines in zip(*decided.values()):
+        print(f"  {lines[0][0]:40}" + " ".join(f"{v:7}" + (f"{s:5.0%} (control {c:4.0%}; {label})" if s is not None else f"({label})") for _, v, s, c, label in lines))
+    blocks = {}
+    for kind, (x2, _) in windows.items():
+        pairs = [(chain(m, x2, k=k)["sink_alpha_max"], chain(m, x2, mask=block_aggregation(x2.shape[1], k), k=k)["sink_alpha_max"]) for m, *_ in opened.values()]
+        blocks[what[kind]] = torch.tensor(pairs).mean(0).tolist()
+    print_answers(table, blocks, k, "an unknown share" if share is None else f"{share:.0%}")
+    saved = {"windows": len(x), "tokens": x.shape[1], "kind": what[main], "position": k, "factor": args.factor, "layer": args.layer,
+             "criterion": CRITERION, "blocked": blocks, "verdicts": decided, "runs": dict(zip(opened, tables)), "mean": table}
+    (out / "cut.json").write_text(json.dumps(saved, indent=1) + "\n")
+    save_figure(out / "cut.png", draw_cut, (12, 9), table)
+    print(f"\nwrote {out / 'cut.json'}, {out / 'cut.png'}")
+
+
+def main(argv=None):
+    try:
+        run_command(parser().parse_args(argv))
+    except (ProbeError, ModelError) as error:
+        print(f"probe.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
