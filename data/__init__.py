@@ -117,7 +117,7 @@ def load(name: str | Path = "stdlib", *, seq_len: int = 128, vocab_size: int = 1
         (root, files), options = text.stdlib_files(), {"skip_undecodable": True}
     elif name in download.FILES:
         file = download.FILES[name]
-        path = download.fetch(file, cache)
+        path = download.fetch(name, file, cache)
         (root, files), options = (path.parent, [path]), {"separator": file.separator}
     elif os.path.exists(name) or Path(name).name != name or Path(name).suffix:
         root, files = text.own_files(Path(name))
@@ -128,7 +128,7 @@ def load(name: str | Path = "stdlib", *, seq_len: int = 128, vocab_size: int = 1
     if encoding not in (None, "gpt2"):
         raise DataError(f"unknown encoding {encoding!r}: leave it out, or give 'gpt2'")
     key = text.fingerprint(root, files, vocab_size=vocab_size, encoding=encoding, **options)
-    label = name if name in NAMES else Path(name).resolve().stem or "text"
+    label = name if name in NAMES else Path(name).resolve().stem[:40] or "text"
     ready, train, val, bytes_per_token = text.tokenise(
         label, key, lambda: text.documents(root, files, **options), vocab_size, ready, cache)
     for part, stream in (("train", train), ("val", val)):

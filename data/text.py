@@ -155,7 +155,7 @@ def tokenise(name: str, key: str, read_documents: Callable[[], list[Document]], 
                 raise ValueError("not the BPE of these tokens")
             encoding = bpe.encoding(bpe.from_text(text), name)
         return encoding, train, val, bytes_per_token
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as error:  # a damaged file can fail in any way; the remedy is always the same
         print(f"data: {tokens_file.name} is damaged ({type(error).__name__}), building it again", file=sys.stderr)

@@ -1,0 +1,538 @@
+"""data/: text on disk becomes token streams and batches; two tasks know their own optimum; downloads are checked."""
+import contextlib
+import hashlib
+import http.server
+import itertools
+import math
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import DataError, bpe, download, tasks, text
+
+WORDS = "the cat sat on the mat and the dog sat on the cat while 12 birds sang, 'self' and self.cat = 345\n"
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A file of about 20,000 characters, every line another, and a folder for the cache."""
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"line {i}: {WORDS}" for i in range(200)))
+    return path, tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def stdlib():
+    return data.load("stdlib")  # seconds the first time, from data/cache afterwards
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------
+
+def slow_encode(word, tokens):
+    """The definition, step by step: of all neighbours that form a token, merge those of lowest rank."""
+    rank = {token: i for i, token in enumerate(tokens)}
+    parts = [bytes([byte]) for byte in word.encode()]
+    while True:
+        found = [(rank[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in rank]
+        if not found:
+            return [rank[part] for part in parts]
+        _, i = min(found)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+
+
+def slow_train(texts, merges):
+    """The textbook trainer: recount everything after each merge."""
+    import regex
+    words = [[bytes([b]) for b in w.encode()] for t in texts for w in regex.findall(bpe.PATTERN, t)]
+    tokens = [bytes([b]) for b in range(256)]
+    for _ in range(merges):
+        counts = {}
+        for word in words:
+            for pair in zip(word, word[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        most = max(counts.values())
+        a, b = min((p for p in counts if counts[p] == most), key=lambda p: [tokens.index(t) for t in p])
+        tokens.append(a + b)
+        for word in words:
+            i = 0
+            while i + 1 < len(word):
+                if (word[i], word[i + 1]) == (a, b):
+                    word[i:i + 2] = [a + b]
+                i += 1
+    return tokens
+
+
+def test_trainer_equals_textbook():
+    texts = [WORDS * 2, "aaaa aaa aaaaa ababab bababa naïve naïveté\n        if x:\n            y\n"]
+    assert bpe.train(texts, 257 + 50) == slow_train(texts, 50)
+
+
+def test_order_of_texts_and_ties_do_not_matter():
+    a, b = "ab!cd!ab!cd", "xy!xy!zw!zw"
+    assert bpe.train([a, b], 300) == bpe.train([b, a], 300)
+    assert bpe.train([a, b], 258)[256] == b"ab"  # as often as "cd": the smaller ids win
+
+
+def test_tiktoken_encodes_as_the_definition(stdlib):
+    tokens = [stdlib.encoding.decode_single_token_bytes(i) for i in range(stdlib.bos)]
+    words = ["self", " return", "\n        ", "naïve", "日本語", " 🙂", "____", "xyzzy" * 20, " configuration"]
+    for word in words:
+        assert stdlib.encode(word) == slow_encode(word, tokens)
+
+
+@pytest.mark.parametrize("prompt", ["", "import ", "日本語 🙂\0\x7f", "<|bos|><|endoftext|>", "a" * 100_000,
+                                    " " * 300_000, "\r\n\t x  \n", "é" * 3])
+def test_any_text_round_trips(stdlib, prompt):
+    ids = stdlib.encode(prompt)
+    assert stdlib.decode(ids) == prompt and stdlib.bos not in ids
+
+
+def test_lone_surrogate_does_not_crash(stdlib):
+    assert stdlib.encode("a\udc80b")
+
+
+def test_bos_is_last_and_decodes_by_name(stdlib):
+    assert stdlib.bos == stdlib.vocab_size - 1 == 1023
+    assert stdlib.decode(torch.tensor([stdlib.bos])) == "<|bos|>"
+
+
+def test_ranks_file_round_trips_and_refuses_nonsense():
+    tokens = bpe.train([WORDS * 3], 300)
+    saved = bpe.to_text(tokens)
+    assert bpe.from_text(saved) == tokens
+    for broken in [saved[5:], saved.replace(" 260\n", " 261\n"), "hello", saved + "\n", "!!!! 0\n",
+                   saved + saved.splitlines()[0].replace(" 0", f" {len(tokens)}\n")]:
+        with pytest.raises(ValueError):
+            bpe.from_text(broken)
+
+
+def test_vocabulary_stops_where_the_text_has_no_pairs(book):
+    path, cache = book
+    corpus = data.load(path, cache=cache, vocab_size=30_000)
+    assert 257 < corpus.vocab_size < 1000
+    assert corpus.bos == corpus.vocab_size - 1 == corpus.encoding.n_vocab - 1
+
+
+# --- the standard library --------------------------------------------------------------------------
+
+def test_stdlib_is_real_and_split_by_file(stdlib):
+    root, files = text.stdlib_files()
+    names = [f.relative_to(root).as_posix() for f in files]
+    assert "argparse.py" in names and names == sorted(names)
+    assert not any(part in text.NOT_LIBRARY for name in names for part in name.split("/"))
+    docs = text.documents(root, files, skip_undecodable=True)
+    train, val = text.split(docs)
+    assert sorted(train + val) == sorted(docs) and not set(train) & set(val)
+    characters = [sum(len(t) for _, t in part) for part in (train, val)]
+    assert sum(characters) > 8e6 and 0.04 < characters[1] / sum(characters) < 0.12
+    assert (stdlib.val == stdlib.bos).sum() == len(val) and (stdlib.train == stdlib.bos).sum() == len(train)
+    size = sum(len(t.encode()) for _, t in val)
+    assert stdlib.bytes_per_token == pytest.approx(size / (len(stdlib.val) - len(val)))
+    assert 2.3 < stdlib.bytes_per_token < 4
+    first = stdlib.val[1:stdlib.val[1:].tolist().index(stdlib.bos) + 1]
+    assert stdlib.decode(first) == val[0][1]
+
+
+def test_stdlib_loads_from_the_cache(stdlib, monkeypatch):
+    monkeypatch.setattr(text, "read", lambda path: pytest.fail(f"read {path} again"))
+    again = data.load("stdlib")
+    assert torch.equal(again.train, stdlib.train) and again.train.dtype == torch.int16
+
+
+# --- the reader's own text -------------------------------------------------------------------------
+
+def test_one_file_is_cut_at_a_line_end(book):
+    path, cache = book
+    corpus = data.load(path, cache=cache, vocab_size=300)
+    train, val = corpus.decode(corpus.train), corpus.decode(corpus.val)
+    assert (train + val).replace("<|bos|>", "") == path.read_text()
+    assert train.endswith("\n") and 0.08 < len(val) / path.stat().st_size < 0.12
+
+
+def test_folder_is_split_by_file(tmp_path):
+    folder = tmp_path / "f"
+    for i in range(12):
+        (folder / f"sub{i % 2}").mkdir(parents=True, exist_ok=True)
+        (folder / f"sub{i % 2}" / f"{i}.md").write_text(f"document {i}. {WORDS * 20}")
+    (folder / "picture.png").write_bytes(b"\x89PNG\0")
+    (folder / ".hidden.txt").write_text("secret")
+    corpus = data.load(folder, cache=tmp_path / "c", vocab_size=300)
+    train, val = corpus.decode(corpus.train), corpus.decode(corpus.val)
+    found = [{int(part.split()[1][:-1]) for part in side.split("<|bos|>")[1:]} for side in (train, val)]
+    assert found[0] | found[1] == set(range(12)) and not found[0] & found[1] and found[1]
+    assert "secret" not in train + val
+
+
+def test_special_tokens_in_the_text_are_text(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text(("<|bos|> and <|endoftext|> " + WORDS) * 100)
+    corpus = data.load(path, cache=tmp_path / "c", vocab_size=300)
+    assert (corpus.train == corpus.bos).sum() == 1
+
+
+def test_windows_line_ends_and_byte_order_mark(book):
+    path, cache = book
+    plain = data.load(path, cache=cache)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert torch.equal(data.load(path, cache=cache).train, plain.train)
+
+
+# --- the cache -------------------------------------------------------------------------------------
+
+def test_cache_is_never_stale(book):
+    path, cache = book
+    first = data.load(path, cache=cache)
+    path.write_text(path.read_text().replace("cat", "cow"))  # the size stays
+    os.utime(path, ns=(1, 1))
+    second = data.load(path, cache=cache)
+    assert "cow" in second.decode(second.train) and "cow" not in first.decode(first.train)
+    assert data.load(path, cache=cache, vocab_size=280).vocab_size == 280
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".tiktoken"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])
+def test_damaged_cache_is_built_again(book, suffix, damage):
+    path, cache = book
+    first = data.load(path, cache=cache, vocab_size=300)
+    target = next(cache.glob(f"*{suffix}"))
+    raw = bytearray(target.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    target.write_bytes({"cut": raw[:len(raw) // 2], "flip": raw, "empty": b"", "other": b"\x80\x04hello"}[damage])
+    again = data.load(path, cache=cache, vocab_size=300)
+    assert torch.equal(first.train, again.train) and first.encode(WORDS) == again.encode(WORDS)
+    assert not list(cache.glob("*.part"))
+
+
+def test_missing_ranks_are_built_again(book):
+    path, cache = book
+    data.load(path, cache=cache)
+    next(cache.glob("*.tiktoken")).unlink()
+    assert data.load(path, cache=cache).encode("cat")
+
+
+def test_full_disk_costs_only_the_cache(book, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(text.os, "replace", full)
+    path, cache = book
+    assert data.load(path, cache=cache).vocab_size > 257
+    assert "No space left" in capsys.readouterr().err and not list(cache.iterdir())
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+def bad_cases(tmp):
+    def file(name, content):
+        (tmp / name).write_bytes(content)
+        return tmp / name
+    folder = tmp / "empty"
+    folder.mkdir()
+    mixed = tmp / "mixed"
+    mixed.mkdir()
+    (mixed / "good.txt").write_text(WORDS * 50)
+    (mixed / "bad.txt").write_bytes(b"ab\xff")
+    good = file("good.txt", (WORDS * 100).encode())
+    return {
+        "missing file": ((tmp / "none.txt",), {}, "none.txt does not exist"),
+        "empty file": ((file("e.txt", b""),), {}, "is empty"),
+        "only blanks": ((file("b.txt", b" \n\n"),), {}, "is empty"),
+        "one character": ((file("one.txt", b"x"),), {}, "too short"),
+        "binary": ((file("x.bin", b"ab\0c"),), {}, "binary (zero byte at offset 2)"),
+        "not UTF-8": ((file("l.txt", b"caf\xe9 noir"),), {}, "0xe9 at offset 3"),
+        "bad file in folder": ((mixed,), {}, "bad.txt is not UTF-8"),
+        "no text in folder": ((folder,), {}, "holds no text"),
+        "too short": ((file("s.txt", WORDS.encode() * 5),), {"seq_len": 512}, "514"),
+        "unknown name": (("stdlob",), {}, "stdlib, copy, bigram, shakespeare, tinystories"),
+        "small vocabulary": ((good,), {"vocab_size": 256}, "at least 257"),
+        "unknown encoding": ((good,), {"encoding": "gpt5"}, "gpt2"),
+        "name too long": (("x" * 5000 + ".txt",), {}, "cannot be opened"),
+        "zero byte in name": (("a\0.txt",), {}, "cannot be opened"),
+    }
+
+
+@pytest.mark.parametrize("case", ["missing file", "empty file", "only blanks", "one character", "binary", "not UTF-8",
+                                  "bad file in folder", "no text in folder", "too short", "unknown name",
+                                  "small vocabulary", "unknown encoding", "name too long", "zero byte in name"])
+def test_bad_input_is_one_clear_line(case, tmp_path):
+    args, options, message = bad_cases(tmp_path)[case]
+    with pytest.raises(DataError) as caught:
+        data.load(*args, **options, cache=tmp_path / "cache")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unreadable_file(book, monkeypatch):
+    path, cache = book
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(text.Path, "read_bytes", refuse)  # chmod does not stop root
+    with pytest.raises(DataError, match="cannot read .*book.txt: Permission denied"):
+        data.load(path, cache=cache)
+
+
+def test_gpt2_offline_is_one_line(book, monkeypatch):
+    def offline(name):
+        raise ConnectionError("a long story\nin two lines")
+    monkeypatch.setattr(data.tiktoken, "get_encoding", offline)
+    with pytest.raises(DataError, match="^cannot get the gpt2 encoding .*online") as caught:
+        data.load(book[0], cache=book[1], encoding="gpt2")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_encoding_uses_its_last_token_as_bos(book, monkeypatch):
+    wide = bpe.encoding([*(bytes([b]) for b in range(256)), *(b"%08d" % i for i in range(50_000))])
+    monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: wide)
+    for _ in range(2):  # built, then from the cache
+        corpus = data.load(book[0], cache=book[1], encoding="gpt2")
+        assert corpus.bos == 50_256 and corpus.train.dtype == torch.int32
+        x, _ = corpus.batch(4, 16, generator(), bos=1)
+        assert (x[:, 0] == 50_256).all() and corpus.decode(x[0, 1:]) in book[0].read_text()
+
+
+# --- batches ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["book", "copy", "bigram"])
+def test_batch_contract(name, book):
+    corpus = data.load(book[0], cache=book[1]) if name == "book" else data.load(name)
+    for seq_len in (1, 17):
+        x, y = corpus.batch(64, seq_len, generator(3))
+        assert x.shape == y.shape == (64, seq_len) and x.dtype == y.dtype == torch.int64
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        assert 0 <= x.min() and x.max() < corpus.vocab_size
+        state = torch.get_rng_state()
+        again = corpus.batch(64, seq_len, generator(3))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(again[0], x) and torch.equal(again[1], y)
+        assert not torch.equal(corpus.batch(64, seq_len, generator(4))[1], y)
+    share = [(corpus.batch(2000, 8, generator(1), bos=bos)[0][:, 0] == corpus.bos).float().mean()
+             for bos in (0, 0.25, 1)]
+    assert share[0] == 0 and abs(share[1] - 0.25) < 0.04 and share[2] == 1
+
+
+def test_bos_only_shifts_the_window(book):
+    """With the same draws, a window with bos is the window without, one token later."""
+    corpus = data.load(book[0], cache=book[1])
+    x0, y0 = corpus.batch(16, 12, generator(5), bos=0)
+    x1, y1 = corpus.batch(16, 12, generator(5), bos=1)
+    assert torch.equal(x1[:, 1:], x0[:, :-1]) and torch.equal(y1, x0)
+
+
+def test_text_windows_lie_in_the_stream_and_reach_its_end(tmp_path):
+    path = tmp_path / "tiny.txt"
+    path.write_text(WORDS * 3)
+    corpus = data.load(path, cache=tmp_path / "c", seq_len=4, vocab_size=257)
+    stream = corpus.val.tolist()
+    seen = set()
+    x, y = corpus.batch(4000, 4, generator(), split="val", bos=0)
+    for window in torch.cat([x, y[:, -1:]], 1).tolist():
+        seen.add(next(i for i in range(len(stream)) if stream[i:i + 5] == window))
+    assert min(seen) == 1 and max(seen) == len(stream) - 6 and corpus.bos not in x[:, 0]
+
+
+@pytest.mark.parametrize("call, message", [
+    (dict(bos=1.5), "0 to 1"), (dict(split="test"), "'train' and 'val'"), (dict(with_copying=True), "is text"),
+    (dict(seq_len=10**6), "too short")])
+def test_bad_batch(book, call, message):
+    corpus = data.load(book[0], cache=book[1])
+    with pytest.raises(DataError, match=message):
+        corpus.batch(**{"batch_size": 2, "seq_len": 8, "generator": generator(), **call})
+
+
+def test_optimal_loss_of_text_is_unknown(book):
+    assert data.load(book[0], cache=book[1]).optimal_loss(16) is None
+
+
+# --- synthetic tasks -------------------------------------------------------------------------------
+
+def test_copying_marks_the_targets(stdlib):
+    for name in ("copy", "bigram"):
+        corpus = data.load(name)
+        plain = corpus.batch(50, 40, generator(2), bos=0.5)
+        x, y, copying = corpus.batch(50, 40, generator(2), bos=0.5, with_copying=True)
+        assert torch.equal(plain[0], x) and copying.shape == y.shape and copying.dtype == torch.bool
+        assert 0.05 < copying.float().mean() < 0.5
+        if name == "copy":
+            continue
+        trigger = torch.isin(x, torch.tensor(corpus.task.triggers))
+        trigger[:, 0] = False  # never a trigger: either bos or the first symbol
+        assert torch.equal(trigger, copying)
+        rows, t = copying.nonzero(as_tuple=True)
+        assert torch.equal(y[rows, t], x[rows, t - 1])
+
+
+def test_copied_tokens_continue_an_earlier_stretch():
+    tokens, copied = tasks.Copy().windows(200, 64, generator())
+    for row, mask in zip(tokens.tolist(), copied.tolist()):
+        for t in range(1, 64):
+            if mask[t]:  # this token and the one before it stand somewhere earlier
+                assert any(row[i:i + 2] == row[t - 1:t + 1] for i in range(t - 1))
+    assert not copied[:, :5].any()
+    share = tasks.Copy().copied_share(64)
+    assert np.abs(tasks.Copy().windows(5000, 64, generator(1))[1].numpy().mean(0) - share).max() < 0.03
+
+
+def all_chains(task, length):
+    """Every way to make a window, by its definition: yields (probability, window); the brute force."""
+    K = len(task.symbols)
+
+    def grow(window, probability):
+        if len(window) >= length:
+            yield probability, window[:length]
+            return
+        n = len(window)
+        copy = 0.5 if n >= task.SHORTEST else 0
+        sizes = range(task.SHORTEST, task.LONGEST + 1)
+        for size in sizes:
+            kept = min(size, length - n)
+            for fresh in itertools.product(range(K), repeat=kept):
+                yield from grow(window + fresh, probability * (1 - copy) / len(sizes) / K**kept)
+        if copy:
+            for p in range(n - task.SHORTEST + 1):
+                longest = min(task.LONGEST, n - p)
+                for size in range(task.SHORTEST, longest + 1):
+                    yield from grow(window + window[p:p + size],
+                                    probability * copy / (n - task.SHORTEST + 1) / (longest - task.SHORTEST + 1))
+    yield from grow((), 1.0)
+
+
+def test_copy_filter_is_exact():
+    task = tasks.Copy("ab")
+    task.SHORTEST, task.LONGEST, length = 2, 3, 9
+    chance = {}
+    for probability, window in all_chains(task, length):
+        for t in range(length + 1):
+            chance[window[:t]] = chance.get(window[:t], 0) + probability
+    assert chance[()] == pytest.approx(1)
+    windows = np.array(list(itertools.product(range(2), repeat=length)))
+    loss = task.token_loss(windows)
+    for window, row in zip(map(tuple, windows.tolist()), loss):
+        for t in range(length):
+            assert row[t] == pytest.approx(-math.log(chance[window[:t + 1]] / chance[window[:t]]), abs=1e-9)
+    # and with it the mean: sampled with a control variate against the sum over all windows
+    exact = sum(chance[tuple(w)] * l for w, l in zip(windows.tolist(), loss))
+    assert task.position_loss(length).mean() == pytest.approx(exact.mean(), abs=0.004)
+
+
+def test_copy_optimum_lies_between_oracle_and_uniform():
+    corpus = data.load("copy")
+    optimum = corpus.optimal_loss(64, bos=0)
+    copied = corpus.task.copied_share(65)[1:].mean()
+    # The oracle is told when a copy goes on, so it errs on nothing there; elsewhere it must guess.
+    assert (1 - 2 * copied) * math.log(24) < optimum < math.log(24)
+    assert optimum < (1 - 0.6 * copied) * math.log(24)  # most of what can be foreseen is foreseen
+    assert corpus.optimal_loss(64, bos=1) > optimum  # its first target is a fresh symbol
+    tokens, _ = corpus.task.windows(1000, 65, generator(9))
+    sample = corpus.task.token_loss(tokens.numpy())[:, 1:].mean(1)
+    assert abs(sample.mean() - optimum) < 4 * sample.std() / 1000**0.5
+
+
+def test_bigram_optimum_and_table():
+    corpus = data.load("bigram")
+    task = corpus.task
+    assert corpus.vocab_size == 65 and len(task.triggers) == 3 and "e" in [task.symbols[i] for i in task.triggers]
+    assert np.allclose(task.table.sum(1), 1) and (task.table[-1, task.triggers] == 0).all()
+    tokens, copied = task.windows(20_000, 33, generator(1))
+    loss = task.token_loss(tokens.numpy())
+    assert np.isfinite(loss).all() and (loss[copied.numpy()] == 0).all()
+    error = 4 * loss.std(0) / 20_000**0.5 + 1e-12
+    assert (np.abs(loss.mean(0) - task.position_loss(33)) < error).all()
+    assert corpus.optimal_loss(32, bos=0.5) == pytest.approx(
+        (task.position_loss(33)[:-1].mean() + task.position_loss(33)[1:].mean()) / 2)
+    assert corpus.optimal_loss(32) < math.log(64)
+
+
+def test_task_encodes_its_symbols():
+    corpus = data.load("copy")
+    assert corpus.encode("abx") == [0, 1, 23] and corpus.decode([24, 0, 1]) == "<|bos|>ab"
+    with pytest.raises(DataError, match="'é' is not a symbol"):
+        corpus.encode("aé")
+
+
+# --- downloads, from a server on this machine --------------------------------------------------------
+
+BODY = ("Once upon a time. " + WORDS * 20 + "\n<|endoftext|>\n").encode() * 30
+
+
+@contextlib.contextmanager
+def server(body=BODY, send=None, status=200):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:send])
+
+        def log_message(self, *_):
+            pass
+    httpd = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_port}/stories.txt"
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+
+
+def remote(url, body=BODY):
+    return download.File(url, len(body), hashlib.sha256(body).hexdigest(), "<|endoftext|>")
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def test_damaged_download_is_fetched_again(tmp_path):
+    with server() as url:
+        path = download.fetch("stories", remote(url), tmp_path)
+        path.write_bytes(BODY[:-1] + b"x")
+        assert download.fetch("stories", remote(url), tmp_path).read_bytes() == BODY
+
+
+def test_download_good_file_once(tmp_path, monkeypatch, capsys):
+    with server() as url:
+        monkeypatch.setitem(download.FILES, "tinystories", remote(url))
+        corpus = data.load("tinystories", cache=tmp_path, vocab_size=300)
+    assert "MB" in capsys.readouterr().err
+    assert (corpus.train == corpus.bos).sum() + (corpus.val == corpus.bos).sum() == 30
+    assert "<|endoftext|>" not in corpus.decode(corpus.train)
+    again = data.load("tinystories", cache=tmp_path, vocab_size=300)  # the server is gone
+    assert torch.equal(again.val, corpus.val)
+
+
+@pytest.mark.parametrize("what, message", [
+    ("wrong hash", "another SHA-256"), ("cut", "cut at"), ("longer", "another SHA-256"), ("missing", "Not Found"),
+    ("offline", "cannot download")])
+def test_failed_download_leaves_nothing_and_can_be_repeated(tmp_path, what, message):
+    wrong = {"wrong hash": dict(body=BODY[:-1] + b"x"), "cut": dict(send=30_000), "missing": dict(status=404),
+             "longer": dict(body=BODY * 2), "offline": {}}[what]
+    with server(**wrong) as url:
+        if what != "offline":
+            with pytest.raises(DataError, match=message) as caught:
+                download.fetch("stories", remote(url), tmp_path, timeout=5)
+    if what == "offline":  # nobody listens at that port any more
+        with pytest.raises(DataError, match=message) as caught:
+            download.fetch("stories", remote(url), tmp_path, timeout=5)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    with server() as url:
+        assert download.fetch("stories", remote(url), tmp_path).read_bytes() == BODY
+
+
+def test_download_to_a_place_that_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with server() as url, pytest.raises(DataError, match="cannot download .*Not a directory"):
+        download.fetch("stories", remote(url), tmp_path / "file" / "cache")
+
+
+def test_named_downloads_are_pinned():
+    for file in download.FILES.values():
+        assert file.url.startswith("https://") and len(file.sha256) == 64 and file.size > 10**6
+        assert any(len(part) == 40 for part in file.url.split("/")), "a branch can change under us"
