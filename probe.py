@@ -443,21 +443,18 @@ def summary(found, k=0):
     Variance is that of the first layer, where no sink can have shaped it; W_O is the mean over layers;
     neurons, norm and the largest dominance are those of the layer where they are largest; the other
     numbers of states are means over all states after the first layer. Lock and value drain are read
-    at the head (of all layers) with the largest alpha.
+    at the head with the largest alpha after the first layer: what rests on the first token in the
+    first layer knows it by its embedding, and needs no chain.
     """
     first = {name: discrepancy(found[name][:, 0], k) for name in
              ("variance", "variance_raw", "variance_predicted", "variance_out", "spread", "spread_out")}
     after = {name: found[name][:, 1:] for name in found if name.startswith(("norm", "dom", "max", "kurt", "energy", "erank", "direction"))}
     alpha = found["alpha"]  # (S, L, H)
-    S, layers, heads = alpha.shape
-    head = alpha[0].flatten().argmax()
-    at_head = {name: found[name].flatten(1)[:, head] for name in
-               ("lock_cos", "lock_positive", "lock_gap", "drain")}
-    if layers > 1 and layers * heads > heads:
-        guess = found["predisposition"][0, 1:].flatten()
-        rank = torch.stack([kendall_tau(guess, a[1:].flatten()) for a in alpha])
-    else:
-        rank = torch.zeros(S)
+    deep = min(1, alpha.shape[1] - 1)  # a model of one layer has no later one
+    later = alpha[:, deep:].flatten(1)
+    head = later[0].argmax()
+    at_head = {name: found[name][:, deep:].flatten(1)[:, head] for name in ("lock_cos", "lock_positive", "lock_gap", "drain")}
+    guess = found["predisposition"][0, deep:].flatten().nan_to_num()
     numbers = {
         "variance_ratio": first["variance"], "variance_ratio_raw": first["variance_raw"],
         "variance_predicted": first["variance_predicted"], "spread_ratio": first["spread"],
@@ -474,8 +471,8 @@ def summary(found, k=0):
         "norm_direction_cos": after["direction"].mean(1), "norm_direction_cos_rest": after["direction_rest"].mean(1),
         "norm_layer_cos": found["layer_cos"].mean(1),
         "lock_cos": at_head["lock_cos"], "lock_positive": at_head["lock_positive"], "lock_gap": at_head["lock_gap"],
-        "lock_weights_tau": rank,
-        "sink_rate": found["rate"].mean((1, 2)), "sink_alpha_max": alpha.flatten(1).amax(1),
+        "lock_weights_tau": torch.stack([kendall_tau(guess, a) for a in later]),
+        "sink_rate": found["rate"].mean((1, 2)), "sink_alpha_max": alpha.flatten(1).amax(1), "sink_alpha_later": later.amax(1),
         "sink_alpha_mean": alpha.mean((1, 2)), "sink_best_layer_rate": (alpha > EPS).float().mean(2).amax(1),
         "sink_alpha_raw": found["alpha_raw"].mean((1, 2)), "value_drain": at_head["drain"],
     }
@@ -544,6 +541,18 @@ def scale_norm_matched(cfg, layers, k, factor):
     def change(x):
         want = _amplified(x, k, factor).norm(dim=-1, keepdim=True)
         return x[:, k] * want / x[:, k].norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    return edit(cfg, layers, "z", at(k, change))
+
+
+def shift_norm(cfg, layers, k, factor):
+    """z_k plus one vector for all windows, along their mean: as long, in root mean square, as `amplify_variance`
+    makes it, with its variance untouched. `scale_norm` multiplies both, so it separates nothing (our control)."""
+    def change(x):
+        mu = x[:, k].mean(0)
+        m = mu.norm(dim=-1, keepdim=True)
+        var = (x[:, k] - mu).square().sum(-1, keepdim=True).mean(0)
+        grow = (m.square() + (factor**2 - 1) * var).clamp_min(0).sqrt()  # |mu + shift|
+        return x[:, k] + F.normalize(mu, dim=-1) * (grow - m)
     return edit(cfg, layers, "z", at(k, change))
 
 
@@ -737,15 +746,16 @@ TABLE = (
     ("5 direction", "norm_direction_cos", "cos of normed token k between windows", lambda c, T, k: 0.0),
     ("", "norm_direction_cos_rest", "  the other tokens", lambda c, T, k: 0.0),
     ("", "norm_layer_cos", "cos of normed token k, layer to layer", lambda c, T, k: 0.0),
-    ("6 lock", "lock_cos", "cos of key k and leading query, sink head", lambda c, T, k: 0.0),
+    ("6 lock", "lock_cos", "cos of key k and leading query, later head", lambda c, T, k: 0.0),
     ("", "lock_positive", "share of queries with q.k > 0", lambda c, T, k: 0.5),
     ("", "lock_gap", "logit of key k above the others, nats", lambda c, T, k: 0.0),
     ("", "lock_weights_tau", "Kendall tau: lock by weights alone, alpha", lambda c, T, k: 0.0),
     ("7 sink", "sink_alpha_max", "alpha_k of the strongest head", _alpha),
+    ("", "sink_alpha_later", "  not counting the first layer", _alpha),
     ("", "sink_alpha_mean", "  mean of all heads", _alpha),
     ("", "sink_rate", "sink rate (alpha_k > 0.3)", lambda c, T, k: 0.0),
     ("", "sink_alpha_raw", "raw mass on k, mean of all heads", None),
-    ("", "value_drain", "||v_k|| / mean ||v_t||, sink head", lambda c, T, k: 1.0),
+    ("", "value_drain", "||v_k|| / mean ||v_t||, later head", lambda c, T, k: 1.0),
     ("", "loss", "loss, nats per token", None),
 )
 FIXED_BY_BOS = ("variance_ratio", "variance_ratio_raw", "variance_out_ratio", "norm_direction_cos")
@@ -753,11 +763,16 @@ FIXED_BY_BOS = ("variance_ratio", "variance_ratio_raw", "variance_out_ratio", "n
 
 def interval(values):
     """(S,), the first measured, the others bootstrap -> {value, half}: half the width of a 95 % interval, None without draws."""
-    return {"value": values[0].item(), "half": 1.96 * values[1:].std().item() if len(values) > 2 else None}
+    value, half = values[0].item(), 1.96 * values[1:].std().item() if len(values) > 2 else None
+    return {"value": value, "half": 0.0 if half is not None and half < 1e-5 * max(1.0, abs(value)) else half}  # rounding is no spread
 
 
 def number(x):
-    return "-" if x is None or not math.isfinite(x) else f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
+    return "-" if x is None or not math.isfinite(x) else "0" if abs(x) < 5e-6 else f"{x:.3g}" if 1e-3 < abs(x) < 1000 else f"{x:.1g}" if abs(x) < 1 else f"{x:.0f}"
+
+
+def with_interval(value, half):
+    return number(value) + ("" if half is None else f" ±{number(half if half > 99 else float(f'{half:.1g}'))}")
 
 
 def chain_of(model, x, y, k, draws, null=None):
@@ -783,7 +798,7 @@ def print_chain(kind, results, models, T, k, bos):
             cells = []
             for r in results.values():
                 v = r["numbers"][key]
-                cells.append(number(v["value"]) + (f" ±{number(v['half'])}" if v["half"] is not None else "")
+                cells.append(with_interval(v["value"], v["half"])
                              + (f" | {number(r['untrained'][key])}" if "untrained" in r else ""))
         print(f"{link:12}{label:44}" + "".join(f"{c:>{width}}" for c in cells)
               + (f"{number(chance(cfg, T, k)):>10}" if chance else ""))
@@ -879,6 +894,7 @@ def interventions(model, idx, k, factor, layer=0, seed=0):
         ("variance", "forge", f"variance of z_{k} x {factor:g}, layer {layer}", k, amplify_variance(cfg, layer, k, factor), None),
         ("variance", "control", f"  norm x {factor:g} (as the paper)", k, scale_norm(cfg, layer, k, factor), None),
         ("variance", "control", "  norm as the amplified one's", k, scale_norm_matched(cfg, layer, k, factor), None),
+        ("variance", "control", "  that norm by a constant shift", k, shift_norm(cfg, layer, k, factor), None),
         ("neurons", "forge", f"top {TOP} at token {k} answer as at 0", k, each(range(L), lambda i: copy_neurons(cfg, i, seen["neurons"][i], k)), None),
         ("direction", "forge", f"x_{k} turned to the mean x_0, norm kept", k, each(deep, lambda i: replace_direction(cfg, i, seen["state"][i], k)), None),
         ("direction", "control", "  to one random direction, norm kept", k, each(deep, lambda i: random_direction(cfg, i, k, seed + i)), None),
@@ -887,9 +903,10 @@ def interventions(model, idx, k, factor, layer=0, seed=0):
     ]
 
 
-COLUMNS = {"variance_ratio_raw": "V_k/V", "neuron_share_top5": "top-5 share", "norm_ratio": "norm", "dom_ratio_max": "DomRatio",
-           "norm_direction_cos": "cos x_k", "lock_cos": "lock cos", "lock_gap": "lock gap", "sink_alpha_max": "alpha max",
-           "sink_alpha_mean": "alpha mean", "value_drain": "drain", "loss": "loss"}
+COLUMNS = {"variance_ratio_raw": "V_k / V", "neuron_share_top5": "top-5 share", "norm_ratio": "norm", "dom_ratio_max": "DomRatio",
+           "norm_direction_cos": "cos x_k", "lock_gap": "lock gap", "sink_alpha_max": "alpha", "sink_alpha_later": "alpha later",
+           "value_drain": "drain", "loss": "loss"}
+SIGN = {"cut": "-", "forge": "+", "control": "o"}
 
 
 def cut_matrix(model, x, y, k, factor, layer=0, draws=20, seed=0):
@@ -925,38 +942,39 @@ def average(tables):
 
 
 def print_cuts(table, spread):
-    print(f"{'link':11}{'intervention':42}" + "".join(f"{name:>14}" for name in COLUMNS.values()))
-    position = None
+    link = position = None
     for row in table:
         n = row["numbers"]
         if row["position"] != position:
-            position = row["position"]
-            print(f"{'':11}{f'untouched, numbers of token {position}':42}" + "".join(f"{number(n[key]['before']):>14}" for key in COLUMNS))
-        sign = {"cut": "-", "forge": "+", "control": "o"}[row["kind"]]
-        cells = "".join(f"{number(n[key]['after']) + ('' if n[key]['half'] is None else ' ±' + number(n[key]['half'])):>14}" for key in COLUMNS)
-        print(f"{row['link']:11}{sign + ' ' + row['label']:42}{cells}")
-    print(f"- cut   + forged   o control;   ± {spread} of the change")
+            link, position = None, row["position"]
+            print(f"\n{f'numbers of token {position}':42}" + "".join(f"{name:>15}" for name in COLUMNS.values()))
+            print(f"{'  untouched':42}" + "".join(f"{number(n[key]['before']):>15}" for key in COLUMNS))
+        if row["link"] != link:
+            link = row["link"]
+            print(link)
+        print(f"  {SIGN[row['kind']]} {row['label']:38}" + "".join(f"{with_interval(n[key]['after'], n[key]['half']):>15}" for key in COLUMNS))
+    print(f"\n- cut   + forged   o control;   ± {spread} of the change")
 
 
-# (statement, link, kind, which number answers, its chance level, from where on there is something to explain)
+# statement, link, kind, and the number that answers
 CLAIMS = (
-    ("variance of z_0 feeds the sink", "variance", "cut", "sink_alpha_max"),
+    ("variance of z_0 feeds the sink", "variance", "cut", "sink_alpha_later"),
     ("super neurons make the disparity", "neurons", "cut", "dom_ratio_max"),
-    ("super neurons make the sink", "neurons", "cut", "sink_alpha_max"),
+    ("super neurons make the sink", "neurons", "cut", "sink_alpha_later"),
     ("disparity makes the lock", "disparity", "cut", "lock_gap"),
-    ("disparity makes the sink", "disparity", "cut", "sink_alpha_max"),
+    ("disparity makes the sink", "disparity", "cut", "sink_alpha_later"),
     ("the direction of x_0 makes the lock", "direction", "cut", "lock_gap"),
-    ("the direction of x_0 makes the sink", "direction", "cut", "sink_alpha_max"),
-    ("the locked key makes the sink", "lock", "cut", "sink_alpha_max"),
-    ("variance forges a sink at k", "variance", "forge", "sink_alpha_max"),
-    ("super neurons forge a sink at k", "neurons", "forge", "sink_alpha_max"),
-    ("the state of x_0 forges a sink at k", "disparity", "forge", "sink_alpha_max"),
-    ("the direction of x_0 forges a sink at k", "direction", "forge", "sink_alpha_max"),
+    ("the direction of x_0 makes the sink", "direction", "cut", "sink_alpha_later"),
+    ("the locked key makes the sink", "lock", "cut", "sink_alpha_later"),
+    ("variance forges a sink at k", "variance", "forge", "sink_alpha_later"),
+    ("super neurons forge a sink at k", "neurons", "forge", "sink_alpha_later"),
+    ("the state of x_0 forges a sink at k", "disparity", "forge", "sink_alpha_later"),
+    ("the direction of x_0 forges a sink at k", "direction", "forge", "sink_alpha_later"),
 )
 CRITERION = """A link holds when its cut takes at least half of what the number has above chance at token 0, the interval of
 that change excludes 0, and no control of the same kind does half as much as the cut; partly, from a quarter on.
 A forgery holds when it gives token k at least half of what token 0 has, on the same terms. Of several cuts the
-strongest counts. Where token 0 itself has no sink (alpha <= 0.3), a lock gap below 0.5 nats or a DomRatio below
+strongest counts. Where token 0 itself has no sink after the first layer (alpha <= 0.3), a lock gap below 0.5 nats or a DomRatio below
 twice the Gaussian's, there is nothing to explain: absent."""
 
 
@@ -970,8 +988,8 @@ def verdict(share, half, control):
 def verdicts(table, cfg, T):
     """[(statement, verdict, share of the excess, the control's share, label of the strongest intervention)], by CRITERION."""
     first = table[0]["numbers"]
-    chance = {"sink_alpha_max": _alpha(cfg, T, 0), "lock_gap": 0.0, "dom_ratio_max": gaussian_dominance(cfg.hidden_size)}
-    least = {"sink_alpha_max": EPS, "lock_gap": 0.5, "dom_ratio_max": 2 * chance["dom_ratio_max"]}
+    chance = {"sink_alpha_later": _alpha(cfg, T, 0), "lock_gap": 0.0, "dom_ratio_max": gaussian_dominance(cfg.hidden_size)}
+    least = {"sink_alpha_later": EPS, "lock_gap": 0.5, "dom_ratio_max": 2 * chance["dom_ratio_max"]}
     result = []
     for statement, link, kind, key in CLAIMS:
         excess = first[key]["before"] - chance[key]
@@ -992,13 +1010,13 @@ def print_answers(table, blocks, k, trained_with_bos):
     def change(row, *keys):
         return ", ".join(f"{COLUMNS[key]} {number(row['numbers'][key]['before'])} -> {number(row['numbers'][key]['after'])}" for key in keys)
     named = lambda text: next(row for row in table if text in row["label"])
-    keys = ("dom_ratio_max", "lock_gap", "sink_alpha_max", "loss")
+    keys = ("dom_ratio_max", "lock_gap", "sink_alpha_later", "loss")
     print("\nWhat do the super neurons carry?")
     for label in (f"top {TOP} at token 0, each layer", "their mean", "others of like weight"):
         print(f"  {named(label)['label'].strip():40}{change(named(label), *keys)}")
     print("Is it variance or norm?")
-    for label in ("variance of z", "as the paper", "as the amplified"):
-        print(f"  {named(label)['label'].strip():40}{change(named(label), 'norm_ratio', 'sink_alpha_max')}")
+    for label in ("variance of z", "as the paper", "as the amplified", "constant shift"):
+        print(f"  {named(label)['label'].strip():40}{change(named(label), 'variance_ratio_raw', 'norm_ratio', 'sink_alpha_max', 'sink_alpha_later')}")
     print(f"Does blocking token {k} make a sink there, with <bos> in the window and without? (trained with <bos> in {trained_with_bos} of the windows)")
     for kind, (before, after) in blocks.items():
         print(f"  {kind:40}alpha max {number(before)} -> {number(after)}")
@@ -1018,6 +1036,14 @@ def pyplot():
     return plt
 
 
+def plain_ticks(axis):
+    """A log axis of less than two decades: a few plain numbers instead of crowded powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    axis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+
+
 def draw_attention(ax, pattern, title):
     """pattern (T, T), mean over windows of one head; dark: much attention. Shades go with the square root."""
     from matplotlib.colors import PowerNorm
@@ -1033,7 +1059,8 @@ def draw_variance(ax, curves, title="Variance by position"):
         y = torch.as_tensor(y)
         ax.plot(range(1, len(y) + 1), y / y.median(), label=name, markevery=[0, 1, 3, 7], ms=4, lw=1.2,
                 **(style | (dict(marker="") if name.startswith("predict") else {})))
-    ax.set(xscale="log", yscale="log", xlabel="position t + 1 (log)", ylabel="variance / median (log)")
+    ax.set(xscale="log", yscale="log", xlabel="position t + 1 (log)", ylabel="variance / median over positions (log)")
+    plain_ticks(ax.yaxis)
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=7, frameon=False)
 
@@ -1042,15 +1069,15 @@ def draw_neurons(ax, score, activation, rest, title="Neurons of one MLP"):
     """Weight score (F,) against mean |activation| at the first token (F,) and at the others (F,)."""
     ax.scatter(score, rest, s=9, c="0.75", marker="o", label="other tokens")
     ax.scatter(score, activation, s=12, c="black", marker="x", lw=0.8, label="first token")
-    ax.set(xscale="log", yscale="log", xlabel="|W_down| ||W_gate|| ||W_up|| (log)", ylabel="mean |activation| (log)")
+    ax.set(xscale="log", yscale="log", xlabel="weight score |W_down| ||W_gate|| ||W_up|| (log)", ylabel="mean |activation| (log)")
+    plain_ticks(ax.xaxis)
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=7, frameon=False, loc="upper left")
 
 
 def draw_dimensions(ax, profiles, title="Dimension profile"):
-    """profiles: name -> (C,) mean |x_j|, drawn from largest to smallest over its mean."""
+    """profiles: name -> (C,) |x_j| from largest to smallest, sorted token by token, then averaged; drawn over its mean."""
     for style, (name, y) in zip(STYLES, profiles.items()):
-        y = torch.as_tensor(y).sort(descending=True).values
         ax.plot(range(1, len(y) + 1), y / y.mean(), label=name, markevery=[0], ms=4, lw=1.2, **style)
     ax.set(xscale="log", xlabel="rank of the dimension (log)", ylabel="|x_j| / mean |x|")
     ax.set_title(title, fontsize=10)
@@ -1072,28 +1099,42 @@ def draw_lock(ax, gap, alpha, title="Key lock by head"):
 
 
 def draw_cut(ax, table):
-    """Heat map: rows interventions, columns links; the number after as a share of that before, on a log scale."""
-    keys = [key for key in COLUMNS if key != "loss"] + ["loss"]
-    shade = torch.zeros(len(table), len(keys))
+    """Heat map: rows interventions, columns links. The number is that after the intervention, the shade
+    the size of the change relative to the untouched number (loss: ten times that); <, > its direction."""
+    keys, labels, rules = list(COLUMNS), [], []
     for i, row in enumerate(table):
+        if i == 0 or row["position"] != table[i - 1]["position"]:
+            rules.append(len(labels) - 0.5)
+            labels.append((f"untouched, token {row['position']}", row, "before"))
+        labels.append((f"{SIGN[row['kind']]} {row['label'].strip()}", row, "after"))
+    shade = torch.zeros(len(labels), len(keys))
+    for i, (_, row, when) in enumerate(labels):
         for j, key in enumerate(keys):
             n = row["numbers"][key]
-            change, size = n["change"], max(abs(n["before"]), 1e-3)
-            shade[i, j] = max(-1.0, min(1.0, change / size * (10 if key == "loss" else 1)))
-            sure = n["half"] is None or abs(change) > n["half"]
-            ax.text(j, i, number(n["after"]), ha="center", va="center", fontsize=7, color="black" if abs(shade[i, j]) < 0.6 else "white",
-                    fontweight="bold" if sure else "normal")
-    image = ax.imshow(shade.abs(), cmap="Greys", vmin=0, vmax=1.3, aspect="auto")
-    ax.set_xticks(range(len(keys)), [COLUMNS[key] for key in keys], rotation=30, ha="left", fontsize=8)
+            if when == "after":
+                shade[i, j] = min(1.0, abs(n["change"]) / max(abs(n["before"]), 0.02) * (10 if key == "loss" else 1))
+            mark = "" if shade[i, j] < 0.1 else " >" if n["change"] > 0 else " <"
+            ax.text(j, i, number(n[when]) + mark, ha="center", va="center", fontsize=8, color="white" if shade[i, j] > 0.6 else "black")
+    ax.imshow(shade, cmap="Greys", vmin=0, vmax=1.25, aspect="auto")
+    ax.set_xticks(range(len(keys)), [COLUMNS[key] for key in keys], fontsize=9)
     ax.xaxis.tick_top()
-    ax.set_yticks(range(len(table)), [f"{ {'cut': '-', 'forge': '+', 'control': 'o'}[r['kind']]} {r['label'].strip()}" for r in table], fontsize=8)
-    split = sum(row["position"] == 0 for row in table)
-    ax.axhline(split - 0.5, color="black", lw=1.5)
-    return image
+    ax.set_yticks(range(len(labels)), [label for label, *_ in labels], fontsize=8)
+    for y in rules:
+        ax.axhline(y, color="black", lw=1.5)
+    ax.set_xlabel("after the intervention; dark: changed by as much as it was, > up, < down;   - cut   + forged   o control")
 
 
 BIRTH = {"variance_ratio_raw": "1 variance", "neuron_share_top5": "3 neurons", "dom_ratio_max": "4 disparity", "norm_ratio": "4 norm",
          "lock_gap": "6 lock", "sink_alpha_max": "7 sink"}
+
+
+def read_log(folder):
+    """The evaluations in log.jsonl that have numbers of the chain, [] without such a file."""
+    try:
+        rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+    return [row for row in rows if isinstance(row, dict) and "links" in row and "step" in row]
 
 
 def draw_birth(ax, rows, links="links", title="Birth of the sink"):
@@ -1117,48 +1158,61 @@ def portrait(model, x, layers):
     layer, head = divmod(alpha.flatten().argmax().item(), alpha.shape[1])
     writer = torch.tensor(layers["neuron_share"]).argmax().item()
     state = torch.tensor(layers["dom_first"])[1:].argmax().item() + 1
-    seen = {}
+    last = state == model.cfg.num_hidden_layers
+    seen = {"head": (layer, head), "writer": writer, "state": state}
 
     def look(name, a):
         if name == f"{layer}.pattern":
-            seen["pattern"] = normalise_rows(a[:, head]).mean(0)
+            seen["pattern"] = normalise_rows(a[:, head]).mean(0).cpu()
         elif name == f"{writer}.mlp_post":
-            seen["first"], seen["rest"] = a[:, 0].abs().mean(0), a[:, 1:].abs().mean((0, 1))
-        elif name == f"{state}.resid_pre":
-            normed = model.layers[state].input_layernorm(a)
-        elif name == "final" and state == model.cfg.num_hidden_layers:
-            normed = a
-        if name in (f"{state}.resid_pre", "final") and "profile" not in seen and "normed" in locals():
-            seen["profile"], seen["profile_rest"] = normed[:, 0].abs().mean(0), normed[:, 1:].abs().mean((0, 1))
+            seen["first"], seen["rest"] = a[:, 0].float().abs().mean(0).cpu(), a[:, 1:].float().abs().mean((0, 1)).cpu()
+        elif name == ("final" if last else f"{state}.resid_pre"):
+            size = (a if last else model.layers[state].input_layernorm(a)).float().abs()
+            sort = lambda y: y.sort(-1, descending=True).values.flatten(0, -2).mean(0).cpu()
+            seen["profile"], seen["profile_rest"] = sort(size[:, 0]), sort(size[:, 1:])
         return a
 
     model(x, tap=look)
-    block = model.layers[writer]
-    score = neuron_scores(block.mlp.gate_proj.weight, block.mlp.up_proj.weight, block.mlp.down_proj.weight, block.post_attention_layernorm.weight)[0]
-    return {name: a.float().cpu() for name, a in seen.items()} | {"score": score.float().cpu(), "head": (layer, head), "writer": writer, "state": state}
+    mlp, norm = model.layers[writer].mlp, model.layers[writer].post_attention_layernorm
+    score = neuron_scores(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, norm.weight)[0]
+    return seen | {"score": score.cpu()}
 
 
-def draw_chain(path, portraits, results, kind):
-    """chain.png: attention maps of up to three runs above, then variance, neurons, dimensions and lock of the first."""
+def draw_sinks(ax, alphas, title="Sink by layer"):
+    """alphas: name -> (L, H): the strongest head of each layer."""
+    for style, (name, a) in zip(STYLES, alphas.items()):
+        ax.plot(torch.as_tensor(a).amax(1), label=name, ms=5, lw=1.2, **style)
+    ax.axhline(EPS, color="black", lw=0.8, ls=":")
+    ax.set(xlabel=f"layer (dotted: {EPS}, from where a sink counts)", ylabel="mean attention to token 0, strongest head", ylim=(0, 1))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=7, frameon=False)
+
+
+def draw_chain(path, portraits, results, spread_of, kind):
+    """chain.png: attention maps of up to three runs; sink by layer, variance by position (`spread_of`: results on
+    windows whose first token varies); neurons, dimensions and lock of the first run."""
     plt = pyplot()
-    names, first = list(results)[:3], next(iter(results))
-    figure = plt.figure(figsize=(15, 8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.05, 1))
-    axes = top.subplots(1, len(names), squeeze=False)[0]
-    for ax, name in zip(axes, names):
+    names, first = list(portraits), next(iter(portraits))
+    p, layers = portraits[first], results[first]["layers"]
+    columns = 3 if len(names) == 1 else 4
+    figure, axes = plt.subplots(2, columns, figsize=(4.2 * columns, 8), layout="constrained")
+    axes = list(axes.flat)
+    for name in names:
         layer, head = portraits[name]["head"]
-        alpha = results[name]["numbers"]["sink_alpha_max"]["value"]
-        image = draw_attention(ax, portraits[name]["pattern"], f"{name}: layer {layer} head {head}, alpha {alpha:.2f}")
-    top.colorbar(image, ax=list(axes), label="attention (row-normalised)", shrink=0.8)
-    top.suptitle(f"Attention of the strongest head, mean over windows; {kind}", fontsize=11)
-    a, b, c, d = bottom.subplots(1, 4)
-    layers, p = results[first]["layers"], portraits[first]
-    draw_variance(a, {name: results[name]["layers"]["variance_raw"][0] for name in names if min(results[name]["layers"]["variance_raw"][0]) > 0}
-                  | {f"predicted, {first}": layers["variance_predicted"][0]}, "Variance of z over windows, layer 0")
-    draw_neurons(b, p["score"], p["first"], p["rest"], f"{first}: neurons of layer {p['writer']}")
-    noise = torch.randn(64, len(p["profile"]), generator=torch.Generator().manual_seed(0)).abs().sort(descending=True).values.mean(0)
-    draw_dimensions(c, {"first token": p["profile"], "other tokens": p["profile_rest"], "Gaussian vector": noise}, f"{first}: normed state {p['state']}")
-    draw_lock(d, layers["lock_gap"], layers["alpha"], f"{first}: key lock by head")
+        image = draw_attention(axes[0], portraits[name]["pattern"], f"{name}: layer {layer}, head {head}")
+        figure.colorbar(image, ax=axes.pop(0), label="attention, rows sum to 1", shrink=0.7)
+    draw_sinks(axes.pop(0), {name: results[name]["layers"]["alpha"] for name in names})
+    curves = {name: spread_of[name]["layers"]["variance_raw"][0] for name in names}
+    draw_variance(axes.pop(0), curves | {f"predicted, {first}": spread_of[first]["layers"]["variance_predicted"][0]}, "Variance of z over windows, layer 0")
+    draw_neurons(axes.pop(0), p["score"], p["first"], p["rest"], f"{first}: neurons of layer {p['writer']}")
+    noise = torch.randn(256, len(p["profile"]), generator=torch.Generator().manual_seed(0)).abs().sort(descending=True).values.mean(0)
+    where = "end" if p["state"] == len(layers["alpha"]) else f"layer {p['state']} reads"
+    draw_dimensions(axes.pop(0), {"first token": p["profile"], "other tokens": p["profile_rest"], "Gaussian vector": noise}, f"{first}: normed state, {where}")
+    draw_lock(axes.pop(0), layers["lock_gap"], layers["alpha"], f"{first}: key lock by head")
+    for ax in axes:
+        ax.axis("off")
+    figure.suptitle(f"From the first token to the sink; {kind}", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -1264,9 +1318,10 @@ def run_command(args):
     if N < 2:
         raise ProbeError(f"--windows {N}: variance over windows needs at least 2")
     tokens = args.tokens or ("random" if args.llama else "text")
+    source = "random tokens" if tokens == "random" else settings["data"] if tokens == "text" and args.runs else tokens
     out = Path(args.out or (args.runs[0] if args.runs else "out"))
     out.mkdir(parents=True, exist_ok=True)
-    what = {True: f"{tokens}, first token <bos>", False: f"{tokens}, first token ordinary"}
+    what = {True: f"{source}, first token <bos>", False: f"{source}, first token ordinary"}
     kinds = [False, True] if args.bos is None and bos is not None else [bool(args.bos)]
     windows = {kind: take_windows(stream, next(iter(models.values())), bos, N, T, kind, args.seed) for kind in kinds}
     print(f"{N} windows of {T} tokens, {draws} bootstrap draws{', untrained' if args.untrained else ''}")
@@ -1275,19 +1330,26 @@ def run_command(args):
             raise ProbeError("--position 0 with --cut: the first token is the one to cut; forge at another")
         cut_command(args, opened, windows, what, k, draws, out)
     else:
-        table_command(opened, models, windows, what, T, k, draws, out)
+        table_command(args.runs, opened, models, windows, what, T, k, draws, out)
 
 
-def table_command(opened, models, windows, what, T, k, draws, out):
+def table_command(runs, opened, models, windows, what, T, k, draws, out):
     saved = {"windows": len(next(iter(windows.values()))[0]), "tokens": T, "position": k, "draws": draws, "chain": {}}
+    ordinary = None
     for kind, (x, y) in windows.items():
         results = {name: chain_of(m, x, y, k, draws, null) for name, (m, null, *_) in opened.items()}
         saved["chain"][what[kind]] = results
+        ordinary = ordinary or results
         print_chain(what[kind], results, models, T, k, kind)
     (out / "chain.json").write_text(json.dumps(saved, indent=1) + "\n")
     portraits = {name: portrait(m, x, results[name]["layers"]) for name, m in list(models.items())[:3]}
-    draw_chain(out / "chain.png", portraits, results, what[kind])
+    draw_chain(out / "chain.png", portraits, results, ordinary, what[kind])
     print(f"\nwrote {out / 'chain.json'}, {out / 'chain.png'}")
+    for folder in runs:
+        rows = read_log(folder)
+        if len(rows) > 2:
+            kinds = [links for links in ("links", "links_bos") if links in rows[0]]
+            save_figure(Path(folder) / "birth.png", draw_birth, (7.5, 4.5), rows, kinds[-1], f"{Path(folder).resolve().name}: birth of the sink")
 
 
 def cut_command(args, opened, windows, what, k, draws, out):
