@@ -35,7 +35,7 @@ class Corpus:
     task: tasks.Task | None = None
 
     def batch(self, batch_size: int, seq_len: int, generator: torch.Generator, split: str = "train",
-              bos: float = 0.5, with_copying: bool = False):
+              bos: float = 0.5, repeat: float = 0.0, with_copying: bool = False):
         """Draw windows: x, y, each (B, T) int64, y the token that follows x at each position.
 
         A share `bos` of the windows, drawn one by one, starts with <|bos|> and goes on with the
@@ -46,14 +46,15 @@ class Corpus:
         with_copying adds a third (B, T) tensor, bool: whether the task copies the target y from
         earlier in the window (`tasks`). DataError for text, where nobody knows.
         """
-        if not 0 <= bos <= 1:
-            raise DataError(f"bos is {bos}, but it is the share of windows that start with <|bos|>: 0 to 1")
+        for name, share in (("bos", bos), ("repeat", repeat)):
+            if not 0 <= share <= 1:
+                raise DataError(f"{name} is {share}, but it is a share of the windows: 0 to 1")
         if self.task:
             tokens, copied = self.task.windows(batch_size, seq_len + 1, generator)
         elif with_copying:
             raise DataError(f"{self.name} is text: which tokens are copied is known only for {', '.join(tasks.TASKS)}")
         else:
-            tokens = self._text_windows(batch_size, seq_len + 1, generator, split)
+            tokens = self._text_windows(batch_size, seq_len + 1, generator, split, repeat)
         lead = torch.rand(batch_size, generator=generator) < bos
         tokens = torch.cat([torch.full((batch_size, 1), self.bos), tokens], 1)  # (B, T + 2)
         x = torch.where(lead[:, None], tokens[:, :-2], tokens[:, 1:-1])
@@ -62,8 +63,8 @@ class Corpus:
             return x, y
         return x, y, torch.where(lead[:, None], copied[:, :-1], copied[:, 1:])
 
-    def _text_windows(self, n: int, length: int, generator: torch.Generator, split: str) -> torch.Tensor:
-        """(n, length) int64 stretches of the stream, none of which starts at a bos."""
+    def _text_windows(self, n: int, length: int, generator: torch.Generator, split: str, repeat: float) -> torch.Tensor:
+        """(n, length) int64 stretches of the stream, none of which starts at a bos; a share repeats its start."""
         if split not in ("train", "val"):
             raise DataError(f"split is {split!r}, but there are only 'train' and 'val'")
         stream = self.train if split == "train" else self.val
@@ -72,7 +73,12 @@ class Corpus:
         starts = torch.randint(len(stream) - length, (n,), generator=generator)
         starts += stream[starts] == self.bos  # documents are not empty, so the next one is ordinary
         # Indexing this view copies n contiguous rows: faster than an (n, length) table of indices.
-        return stream.unfold(0, length, 1)[starts].long()
+        windows = stream.unfold(0, length, 1)[starts].long()
+        if repeat:
+            passage = torch.randint(8, max(9, length // 2 + 1), (n, 1), generator=generator)
+            passage[torch.rand(n, 1, generator=generator) >= repeat] = length
+            windows = windows.gather(1, torch.arange(length) % passage)
+        return windows
 
     def optimal_loss(self, seq_len: int, bos: float = 0.5) -> float | None:
         """The loss in nats of a perfect predictor on such batches, computed; None for text."""

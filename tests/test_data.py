@@ -325,6 +325,18 @@ def test_bos_only_shifts_the_window(book):
     assert torch.equal(x1[:, 1:], x0[:, :-1]) and torch.equal(y1, x0)
 
 
+def test_repeated_windows(book):
+    """repeat=1: every window is a passage of 8 .. T/2 tokens over and over; repeat=0 draws as if it did not exist."""
+    corpus = data.load(book[0], cache=book[1])
+    x, y = corpus.batch(64, 40, generator(3), bos=0.0, repeat=1.0)
+    for row in torch.cat([x, y[:, -1:]], 1).tolist():
+        assert any(all(row[i] == row[i - n] for i in range(n, len(row))) for n in range(8, 22))
+    plain, none = (corpus.batch(64, 40, generator(3), **kw)[0] for kw in ({}, {"repeat": 0.0}))
+    assert torch.equal(plain, none)
+    with pytest.raises(DataError, match="repeat is 2"):
+        corpus.batch(2, 40, torch.Generator(), repeat=2)
+
+
 def test_text_windows_lie_in_the_stream_and_reach_its_end(tmp_path):
     path = tmp_path / "tiny.txt"
     path.write_text(WORDS * 3)
