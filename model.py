@@ -117,7 +117,7 @@ def rope_frequencies(cfg: Config) -> torch.Tensor:
     With `rope_scaling` of type llama3, wavelengths longer than the original context are
     stretched by `factor`, short ones kept, those between blended (Llama 3.1 release).
     """
-    # 1 / theta^x, not theta^-x: at position 100,000 the last bit of a frequency is 0.01 rad, and checkpoints were trained so
+    # 1 / theta^x and not theta^-x: the last bit of a frequency is 0.01 rad at position 100,000, so keep the reference's
     freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu") / cfg.head_dim)
     if cfg.rope_scaling is None:
         return freq
@@ -295,7 +295,8 @@ class GPT(nn.Module):
         allowed = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         if mask is not None:
             if mask.dtype != torch.bool or mask.shape[-2:] != (T, T) or mask.dim() not in (2, 3):
-                raise ModelError(f"mask must be boolean of shape ({T}, {T}) or (B, {T}, {T}), not {mask.dtype} {tuple(mask.shape)}")
+                raise ModelError(f"mask must be boolean of shape ({T}, {T}) or (B, {T}, {T}), "
+                                 f"not {mask.dtype} {tuple(mask.shape)}")
             allowed = allowed & mask
             if not allowed.any(-1).all():
                 raise ModelError("mask leaves a query without any key to attend to; allow at least itself")
@@ -313,8 +314,9 @@ class GPT(nn.Module):
         Raises ModelError naming file and tensor. Nothing is unpickled. Needs `pip install safetensors`.
         """
         folder = Path(folder)
+        raw = _read_json(folder / "config.json")
         try:
-            cfg = Config.from_hf(_read_json(folder / "config.json"))
+            cfg = Config.from_hf(raw)
         except ModelError as error:
             raise ModelError(f"{folder / 'config.json'}: {error}") from None
         weights, home = _map_weights(folder)
