@@ -689,7 +689,10 @@ def read_tokens(path, encode=None):
         return torch.tensor([int(word) for word in words])
     if encode is None:
         raise ProbeError(f"--tokens {path} is text, and this model came without a tokenizer; give a file of token ids")
-    return torch.tensor(encode(text))
+    try:
+        return torch.tensor(encode(text))
+    except ValueError as error:
+        raise ProbeError(f"--tokens {path}: {error}") from None
 
 
 def draw_windows(N, T, vocab_size, bos, with_bos, seed=0, stream=None):
@@ -787,7 +790,7 @@ def chain_of(model, x, y, k, draws, null=None):
 
 def print_chain(kind, results, models, T, k, bos):
     """One table: rows in causal order, a column for each run, value, interval and `| untrained`, and chance."""
-    width = max(22, *(len(name) + 2 for name in results))
+    width = max(26, *(len(name) + 2 for name in results))
     print(f"\n{kind}; token k = {k}. value ±95 % interval | the same model untrained")
     print(f"{'link':12}{'number':44}" + "".join(f"{name:>{width}}" for name in results) + f"{'chance':>10}")
     cfg = next(iter(models.values())).cfg
@@ -1047,7 +1050,7 @@ def plain_ticks(axis):
 def draw_attention(ax, pattern, title):
     """pattern (T, T), mean over windows of one head; dark: much attention. Shades go with the square root."""
     from matplotlib.colors import PowerNorm
-    image = ax.imshow(pattern, cmap="Greys", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    image = ax.imshow(torch.as_tensor(pattern).numpy(), cmap="Greys", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     ax.set(xlabel="key position s", ylabel="query position t")
     ax.set_title(title, fontsize=10)
     return image
@@ -1057,7 +1060,7 @@ def draw_variance(ax, curves, title="Variance by position"):
     """curves: name -> (T,). Each is divided by its median, so that the shape can be compared."""
     for style, (name, y) in zip(STYLES, curves.items()):
         y = torch.as_tensor(y)
-        ax.plot(range(1, len(y) + 1), y / y.median(), label=name, markevery=[0, 1, 3, 7], ms=4, lw=1.2,
+        ax.plot(range(1, len(y) + 1), (y / y.median()).tolist(), label=name, markevery=[0, 1, 3, 7], ms=4, lw=1.2,
                 **(style | (dict(marker="") if name.startswith("predict") else {})))
     ax.set(xscale="log", yscale="log", xlabel="position t + 1 (log)", ylabel="variance / median over positions (log)")
     plain_ticks(ax.yaxis)
@@ -1067,6 +1070,7 @@ def draw_variance(ax, curves, title="Variance by position"):
 
 def draw_neurons(ax, score, activation, rest, title="Neurons of one MLP"):
     """Weight score (F,) against mean |activation| at the first token (F,) and at the others (F,)."""
+    score, activation, rest = (torch.as_tensor(y).tolist() for y in (score, activation, rest))
     ax.scatter(score, rest, s=9, c="0.75", marker="o", label="other tokens")
     ax.scatter(score, activation, s=12, c="black", marker="x", lw=0.8, label="first token")
     ax.set(xscale="log", yscale="log", xlabel="weight score |W_down| ||W_gate|| ||W_up|| (log)", ylabel="mean |activation| (log)")
@@ -1078,7 +1082,7 @@ def draw_neurons(ax, score, activation, rest, title="Neurons of one MLP"):
 def draw_dimensions(ax, profiles, title="Dimension profile"):
     """profiles: name -> (C,) |x_j| from largest to smallest, sorted token by token, then averaged; drawn over its mean."""
     for style, (name, y) in zip(STYLES, profiles.items()):
-        ax.plot(range(1, len(y) + 1), y / y.mean(), label=name, markevery=[0], ms=4, lw=1.2, **style)
+        ax.plot(range(1, len(y) + 1), (y / y.mean()).tolist(), label=name, markevery=[0], ms=4, lw=1.2, **style)
     ax.set(xscale="log", xlabel="rank of the dimension (log)", ylabel="|x_j| / mean |x|")
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=7, frameon=False)
@@ -1115,7 +1119,7 @@ def draw_cut(ax, table):
                 shade[i, j] = min(1.0, abs(n["change"]) / max(abs(n["before"]), 0.02) * (10 if key == "loss" else 1))
             mark = "" if shade[i, j] < 0.1 else " >" if n["change"] > 0 else " <"
             ax.text(j, i, number(n[when]) + mark, ha="center", va="center", fontsize=8, color="white" if shade[i, j] > 0.6 else "black")
-    ax.imshow(shade, cmap="Greys", vmin=0, vmax=1.25, aspect="auto")
+    ax.imshow(shade.numpy(), cmap="Greys", vmin=0, vmax=1.25, aspect="auto")
     ax.set_xticks(range(len(keys)), [COLUMNS[key] for key in keys], fontsize=9)
     ax.xaxis.tick_top()
     ax.set_yticks(range(len(labels)), [label for label, *_ in labels], fontsize=8)
@@ -1144,7 +1148,7 @@ def draw_birth(ax, rows, links="links", title="Birth of the sink"):
     for style, (key, label) in zip(STYLES, BIRTH.items()):
         y = torch.tensor([row[links][key] for row in rows])
         low, high = y.min(), y.max()
-        ax.plot(steps, (y - low) / (high - low).clamp_min(1e-9), label=f"{label} ({number(low.item())} to {number(high.item())})",
+        ax.plot(steps, ((y - low) / (high - low).clamp_min(1e-9)).tolist(), label=f"{label} ({number(low.item())} to {number(high.item())})",
                 ms=3.5, lw=1.2, **style)
     ax.set(xscale="log", xlabel="training step (log; step 0 drawn at 1)", ylabel="share of the way from least to greatest", ylim=(-0.03, 1.03))
     ax.set_title(title, fontsize=10)
@@ -1181,7 +1185,7 @@ def portrait(model, x, layers):
 def draw_sinks(ax, alphas, title="Sink by layer"):
     """alphas: name -> (L, H): the strongest head of each layer."""
     for style, (name, a) in zip(STYLES, alphas.items()):
-        ax.plot(torch.as_tensor(a).amax(1), label=name, ms=5, lw=1.2, **style)
+        ax.plot(torch.as_tensor(a).amax(1).tolist(), label=name, ms=5, lw=1.2, **style)
     ax.axhline(EPS, color="black", lw=0.8, ls=":")
     ax.set(xlabel=f"layer (dotted: {EPS}, from where a sink counts)", ylabel="mean attention to token 0, strongest head", ylim=(0, 1))
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -1245,6 +1249,7 @@ def parser():
     p.add_argument("--factor", type=float, default=5.0, help="with --cut: how much it is amplified (default 5)")
     p.add_argument("--draws", type=int, default=None, help="bootstrap draws for the intervals (default 20; 0, none, for --llama)")
     p.add_argument("--seed", type=int, default=0, help="of windows, draws and random controls")
+    p.add_argument("--threads", type=int, default=None, help="CPU threads (default: 1 below 5 million parameters, which more would slow down)")
     p.add_argument("--out", default=None, help="folder for JSON and figures (default: that of the first run)")
     return p
 
@@ -1311,6 +1316,8 @@ def run_command(args):
     opened = open_models(args)
     N, draws = args.windows or (8 if args.llama else 32), args.draws if args.draws is not None else (0 if args.llama else 20)
     models = {name: m for name, (m, *_) in opened.items()}
+    if args.threads or sum(p.numel() for p in next(iter(models.values())).parameters()) < 5e6:
+        torch.set_num_threads(args.threads or 1)
     _, _, settings, stream, bos = next(iter(opened.values()))
     T = args.seq_len or settings["seq_len"]
     k = args.position if args.position is not None else (10 if args.cut else 0)
