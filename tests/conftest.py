@@ -5,7 +5,7 @@ import socket
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models of tests are tiny: more threads wait for one another
 
 
 def pytest_configure(config):
