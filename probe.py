@@ -390,6 +390,7 @@ def links(model: GPT, idx, tap=None, mask=None, k=0, targets=None, rows=None):
             weight = block.self_attn.o_proj.weight
             pooled("wo_tau", lambda z: wo_tau(z, weight), x)
             pooled("wo_gain", lambda z: wo_gain(z, weight), x)
+            out["wo_top"].append(top_singular(weight).expand(len(rows)))
         elif what == "attn_out":
             out["variance_out"].append(variance_by_position(x, weights))
             mean("spread_out", spread_by_position(x))
@@ -460,6 +461,7 @@ def summary(found, k=0):
         "variance_predicted": first["variance_predicted"], "spread_ratio": first["spread"],
         "variance_out_ratio": first["variance_out"], "spread_out_ratio": first["spread_out"],
         "wo_tau": found["wo_tau"].mean(1), "wo_gain": found["wo_gain"].mean(1),
+        "wo_top": found["wo_top"].amax(1),
         "neuron_z": found["neuron_z"].amax(1), "neuron_share_top5": found["neuron_share"].amax(1),
         "neuron_share_rest": found["neuron_share_rest"].amax(1), "neuron_overlap": found["neuron_overlap"].amax(1),
         "neuron_first_ratio": found["neuron_first_ratio"].amax(1),
@@ -734,6 +736,7 @@ TABLE = (
     ("2 W_O", "variance_out_ratio", "V_k / median V_t after W_O", None),
     ("", "wo_tau", "Kendall tau: std of z, column of W_O", lambda c, T, k: 0.0),
     ("", "wo_gain", "gain on the widest directions / random", lambda c, T, k: 1.0),
+    ("", "wo_top", "largest singular value / rms, any layer", lambda c, T, k: 2.0),
     ("3 neurons", "neuron_z", "largest weight norm, z-score", lambda c, T, k: math.sqrt(2 * math.log(c.intermediate_size))),
     ("", "neuron_share_top5", "share of the MLP's write by top 5, token k", None),
     ("", "neuron_share_rest", "  the other tokens", None),
@@ -1039,8 +1042,10 @@ def pyplot():
     return plt
 
 
-def plain_ticks(axis):
-    """A log axis of less than two decades: a few plain numbers instead of crowded powers of ten."""
+def plain_ticks(axis, least, greatest):
+    """A log axis of less than 1.5 decades: a few plain numbers instead of crowded powers of ten."""
+    if greatest / max(least, 1e-30) > 30:
+        return
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
     axis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_minor_locator(NullLocator())
@@ -1063,18 +1068,18 @@ def draw_variance(ax, curves, title="Variance by position"):
         ax.plot(range(1, len(y) + 1), (y / y.median()).tolist(), label=name, markevery=[0, 1, 3, 7], ms=4, lw=1.2,
                 **(style | (dict(marker="") if name.startswith("predict") else {})))
     ax.set(xscale="log", yscale="log", xlabel="position t + 1 (log)", ylabel="variance / median over positions (log)")
-    plain_ticks(ax.yaxis)
+    plain_ticks(ax.yaxis, *ax.get_ylim())
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=7, frameon=False)
 
 
-def draw_neurons(ax, score, activation, rest, title="Neurons of one MLP"):
-    """Weight score (F,) against mean |activation| at the first token (F,) and at the others (F,)."""
+def draw_neurons(ax, score, activation, rest, title="Neurons of one MLP", k=0):
+    """Weight score (F,) against mean |activation| at token k (F,) and at the others (F,)."""
     score, activation, rest = (torch.as_tensor(y).tolist() for y in (score, activation, rest))
     ax.scatter(score, rest, s=9, c="0.75", marker="o", label="other tokens")
-    ax.scatter(score, activation, s=12, c="black", marker="x", lw=0.8, label="first token")
+    ax.scatter(score, activation, s=12, c="black", marker="x", lw=0.8, label=f"token {k}")
     ax.set(xscale="log", yscale="log", xlabel="weight score |W_down| ||W_gate|| ||W_up|| (log)", ylabel="mean |activation| (log)")
-    plain_ticks(ax.xaxis)
+    plain_ticks(ax.xaxis, min(score), max(score))
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=7, frameon=False, loc="upper left")
 
@@ -1088,7 +1093,7 @@ def draw_dimensions(ax, profiles, title="Dimension profile"):
     ax.legend(fontsize=7, frameon=False)
 
 
-def draw_lock(ax, gap, alpha, title="Key lock by head"):
+def draw_lock(ax, gap, alpha, title="Key lock by head", k=0):
     """gap, alpha (L, H): a bar for each head, dark where the head has a sink (alpha > EPS)."""
     gap, alpha = torch.as_tensor(gap), torch.as_tensor(alpha)
     L, H = gap.shape
@@ -1098,7 +1103,7 @@ def draw_lock(ax, gap, alpha, title="Key lock by head"):
     ax.axhline(0, color="black", lw=0.8)
     step = -(-L // 12)
     ax.set_xticks([i * (H + 1) + (H - 1) / 2 for i in range(0, L, step)], [str(i) for i in range(0, L, step)])
-    ax.set(xlabel=f"layer ({H} heads each; dark: sink)", ylabel="logit of key 0 above the others (nats)")
+    ax.set(xlabel=f"layer ({H} heads each; dark: sink)", ylabel=f"logit of key {k} above the others (nats)")
     ax.set_title(title, fontsize=10)
 
 
@@ -1142,21 +1147,22 @@ def read_log(folder):
 
 
 def draw_birth(ax, rows, links="links", title="Birth of the sink"):
-    """rows: the evaluations of log.jsonl. Each link as its share of the way from its least to its greatest value."""
+    """rows: the evaluations of log.jsonl. Each link as its share of the way from its least to its greatest value.
+    Variance always comes from windows with ordinary first tokens: a fixed one has none."""
     rows = [row for row in rows if links in row]
     steps = [max(row["step"], 1) for row in rows]
     for style, (key, label) in zip(STYLES, BIRTH.items()):
-        y = torch.tensor([row[links][key] for row in rows])
+        y = torch.tensor([row["links" if key.startswith("variance") else links][key] for row in rows])
         low, high = y.min(), y.max()
         ax.plot(steps, ((y - low) / (high - low).clamp_min(1e-9)).tolist(), label=f"{label} ({number(low.item())} to {number(high.item())})",
                 ms=3.5, lw=1.2, **style)
     ax.set(xscale="log", xlabel="training step (log; step 0 drawn at 1)", ylabel="share of the way from least to greatest", ylim=(-0.03, 1.03))
     ax.set_title(title, fontsize=10)
-    ax.legend(fontsize=7, frameon=True, loc="center left")
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="link (least to greatest)")
 
 
 @torch.no_grad()
-def portrait(model, x, layers):
+def portrait(model, x, layers, k=0):
     """What the figure of one model needs on windows x (N, T); `layers` is that part of `chain_of`."""
     alpha = torch.tensor(layers["alpha"])
     layer, head = divmod(alpha.flatten().argmax().item(), alpha.shape[1])
@@ -1169,11 +1175,12 @@ def portrait(model, x, layers):
         if name == f"{layer}.pattern":
             seen["pattern"] = normalise_rows(a[:, head]).mean(0).cpu()
         elif name == f"{writer}.mlp_post":
-            seen["first"], seen["rest"] = a[:, 0].float().abs().mean(0).cpu(), a[:, 1:].float().abs().mean((0, 1)).cpu()
+            size = a.float().abs()
+            seen["first"], seen["rest"] = size[:, k].mean(0).cpu(), others(size, k, 1).mean((0, 1)).cpu()
         elif name == ("final" if last else f"{state}.resid_pre"):
             size = (a if last else model.layers[state].input_layernorm(a)).float().abs()
             sort = lambda y: y.sort(-1, descending=True).values.flatten(0, -2).mean(0).cpu()
-            seen["profile"], seen["profile_rest"] = sort(size[:, 0]), sort(size[:, 1:])
+            seen["profile"], seen["profile_rest"] = sort(size[:, k]), sort(others(size, k, 1))
         return a
 
     model(x, tap=look)
@@ -1182,18 +1189,18 @@ def portrait(model, x, layers):
     return seen | {"score": score.cpu()}
 
 
-def draw_sinks(ax, alphas, title="Sink by layer"):
+def draw_sinks(ax, alphas, title="Sink by layer", k=0):
     """alphas: name -> (L, H): the strongest head of each layer."""
     for style, (name, a) in zip(STYLES, alphas.items()):
         ax.plot(torch.as_tensor(a).amax(1).tolist(), label=name, ms=5, lw=1.2, **style)
     ax.axhline(EPS, color="black", lw=0.8, ls=":")
-    ax.set(xlabel=f"layer (dotted: {EPS}, from where a sink counts)", ylabel="mean attention to token 0, strongest head", ylim=(0, 1))
+    ax.set(xlabel=f"layer (dotted: sink above {EPS})", ylabel=f"mean attention to token {k}, strongest head", ylim=(0, 1))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=7, frameon=False)
 
 
-def draw_chain(path, portraits, results, spread_of, kind):
+def draw_chain(path, portraits, results, spread_of, kind, k=0):
     """chain.png: attention maps of up to three runs; sink by layer, variance by position (`spread_of`: results on
     windows whose first token varies); neurons, dimensions and lock of the first run."""
     plt = pyplot()
@@ -1206,17 +1213,17 @@ def draw_chain(path, portraits, results, spread_of, kind):
         layer, head = portraits[name]["head"]
         image = draw_attention(axes[0], portraits[name]["pattern"], f"{name}: layer {layer}, head {head}")
         figure.colorbar(image, ax=axes.pop(0), label="attention, rows sum to 1", shrink=0.7)
-    draw_sinks(axes.pop(0), {name: results[name]["layers"]["alpha"] for name in names})
+    draw_sinks(axes.pop(0), {name: results[name]["layers"]["alpha"] for name in names}, k=k)
     curves = {name: spread_of[name]["layers"]["variance_raw"][0] for name in names}
     draw_variance(axes.pop(0), curves | {f"predicted, {first}": spread_of[first]["layers"]["variance_predicted"][0]}, "Variance of z over windows, layer 0")
-    draw_neurons(axes.pop(0), p["score"], p["first"], p["rest"], f"{first}: neurons of layer {p['writer']}")
+    draw_neurons(axes.pop(0), p["score"], p["first"], p["rest"], f"{first}: neurons of layer {p['writer']}", k)
     noise = torch.randn(256, len(p["profile"]), generator=torch.Generator().manual_seed(0)).abs().sort(descending=True).values.mean(0)
     where = "end" if p["state"] == len(layers["alpha"]) else f"layer {p['state']} reads"
-    draw_dimensions(axes.pop(0), {"first token": p["profile"], "other tokens": p["profile_rest"], "Gaussian vector": noise}, f"{first}: normed state, {where}")
-    draw_lock(axes.pop(0), layers["lock_gap"], layers["alpha"], f"{first}: key lock by head")
+    draw_dimensions(axes.pop(0), {f"token {k}": p["profile"], "other tokens": p["profile_rest"], "Gaussian vector": noise}, f"{first}: normed state, {where}")
+    draw_lock(axes.pop(0), layers["lock_gap"], layers["alpha"], f"{first}: key lock by head", k)
     for ax in axes:
         ax.axis("off")
-    figure.suptitle(f"From the first token to the sink; {kind}", fontsize=11)
+    figure.suptitle(f"From token {k} to the sink; {kind}", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -1261,7 +1268,7 @@ def open_models(args):
         model = GPT.from_llama(args.llama).eval()
         folder = Path(args.llama)
         bos = json.loads((folder / "config.json").read_text()).get("bos_token_id")
-        bos = bos[0] if isinstance(bos, list) else bos
+        bos = bos if isinstance(bos, int) and 0 <= bos < model.cfg.vocab_size else None
         settings = {"seq_len": 64, "bos": None, "seed": 0, "data": folder.name, "vocab_size": model.cfg.vocab_size}
         return {folder.resolve().name: (model, None, settings, llama_stream(args.tokens or "random", folder), bos)}
     for folder in args.runs:
@@ -1349,19 +1356,19 @@ def table_command(runs, opened, models, windows, what, T, k, draws, out):
         ordinary = ordinary or results
         print_chain(what[kind], results, models, T, k, kind)
     (out / "chain.json").write_text(json.dumps(saved, indent=1) + "\n")
-    portraits = {name: portrait(m, x, results[name]["layers"]) for name, m in list(models.items())[:3]}
-    draw_chain(out / "chain.png", portraits, results, ordinary, what[kind])
+    portraits = {name: portrait(m, x, results[name]["layers"], k) for name, m in list(models.items())[:3]}
+    draw_chain(out / "chain.png", portraits, results, ordinary, what[kind], k)
     print(f"\nwrote {out / 'chain.json'}, {out / 'chain.png'}")
     for folder in runs:
         rows = read_log(folder)
         if len(rows) > 2:
             kinds = [links for links in ("links", "links_bos") if links in rows[0]]
-            save_figure(Path(folder) / "birth.png", draw_birth, (7.5, 4.5), rows, kinds[-1], f"{Path(folder).resolve().name}: birth of the sink")
+            save_figure(Path(folder) / "birth.png", draw_birth, (9.5, 4.5), rows, kinds[-1], f"{Path(folder).resolve().name}: birth of the sink")
 
 
 def cut_command(args, opened, windows, what, k, draws, out):
-    share = next(iter(opened.values()))[2]["bos"]
-    main = next(iter(windows)) if len(windows) == 1 else share is None or share >= 0.5
+    bos_share = next(iter(opened.values()))[2]["bos"]
+    main = next(iter(windows)) if len(windows) == 1 else bos_share is None or bos_share >= 0.5
     x, y = windows[main]
     tables = [cut_matrix(m, x, y, k, args.factor, args.layer, draws, args.seed) for m, *_ in opened.values()]
     table = average(tables)
@@ -1370,12 +1377,15 @@ def cut_command(args, opened, windows, what, k, draws, out):
     print("\nWhich links hold? " + CRITERION)
     decided = {name: verdicts(t, m.cfg, x.shape[1]) for (name, (m, *_)), t in zip(opened.items(), tables)}
     for lines in zip(*decided.values()):
-        print(f"  {lines[0][0]:40}" + " ".join(f"{v:7}" + (f"{s:5.0%} (control {c:4.0%}; {label})" if s is not None else f"({label})") for _, v, s, c, label in lines))
+        said = [v if share is None else f"{v} {share:.0%}" for _, v, share, _, _ in lines]
+        _, _, share, control, label = lines[0]
+        why = f"({label})" if share is None else f"(control {control:.0%}; {label})"
+        print(f"  {lines[0][0]:42}" + (f"{said[0]:12}{why}" if len(lines) == 1 else "".join(f"{v:14}" for v in said)))
     blocks = {}
     for kind, (x2, _) in windows.items():
         pairs = [(chain(m, x2, k=k)["sink_alpha_max"], chain(m, x2, mask=block_aggregation(x2.shape[1], k), k=k)["sink_alpha_max"]) for m, *_ in opened.values()]
         blocks[what[kind]] = torch.tensor(pairs).mean(0).tolist()
-    print_answers(table, blocks, k, "an unknown share" if share is None else f"{share:.0%}")
+    print_answers(table, blocks, k, "an unknown share" if bos_share is None else f"{bos_share:.0%}")
     saved = {"windows": len(x), "tokens": x.shape[1], "kind": what[main], "position": k, "factor": args.factor, "layer": args.layer,
              "criterion": CRITERION, "blocked": blocks, "verdicts": decided, "runs": dict(zip(opened, tables)), "mean": table}
     (out / "cut.json").write_text(json.dumps(saved, indent=1) + "\n")
