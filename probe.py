@@ -119,8 +119,8 @@ def wo_tau(z, weight):
 
 def principal(x, n=1):
     """(..., M, D) -> (..., D, n): the n leading right singular vectors of x, largest first."""
-    gram = x.transpose(-1, -2) @ x
-    return torch.linalg.eigh(gram)[1].flip(-1)[..., :n]
+    gram = (x.transpose(-1, -2) @ x).cpu()  # small, and not every GPU has eigh
+    return torch.linalg.eigh(gram)[1].flip(-1)[..., :n].to(x.device)
 
 
 def wo_gain(z, weight, share=1 / 8, most=512):
@@ -222,7 +222,7 @@ def effective_rank(x, most=1024):
 
     M tokens of several windows together; of more than `most`, every second, third, ... is used.
     """
-    x = x[:: -(-len(x) // most)].double()
+    x = x[:: -(-len(x) // most)].cpu().double()  # not every GPU has fp64
     gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
     p = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
@@ -691,10 +691,7 @@ def read_tokens(path, encode=None):
         return torch.tensor([int(word) for word in words])
     if encode is None:
         raise ProbeError(f"--tokens {path} is text, and this model came without a tokenizer; give a file of token ids")
-    try:
-        return torch.tensor(encode(text))
-    except ValueError as error:
-        raise ProbeError(f"--tokens {path}: {error}") from None
+    return torch.tensor(encode(text))
 
 
 def draw_windows(N, T, vocab_size, bos, with_bos, seed=0, stream=None):
@@ -1298,7 +1295,7 @@ def llama_stream(tokens, folder):
             from tokenizers import Tokenizer
             return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
         except ImportError:
-            raise ProbeError("text needs the tokenizers package: pip install tokenizers") from None
+            raise ProbeError("text needs the tokenizers package (pip install tokenizers); random tokens and a file of ids do not") from None
         except Exception as error:
             raise ProbeError(f"{folder / 'tokenizer.json'} cannot be read ({type(error).__name__}); use --tokens random or a file of ids") from None
     if tokens != "text":
@@ -1321,20 +1318,24 @@ def run_command(args):
     if args.llama and args.untrained:
         raise ProbeError("--untrained is for runs: a checkpoint does not say what it started from")
     opened = open_models(args)
-    N, draws = args.windows or (8 if args.llama else 32), args.draws if args.draws is not None else (0 if args.llama else 20)
+    N = (8 if args.llama else 32) if args.windows is None else args.windows
+    draws = (0 if args.llama else 20) if args.draws is None else args.draws
     models = {name: m for name, (m, *_) in opened.items()}
     if args.threads or sum(p.numel() for p in next(iter(models.values())).parameters()) < 5e6:
         torch.set_num_threads(args.threads or 1)
     _, _, settings, stream, bos = next(iter(opened.values()))
-    T = args.seq_len or settings["seq_len"]
+    T = settings["seq_len"] if args.seq_len is None else args.seq_len
     k = args.position if args.position is not None else (10 if args.cut else 0)
+    if N < 2 or T < 3 or draws < 0:
+        raise ProbeError(f"--windows {N} --seq-len {T} --draws {draws}: the chain needs at least 2 windows of 3 tokens and no less than 0 draws")
     check_position(k, T)
-    if N < 2:
-        raise ProbeError(f"--windows {N}: variance over windows needs at least 2")
     tokens = args.tokens or ("random" if args.llama else "text")
     source = "random tokens" if tokens == "random" else settings["data"] if tokens == "text" and args.runs else tokens
     out = Path(args.out or (args.runs[0] if args.runs else "out"))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProbeError(f"cannot write to {out} ({error.strerror}); choose another --out") from None
     what = {True: f"{source}, first token <bos>", False: f"{source}, first token ordinary"}
     kinds = [False, True] if args.bos is None and bos is not None else [bool(args.bos)]
     windows = {kind: take_windows(stream, next(iter(models.values())), bos, N, T, kind, args.seed) for kind in kinds}
@@ -1359,11 +1360,12 @@ def table_command(runs, opened, models, windows, what, T, k, draws, out):
     portraits = {name: portrait(m, x, results[name]["layers"], k) for name, m in list(models.items())[:3]}
     draw_chain(out / "chain.png", portraits, results, ordinary, what[kind], k)
     print(f"\nwrote {out / 'chain.json'}, {out / 'chain.png'}")
-    for folder in runs:
+    for folder, name in zip(runs, results):
         rows = read_log(folder)
         if len(rows) > 2:
-            kinds = [links for links in ("links", "links_bos") if links in rows[0]]
-            save_figure(Path(folder) / "birth.png", draw_birth, (9.5, 4.5), rows, kinds[-1], f"{Path(folder).resolve().name}: birth of the sink")
+            path = out / f"birth_{name}.png"
+            save_figure(path, draw_birth, (9.5, 4.5), rows, "links_bos" if "links_bos" in rows[0] else "links", f"{name}: birth of the sink")
+            print(f"wrote {path}")
 
 
 def cut_command(args, opened, windows, what, k, draws, out):
@@ -1394,9 +1396,11 @@ def cut_command(args, opened, windows, what, k, draws, out):
 
 
 def main(argv=None):
+    args = parser().parse_args(argv)
+    from data import DataError
     try:
-        run_command(parser().parse_args(argv))
-    except (ProbeError, ModelError) as error:
+        run_command(args)
+    except (ProbeError, ModelError, DataError) as error:
         print(f"probe.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -538,7 +538,7 @@ def test_table_of_three_runs_json_and_figure(run, capsys):
     runs = saved["chain"]["copy, first token ordinary"]
     assert list(runs) == ["softmax", "headnorm", "sigmoid"] and runs["softmax"]["numbers"]["sink_rate"]["half"] is not None
     assert "untrained" in runs["softmax"]
-    for picture in ("chain.png", "birth.png"):
+    for picture in ("chain.png", "birth_softmax.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
@@ -556,7 +556,8 @@ def test_cut_of_two_runs(run, capsys):
     assert (probe.Path(folders[0]) / "cut.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_untrained_random_tokens_and_files(run, tmp_path, capsys):
+def test_untrained_random_tokens_and_files(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "draw_chain", lambda *a: None)  # drawn elsewhere
     folder = run(save=False)
     out = tmp_path / "here"
     assert probe.main([folder, "--untrained", "--tokens", "random", "--no-bos", "--windows", "4", "--draws", "0", "--out", str(out)]) == 0
@@ -578,7 +579,8 @@ def test_windows():
     assert torch.equal(x[0], torch.arange(4)) and torch.equal(x[-1], torch.arange(15, 19))
 
 
-def test_llama_folder(tmp_path, capsys):
+def test_llama_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "draw_chain", lambda *a: None)
     save_file = pytest.importorskip("safetensors.torch").save_file
     folder = tmp_path / "tiny-llama"
     folder.mkdir()
@@ -594,6 +596,12 @@ def test_llama_folder(tmp_path, capsys):
     assert "untouched" in capsys.readouterr().out
     assert probe.main(["--llama", str(folder), "--tokens", "text", *out]) == 2
     assert "tokenizer" in capsys.readouterr().err
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate("abcdefghijklmnopqrstuvwx?")}, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 3)
+    assert probe.main(["--llama", str(folder), "--tokens", str(tmp_path / "text.txt"), "--no-bos", *out]) == 0
 
 
 BAD = {
@@ -615,7 +623,10 @@ BAD = {
     "foreign ids": (lambda r, t: [r(), "--tokens", written(t, "99 " * 40)], "this model has 0 to 24"),
     "foreign text": (lambda r, t: [r(), "--tokens", written(t, "ABC" * 40)], "is not a symbol"),
     "no tokens file": (lambda r, t: [r(), "--tokens", "nowhere.txt"], "cannot be read"),
-    "one window": (lambda r, t: [r(), "--windows", "1"], "at least 2"),
+    "one window": (lambda r, t: [r(), "--windows", "1"], "at least 2 windows"),
+    "no window": (lambda r, t: [r(), "--windows", "0"], "at least 2 windows"),
+    "no tokens": (lambda r, t: [r(), "--seq-len", "0"], "at least 2 windows of 3 tokens"),
+    "out is a file": (lambda r, t: [r(), "--out", written(t, "x")], "choose another --out"),
     "nothing": (lambda r, t: [], "give the folders of one or more runs"),
     "both": (lambda r, t: [r(), "--llama", str(t)], "not both"),
     "no llama": (lambda r, t: ["--llama", str(t / "no")], "config.json"),
