@@ -683,7 +683,8 @@ def read_tokens(path, encode=None):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ProbeError(f"--tokens {path}: cannot be read ({error.__class__.__name__}); give random, text, or a file of ids or text") from None
+        raise ProbeError(f"--tokens {path}: cannot be read ({type(error).__name__}); "
+                         "give random, text, or a file of ids or text") from None
     words = text.replace(",", " ").replace("[", " ").replace("]", " ").split()
     if not words:
         raise ProbeError(f"--tokens {path}: the file is empty")
@@ -738,7 +739,7 @@ TABLE = (
     ("", "neuron_share_top5", "share of the MLP's write by top 5, token k", None),
     ("", "neuron_share_rest", "  the other tokens", None),
     ("", "neuron_overlap", "overlap: largest weights, most active at k", lambda c, T, k: TOP / c.intermediate_size),
-    ("", "neuron_first_ratio", "top weights: activation at k / others", lambda c, T, k: 1.0),
+    ("", "neuron_first_ratio", "top weights: energy at k / others", lambda c, T, k: 1.0),
     ("4 disparity", "norm_ratio", "norm of token k / median", lambda c, T, k: 1.0),
     ("", "dom_ratio_first", "DomRatio of token k, layer mean", lambda c, T, k: gaussian_dominance(c.hidden_size)),
     ("", "dom_ratio_rest", "  the other tokens", lambda c, T, k: gaussian_dominance(c.hidden_size)),
@@ -766,12 +767,19 @@ FIXED_BY_BOS = ("variance_ratio", "variance_ratio_raw", "variance_out_ratio", "n
 
 def interval(values):
     """(S,), the first measured, the others bootstrap -> {value, half}: half the width of a 95 % interval, None without draws."""
-    value, half = values[0].item(), 1.96 * values[1:].std().item() if len(values) > 2 else None
-    return {"value": value, "half": 0.0 if half is not None and half < 1e-5 * max(1.0, abs(value)) else half}  # rounding is no spread
+    value, half = values[0].item(), None
+    if len(values) > 2:
+        half = 1.96 * values[1:].std().item()
+        half = half if half > 1e-5 * max(1.0, abs(value)) else 0.0  # rounding is no spread
+    return {"value": value, "half": half}
 
 
 def number(x):
-    return "-" if x is None or not math.isfinite(x) else "0" if abs(x) < 5e-6 else f"{x:.3g}" if 1e-3 < abs(x) < 1000 else f"{x:.1g}" if abs(x) < 1 else f"{x:.0f}"
+    """Three digits; one for what is below 0.001."""
+    if x is None or not math.isfinite(x):
+        return "-"
+    size = abs(x)
+    return "0" if size < 5e-6 else f"{x:.1g}" if size < 1e-3 else f"{x:.3g}" if size < 1000 else f"{x:.0f}"
 
 
 def with_interval(value, half):
@@ -859,51 +867,54 @@ def interventions(model, idx, k, factor, layer=0, seed=0):
 
     kind: cut, forge, or control of the cuts or forgeries of its link above it.
     """
-    cfg, T = model.cfg, idx.shape[1]
-    seen, L, mid = observe(model, idx), cfg.num_hidden_layers, T // 2
-    deep = range(min(1, L - 1), L)  # layers that read what an earlier layer wrote
-    g = torch.Generator().manual_seed(seed)
+    cfg, T, seen = model.cfg, idx.shape[1], observe(model, idx)
+    L, mid, g = cfg.num_hidden_layers, T // 2, torch.Generator().manual_seed(seed)
+    neurons, dims, limits = seen["neurons"], seen["dims"], seen["limits"]
+    every, deep = range(L), range(min(1, L - 1), L)  # deep: layers that read what an earlier layer wrote
 
-    def each(layers, build):
-        return compose(*(build(i) for i in layers))
+    def each(layers, build, *args, **more):
+        return compose(*(build(cfg, i, *(a[i] if isinstance(a, list) else a for a in args), **more) for i in layers))
 
-    def ablate(i, ids, to=None, at=None):
-        return ablate_neurons(cfg, i, ids, 0.0 if to is None else to[ids], at)
-
-    like = [similar_neurons(score, ids) for score, ids in zip(seen["scores"], seen["neurons"])]
+    like = [similar_neurons(score, ids) for score, ids in zip(seen["scores"], neurons)]
+    means = [mean[ids] for mean, ids in zip(seen["means"], neurons)]
+    largest = [d[0].item() for d in dims]
     anywhere = torch.randperm(cfg.hidden_size, generator=g)[:3]
     other_query = torch.randn(seen["query"][0].shape, generator=g)
-    parity = normalise_position(cfg, range(L), 0)
-    quiet = each(range(L), lambda i: ablate(i, seen["neurons"][i]))
-    unlocked = each(range(L), lambda i: remove_key_direction(cfg, i, seen["query"][i]))
-    block = block_aggregation(T, k)
-    return [
-        ("variance", "cut", "z_0 given the RMS of the others", 0, parity, None),
-        ("variance", "control", f"z_{mid} given the RMS of the others", 0, normalise_position(cfg, range(L), mid), None),
-        ("neurons", "cut", f"top {TOP} at token 0, each layer: 0", 0, quiet, None),
-        ("neurons", "cut", "  their mean instead of 0", 0, each(range(L), lambda i: ablate(i, seen["neurons"][i], seen["means"][i])), None),
-        ("neurons", "cut", "  0 at token 0 only", 0, each(range(L), lambda i: ablate(i, seen["neurons"][i], at=0)), None),
-        ("neurons", "control", "  others of like weight: 0", 0, each(range(L), lambda i: ablate(i, like[i])), None),
-        ("disparity", "cut", "3 largest dimensions of x_0 clipped", 0, each(deep, lambda i: clip_dimensions(cfg, i, seen["dims"][i], seen["limits"][i])), None),
-        ("disparity", "cut", "  largest turned into all, norm kept", 0, each(deep, lambda i: spread_dimension(cfg, i, seen["dims"][i][0].item())), None),
-        ("disparity", "control", "  3 random dimensions clipped", 0, each(deep, lambda i: clip_dimensions(cfg, i, anywhere, seen["limits"][i])), None),
-        ("direction", "cut", f"x_0 turned to x_{mid}, norm kept", 0, each(deep, lambda i: replace_direction(cfg, i, seen["other"][i])), None),
-        ("direction", "cut", "  to one random direction, norm kept", 0, each(deep, lambda i: random_direction(cfg, i, seed=seed + i)), None),
-        ("direction", "control", f"  x_{mid} turned at random", 0, each(deep, lambda i: random_direction(cfg, i, mid, seed + i)), None),
-        ("lock", "cut", "k_0 without the leading query", 0, unlocked, None),
-        ("lock", "control", "  without a random direction", 0, each(range(L), lambda i: remove_key_direction(cfg, i, other_query)), None),
-        ("all", "cut", "z_0 parity + neurons + lock together", 0, compose(parity, quiet, unlocked), None),
-        ("variance", "forge", f"token {k} sees only itself", k, None, block),
-        ("variance", "forge", f"variance of z_{k} x {factor:g}, layer {layer}", k, amplify_variance(cfg, layer, k, factor), None),
-        ("variance", "control", f"  norm x {factor:g} (as the paper)", k, scale_norm(cfg, layer, k, factor), None),
-        ("variance", "control", "  norm as the amplified one's", k, scale_norm_matched(cfg, layer, k, factor), None),
-        ("variance", "control", "  that norm by a constant shift", k, shift_norm(cfg, layer, k, factor), None),
-        ("neurons", "forge", f"top {TOP} at token {k} answer as at 0", k, each(range(L), lambda i: copy_neurons(cfg, i, seen["neurons"][i], k)), None),
-        ("direction", "forge", f"x_{k} turned to the mean x_0, norm kept", k, each(deep, lambda i: replace_direction(cfg, i, seen["state"][i], k)), None),
-        ("direction", "control", "  to one random direction, norm kept", k, each(deep, lambda i: random_direction(cfg, i, k, seed + i)), None),
-        ("disparity", "forge", f"x_{k} becomes the mean x_0, layer {deep[0]}", k, replace_state(cfg, deep[0], seen["state"][deep[0]], k), None),
-        ("all", "forge", "sees only itself, z parity in all layers", k, normalise_position(cfg, range(L), k), block),
+    parity = normalise_position(cfg, every, 0)
+    quiet = each(every, ablate_neurons, neurons)
+    unlocked = each(every, remove_key_direction, seen["query"])
+    cuts = [
+        ("variance", "cut", "z_0 given the RMS of the others", parity),
+        ("variance", "control", f"z_{mid} given the RMS of the others", normalise_position(cfg, every, mid)),
+        ("neurons", "cut", f"top {TOP} at token 0, each layer: 0", quiet),
+        ("neurons", "cut", "  their mean instead of 0", each(every, ablate_neurons, neurons, means)),
+        ("neurons", "cut", "  0 at token 0 only", each(every, ablate_neurons, neurons, k=0)),
+        ("neurons", "control", "  others of like weight: 0", each(every, ablate_neurons, like)),
+        ("disparity", "cut", "3 largest dimensions of x_0 clipped", each(deep, clip_dimensions, dims, limits)),
+        ("disparity", "cut", "  largest turned into all, norm kept", each(deep, spread_dimension, largest)),
+        ("disparity", "control", "  3 random dimensions clipped", each(deep, clip_dimensions, anywhere, limits)),
+        ("direction", "cut", f"x_0 turned to x_{mid}, norm kept", each(deep, replace_direction, seen["other"])),
+        ("direction", "cut", "  to one random direction, norm kept", each(deep, random_direction, seed=seed)),
+        ("direction", "control", f"  x_{mid} turned at random", each(deep, random_direction, k=mid, seed=seed)),
+        ("lock", "cut", "k_0 without the leading query", unlocked),
+        ("lock", "control", "  without a random direction", each(every, remove_key_direction, other_query)),
+        ("all", "cut", "z_0 parity + neurons + lock together", compose(parity, quiet, unlocked)),
     ]
+    block, state = block_aggregation(T, k), seen["state"]
+    forgeries = [
+        ("variance", "forge", f"token {k} sees only itself", None, block),
+        ("variance", "forge", f"variance of z_{k} x {factor:g}, layer {layer}", amplify_variance(cfg, layer, k, factor)),
+        ("variance", "control", f"  norm x {factor:g} (as the paper)", scale_norm(cfg, layer, k, factor)),
+        ("variance", "control", "  norm as the amplified one's", scale_norm_matched(cfg, layer, k, factor)),
+        ("variance", "control", "  that norm by a constant shift", shift_norm(cfg, layer, k, factor)),
+        ("neurons", "forge", f"top {TOP} at token {k} answer as at 0", each(every, copy_neurons, neurons, k)),
+        ("direction", "forge", f"x_{k} turned to the mean x_0, norm kept", each(deep, replace_direction, state, k=k)),
+        ("direction", "control", "  to one random direction, norm kept", each(deep, random_direction, k=k, seed=seed)),
+        ("disparity", "forge", f"x_{k} becomes the mean x_0, layer {deep[0]}", replace_state(cfg, deep[0], state[deep[0]], k)),
+        ("all", "forge", "sees only itself, z parity in all layers", normalise_position(cfg, every, k), block),
+    ]
+    return [(*row[:3], position, row[3], row[4] if len(row) > 4 else None)
+            for position, rows in ((0, cuts), (k, forgeries)) for row in rows]
 
 
 COLUMNS = {"variance_ratio_raw": "V_k / V", "neuron_share_top5": "top-5 share", "norm_ratio": "norm", "dom_ratio_max": "DomRatio",
@@ -1019,8 +1030,9 @@ def print_answers(table, blocks, k, trained_with_bos):
         print(f"  {named(label)['label'].strip():40}{change(named(label), *keys)}")
     print("Is it variance or norm?")
     for label in ("variance of z", "as the paper", "as the amplified", "constant shift"):
-        print(f"  {named(label)['label'].strip():40}{change(named(label), 'variance_ratio_raw', 'norm_ratio', 'sink_alpha_max', 'sink_alpha_later')}")
-    print(f"Does blocking token {k} make a sink there, with <bos> in the window and without? (trained with <bos> in {trained_with_bos} of the windows)")
+        print(f"  {named(label)['label'].strip():40}{change(named(label), 'variance_ratio_raw', 'norm_ratio', 'sink_alpha_max')}")
+    print(f"Does blocking token {k} make a sink there, with <bos> in the window and without? "
+          f"(trained with <bos> in {trained_with_bos} of the windows)")
     for kind, (before, after) in blocks.items():
         print(f"  {kind:40}alpha max {number(before)} -> {number(after)}")
 
@@ -1118,9 +1130,11 @@ def draw_cut(ax, table):
         for j, key in enumerate(keys):
             n = row["numbers"][key]
             if when == "after":
-                shade[i, j] = min(1.0, abs(n["change"]) / max(abs(n["before"]), 0.02) * (10 if key == "loss" else 1))
+                size = max(abs(n["before"]), 0.5 if key == "lock_gap" else 0.02) / (10 if key == "loss" else 1)
+                shade[i, j] = min(1.0, abs(n["change"]) / size)
             mark = "" if shade[i, j] < 0.1 else " >" if n["change"] > 0 else " <"
-            ax.text(j, i, number(n[when]) + mark, ha="center", va="center", fontsize=8, color="white" if shade[i, j] > 0.6 else "black")
+            ax.text(j, i, number(n[when]) + mark, ha="center", va="center", fontsize=8,
+                    color="white" if shade[i, j] > 0.75 else "black")
     ax.imshow(shade.numpy(), cmap="Greys", vmin=0, vmax=1.25, aspect="auto")
     ax.set_xticks(range(len(keys)), [COLUMNS[key] for key in keys], fontsize=9)
     ax.xaxis.tick_top()
@@ -1151,9 +1165,10 @@ def draw_birth(ax, rows, links="links", title="Birth of the sink"):
     for style, (key, label) in zip(STYLES, BIRTH.items()):
         y = torch.tensor([row["links" if key.startswith("variance") else links][key] for row in rows])
         low, high = y.min(), y.max()
-        ax.plot(steps, ((y - low) / (high - low).clamp_min(1e-9)).tolist(), label=f"{label} ({number(low.item())} to {number(high.item())})",
-                ms=3.5, lw=1.2, **style)
-    ax.set(xscale="log", xlabel="training step (log; step 0 drawn at 1)", ylabel="share of the way from least to greatest", ylim=(-0.03, 1.03))
+        label = f"{label} ({number(low.item())} to {number(high.item())})"
+        ax.plot(steps, ((y - low) / (high - low).clamp_min(1e-9)).tolist(), label=label, ms=3.5, lw=1.2, **style)
+    ax.set(xscale="log", xlabel="training step (log; step 0 drawn at 1)", ylim=(-0.03, 1.03),
+           ylabel="share of the way from least to greatest")
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="link (least to greatest)")
 
@@ -1212,11 +1227,13 @@ def draw_chain(path, portraits, results, spread_of, kind, k=0):
         figure.colorbar(image, ax=axes.pop(0), label="attention, rows sum to 1", shrink=0.7)
     draw_sinks(axes.pop(0), {name: results[name]["layers"]["alpha"] for name in names}, k=k)
     curves = {name: spread_of[name]["layers"]["variance_raw"][0] for name in names}
-    draw_variance(axes.pop(0), curves | {f"predicted, {first}": spread_of[first]["layers"]["variance_predicted"][0]}, "Variance of z over windows, layer 0")
+    curves[f"predicted, {first}"] = spread_of[first]["layers"]["variance_predicted"][0]
+    draw_variance(axes.pop(0), curves, "Variance of z over windows, layer 0")
     draw_neurons(axes.pop(0), p["score"], p["first"], p["rest"], f"{first}: neurons of layer {p['writer']}", k)
     noise = torch.randn(256, len(p["profile"]), generator=torch.Generator().manual_seed(0)).abs().sort(descending=True).values.mean(0)
     where = "end" if p["state"] == len(layers["alpha"]) else f"layer {p['state']} reads"
-    draw_dimensions(axes.pop(0), {f"token {k}": p["profile"], "other tokens": p["profile_rest"], "Gaussian vector": noise}, f"{first}: normed state, {where}")
+    profiles = {f"token {k}": p["profile"], "other tokens": p["profile_rest"], "Gaussian vector": noise}
+    draw_dimensions(axes.pop(0), profiles, f"{first}: normed state, {where}")
     draw_lock(axes.pop(0), layers["lock_gap"], layers["alpha"], f"{first}: key lock by head", k)
     for ax in axes:
         ax.axis("off")
@@ -1242,18 +1259,21 @@ def parser():
     p.add_argument("--llama", metavar="FOLDER", help="a Llama checkpoint in Hugging Face format instead of runs")
     p.add_argument("--cut", action="store_true", help="the cut matrix: every intervention against every link")
     p.add_argument("--untrained", action="store_true", help="the weights that the runs started from")
-    p.add_argument("--tokens", default=None, help="text (default for runs), random (default for --llama), or a file of token ids or of text")
+    p.add_argument("--tokens", default=None,
+                   help="text (default for runs), random (default for --llama), or a file of token ids or of text")
     p.add_argument("--bos", action=argparse.BooleanOptionalAction, default=None,
                    help="only windows that begin with <bos>, or only those that do not (default: the table shows both; "
                         "the cut matrix takes what the run was mostly trained with)")
     p.add_argument("--windows", type=int, default=None, help="how many windows (default 32; 8 for --llama)")
     p.add_argument("--seq-len", type=int, default=None, help="tokens a window (default: the run's; 64 for --llama)")
-    p.add_argument("--position", type=int, default=None, help="the token looked at (default 0), or with --cut where to forge a sink (default 10)")
+    p.add_argument("--position", type=int, default=None,
+                   help="the token looked at (default 0), or with --cut where to forge a sink (default 10)")
     p.add_argument("--layer", type=int, default=0, help="with --cut: the layer whose variance is amplified (default 0)")
     p.add_argument("--factor", type=float, default=5.0, help="with --cut: how much it is amplified (default 5)")
     p.add_argument("--draws", type=int, default=None, help="bootstrap draws for the intervals (default 20; 0, none, for --llama)")
     p.add_argument("--seed", type=int, default=0, help="of windows, draws and random controls")
-    p.add_argument("--threads", type=int, default=None, help="CPU threads (default: 1 below 5 million parameters, which more would slow down)")
+    p.add_argument("--threads", type=int, default=None,
+                   help="CPU threads (default: 1 below 5 million parameters, which more would slow down)")
     p.add_argument("--out", default=None, help="folder for JSON and figures (default: that of the first run)")
     return p
 
@@ -1295,9 +1315,10 @@ def llama_stream(tokens, folder):
             from tokenizers import Tokenizer
             return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
         except ImportError:
-            raise ProbeError("text needs the tokenizers package (pip install tokenizers); random tokens and a file of ids do not") from None
+            raise ProbeError("text needs the tokenizers package (pip install tokenizers); random tokens do not") from None
         except Exception as error:
-            raise ProbeError(f"{folder / 'tokenizer.json'} cannot be read ({type(error).__name__}); use --tokens random or a file of ids") from None
+            raise ProbeError(f"{folder / 'tokenizer.json'} cannot be read ({type(error).__name__}); "
+                             "use --tokens random or a file of ids") from None
     if tokens != "text":
         return read_tokens(tokens, encode)
     import data
@@ -1327,7 +1348,8 @@ def run_command(args):
     T = settings["seq_len"] if args.seq_len is None else args.seq_len
     k = args.position if args.position is not None else (10 if args.cut else 0)
     if N < 2 or T < 3 or draws < 0:
-        raise ProbeError(f"--windows {N} --seq-len {T} --draws {draws}: the chain needs at least 2 windows of 3 tokens and no less than 0 draws")
+        raise ProbeError(f"--windows {N} --seq-len {T} --draws {draws}: the chain needs at least 2 windows of 3 tokens, "
+                         "and 0 draws or more")
     check_position(k, T)
     tokens = args.tokens or ("random" if args.llama else "text")
     source = "random tokens" if tokens == "random" else settings["data"] if tokens == "text" and args.runs else tokens
@@ -1364,7 +1386,8 @@ def table_command(runs, opened, models, windows, what, T, k, draws, out):
         rows = read_log(folder)
         if len(rows) > 2:
             path = out / f"birth_{name}.png"
-            save_figure(path, draw_birth, (9.5, 4.5), rows, "links_bos" if "links_bos" in rows[0] else "links", f"{name}: birth of the sink")
+            kind = "links_bos" if "links_bos" in rows[0] else "links"
+            save_figure(path, draw_birth, (9.5, 4.5), rows, kind, f"{name}: birth of the sink")
             print(f"wrote {path}")
 
 
@@ -1385,8 +1408,8 @@ def cut_command(args, opened, windows, what, k, draws, out):
         print(f"  {lines[0][0]:42}" + (f"{said[0]:12}{why}" if len(lines) == 1 else "".join(f"{v:14}" for v in said)))
     blocks = {}
     for kind, (x2, _) in windows.items():
-        pairs = [(chain(m, x2, k=k)["sink_alpha_max"], chain(m, x2, mask=block_aggregation(x2.shape[1], k), k=k)["sink_alpha_max"]) for m, *_ in opened.values()]
-        blocks[what[kind]] = torch.tensor(pairs).mean(0).tolist()
+        alpha = lambda mask: [chain(m, x2, mask=mask, k=k)["sink_alpha_max"] for m, *_ in opened.values()]
+        blocks[what[kind]] = [sum(a) / len(a) for a in (alpha(None), alpha(block_aggregation(x2.shape[1], k)))]
     print_answers(table, blocks, k, "an unknown share" if bos_share is None else f"{bos_share:.0%}")
     saved = {"windows": len(x), "tokens": x.shape[1], "kind": what[main], "position": k, "factor": args.factor, "layer": args.layer,
              "criterion": CRITERION, "blocked": blocks, "verdicts": decided, "runs": dict(zip(opened, tables)), "mean": table}
