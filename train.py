@@ -13,13 +13,16 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +33,11 @@ import probe
 from model import ATTENTIONS, GPT, Config, ModelError
 
 SIZES = {  # model and schedule that fit together; every one of these can be overridden by its flag
-    "tiny": dict(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=2,
-                 seq_len=64, batch_size=16, steps=5000, lr=4e-3),
-    "small": dict(hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5,
+    "tiny": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=2, vocab_size=257,
+                 seq_len=64, batch_size=8, steps=5000, lr=5e-3),
+    "small": dict(hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5, vocab_size=1024,
                   seq_len=256, batch_size=64, steps=10000, lr=2e-3),
-    "base": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+    "base": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=1024,
                  seq_len=1024, batch_size=16, steps=20000, lr=6e-4),
 }
 EVAL_TOKENS, PROBE_TOKENS = 32768, 4096  # per evaluation; fixed windows, whatever is trained
@@ -65,10 +68,11 @@ class Run:
     seq_len: int | None = setting(None, "tokens per window, T")
     lr: float | None = setting(None, "peak learning rate; cosine to a tenth of it after the warm-up")
     warmup: int = setting(100, "steps of linear warm-up")
-    weight_decay: float = setting(0.1, "AdamW weight decay of the matrices")
-    bos: float = setting(0.5, "share of the windows that start with <|bos|>; the others start with an ordinary token")
+    weight_decay: float = setting(0.3, "AdamW weight decay of the matrices")
+    bos: float = setting(1.0, "share of the windows that start with <|bos|>; the others start with an ordinary token")
+    repeat: float = setting(0.8, "share of the training windows of text that show one passage over and over: heads learn to copy, and to rest")
     seed: int = setting(0, "of initial weights and of batches: the same for every --attn")
-    vocab_size: int = setting(1024, "tokens of the vocabulary that is built from the text")
+    vocab_size: int | None = setting(None, "tokens of the vocabulary that is built from the text; 257 is bytes and <|bos|>")
     encoding: str | None = setting(None, "gpt2: use GPT-2's vocabulary instead (downloaded once)", ("gpt2",))
     hidden_size: int | None = setting(None, "model width, C")
     intermediate_size: int | None = setting(None, "FFN width, F")
@@ -89,12 +93,16 @@ class Run:
 
 @dataclass
 class Result:
-    """What `train` leaves: the folder, the last evaluation (as in log.jsonl), seconds of training."""
+    """What `train` leaves: the folder, the last evaluation (as in log.jsonl), seconds of training, and
+    what it trained. `optimal_loss` is that of a perfect predictor, known only for synthetic tasks."""
 
     folder: Path
     final: dict
     seconds: float
     finished: bool
+    optimal_loss: float | None
+    model: GPT = field(repr=False)
+    corpus: data.Corpus = field(repr=False)
 
 
 # Where and how a run computes may change when it is resumed; what it computes may not.
@@ -114,15 +122,21 @@ def resolve(run: Run) -> Run:
     for name, value in SIZES[run.size].items():
         full[name] = value if full[name] is None else full[name]
     full["out"] = full["out"] or f"out/{run.attn}"
-    full["threads"] = full["threads"] or min(os.cpu_count() or 1, 4)
-    full["initializer_range"] = full["initializer_range"] or full["hidden_size"] ** -0.5
-    for name in ("steps", "batch_size", "seq_len", "threads", "evals"):
-        if full[name] < 1:
-            raise TrainError(f"--{name.replace('_', '-')} must be at least 1, not {full[name]}")
+    at_least = dict(steps=1, batch_size=1, seq_len=3, hidden_size=8, intermediate_size=8, evals=1)  # `probe` needs so much
+    for name, least in at_least.items():
+        if not least <= full[name] < 2**31:
+            raise TrainError(f"--{name.replace('_', '-')} must be at least {least}, not {full[name]}")
+    if full["threads"] is None:
+        full["threads"] = min(os.cpu_count() or 1, 4)
+    if not 1 <= full["threads"] <= 1024:
+        raise TrainError(f"--threads must be from 1 to 1024, not {full['threads']}")
+    if full["initializer_range"] is None:
+        full["initializer_range"] = full["hidden_size"] ** -0.5
     if not 0 < full["lr"] < math.inf:
         raise TrainError(f"--lr must be a positive number, not {full['lr']}")
-    if not 0 <= full["bos"] <= 1:
-        raise TrainError(f"--bos is a share of the windows, from 0 to 1, not {full['bos']}")
+    for name in ("bos", "repeat"):
+        if not 0 <= full[name] <= 1:
+            raise TrainError(f"--{name} is a share of the windows, from 0 to 1, not {full[name]}")
     if full["warmup"] < 0 or not 0 <= full["weight_decay"] < math.inf:
         raise TrainError("--warmup and --weight-decay must not be negative")
     if not 0 <= full["seed"] < 2**31:
@@ -164,12 +178,24 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 def environment(device: torch.device, threads: int) -> dict:
     """Versions and hardware, for config.json. Names no user, host or path."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True) \
-        if (Path(__file__).parent / ".git").exists() else None
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        git = found if (here / ".git").exists() and found else None
+    except OSError:  # no git on this machine
+        git = None
     return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
             "system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(), "threads": threads,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "git": git.stdout.strip() if git and git.returncode == 0 else None}
+            "git": git}
+
+
+def fingerprint(corpus: data.Corpus) -> dict:
+    """What tells whether a text is still the one that a run began with."""
+    if corpus.task:
+        return {"vocab_size": corpus.vocab_size}
+    return {"vocab_size": corpus.vocab_size, "train_tokens": len(corpus.train), "val_tokens": len(corpus.val),
+            "crc32": zlib.crc32(corpus.train.numpy())}
 
 
 # ---------------------------------------------------------------- files
@@ -192,36 +218,50 @@ def write_json(path: Path, value) -> None:
     write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def open_folder(run: Run, folder: Path) -> dict | None:
-    """Make the run's folder, or check the one to resume and return its checkpoint. Raises TrainError."""
-    if folder.exists() and not folder.is_dir():
-        raise TrainError(f"{folder} is a file; choose another --out")
-    used = folder.is_dir() and any(folder.iterdir())
-    ours = (folder / "config.json").exists()
-    if used and not ours:
+FILES = ("model.pt", "best.pt", "curve.png", "log.jsonl", "config.json")  # in the order in which --overwrite removes them
+
+
+def check_folder(run: Run, folder: Path) -> tuple[dict, dict | None] | None:
+    """(config.json, checkpoint) of the run to resume, None for a new one. Writes nothing.
+
+    Raises TrainError where the folder cannot be used. A run that was killed before its first
+    save has a config.json but no checkpoint: it is resumed at step 0.
+    """
+    try:
+        names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}  # a killed write leaves a .tmp
+    except FileNotFoundError:
+        names = set()
+    except (OSError, ValueError) as error:
+        raise TrainError(f"{folder} cannot be a run's folder ({getattr(error, 'strerror', error)}); choose another --out") from None
+    ours = "config.json" in names and ("log.jsonl" in names or names <= set(FILES))
+    if names and not ours:
         raise TrainError(f"{folder} holds files that are no run of train.py; choose another --out")
-    if used and not (run.resume or run.overwrite):
+    if names and not (run.resume or run.overwrite):
         raise TrainError(f"{folder} already holds a run; add --resume to go on, --overwrite to start anew, or choose another --out")
-    if run.resume and not ours:
+    if run.resume and not names:
         raise TrainError(f"{folder} holds no run to resume; leave --resume out to start one")
-    if run.resume:
-        try:
-            old = json.loads((folder / "config.json").read_text())["run"]
-            differs = [name for name, value in asdict(run).items() if name not in MACHINE and old[name] != value]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise TrainError(f"{folder}/config.json cannot be read ({error}); start anew with --overwrite") from None
-        if differs:
-            name = differs[0]
-            raise TrainError(f"{folder} was trained with --{name.replace('_', '-')} {old[name]}, not {getattr(run, name)}; "
-                             "resume with its own settings or choose another --out")
-        return probe.load_checkpoint(folder / "model.pt") if (folder / "model.pt").exists() else {}
+    if not run.resume:
+        return None
+    try:
+        old = json.loads((folder / "config.json").read_text())
+        differs = [name for name, value in asdict(run).items() if name not in MACHINE and old["run"][name] != value]
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise TrainError(f"{folder}/config.json cannot be read ({error}); start anew with --overwrite") from None
+    if differs:
+        name = differs[0]
+        raise TrainError(f"{folder} was trained with --{name.replace('_', '-')} {old['run'][name]}, not {getattr(run, name)}; "
+                         "resume with its own settings or choose another --out")
+    return old, probe.load_checkpoint(folder / "model.pt") if "model.pt" in names else None
+
+
+def clear_folder(run: Run, folder: Path) -> None:
+    """Make the folder, and with --overwrite empty it of its old run. From here on things are written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("model.pt", "best.pt", "log.jsonl", "curve.png", "config.json"):
-            (folder / name).unlink(missing_ok=True)
+        for path in [*folder.glob("*.tmp"), *(folder / name for name in FILES if not run.resume)]:
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise TrainError(f"cannot write to {folder} ({error.strerror}); choose another --out") from None
-    return None
 
 
 # ---------------------------------------------------------------- measuring
@@ -247,22 +287,30 @@ class Evaluation:
     @torch.no_grad()
     def __call__(self, model) -> dict:
         """val_loss in nats per token, bpb in bits per byte (text), and the numbers of `probe.chain`
-        for windows that start with an ordinary token (`links`) and with <|bos|> (`links_bos`)."""
+        for windows that start with an ordinary token (`links`) and with <|bos|> (`links_bos`).
+        Of a model that has diverged only val_loss, which is then nan or infinite."""
         total, count = 0.0, 0
-        for x, y in zip(self.x.split(64), self.y.split(64)):
+        few = max(1, 4096 // self.x.shape[1])  # the logits of more tokens would fill a small GPU
+        for x, y in zip(self.x.split(few), self.y.split(few)):
             n = (y != -100).sum().item()
             total, count = total + model(x, y)[1].item() * n, count + n
         loss = total / count
-        numbers = {"val_loss": loss, "links": probe.chain(model, self.ordinary)}
-        if self.with_bos is not None:
-            numbers["links_bos"] = probe.chain(model, self.with_bos)
+        numbers = {"val_loss": loss}
+        if not math.isfinite(loss):
+            return numbers
         if self.bytes_per_token:
             numbers["bpb"] = loss / math.log(2) / self.bytes_per_token
+        try:
+            for name, idx in (("links", self.ordinary), ("links_bos", self.with_bos)):
+                if idx is not None:  # JSON has no nan: a number that does not exist is null
+                    numbers[name] = {k: v if math.isfinite(v) else None for k, v in probe.chain(model, idx).items()}
+        except torch.linalg.LinAlgError:  # states so large that their squares overflow
+            return {"val_loss": math.nan}
         return numbers
 
 
-def draw_curve(folder: Path, log: list[dict]) -> None:
-    """curve.png: losses, and the two live numbers, over the steps."""
+def draw_curve(folder: Path, log: list[dict], optimum: float | None) -> None:
+    """curve.png: losses and the strongest head's attention to position 0 over the steps."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -270,6 +318,8 @@ def draw_curve(folder: Path, log: list[dict]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(steps, [row["val_loss"] for row in log], "k-", label="validation")
     left.plot(steps, [row["train_loss"] for row in log], color="0.6", label="training, smoothed")
+    if optimum is not None:
+        left.axhline(optimum, color="0.6", linestyle=":", label="perfect predictor")
     left.set(xlabel="step", ylabel="loss (nats per token)")
     left.legend()
     for key, style, name in (("links", "k-", "first token ordinary"), ("links_bos", "k--", "first token <|bos|>")):
@@ -297,62 +347,80 @@ def make_optimizer(model: GPT, run: Run, device) -> torch.optim.AdamW:
                              lr=run.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
 
 
-def train(run: Run, say=print) -> Result:
+def restore(run: Run, saved: dict, model: GPT, optimizer, batches: torch.Generator) -> dict:
+    """Put a checkpoint back; returns its counters. Raises TrainError where it is not one of this run."""
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        batches.set_state(saved["batches"])
+        counters = {name: saved[name] for name in ("step", "best", "smooth", "seconds")}
+        if not 0 <= counters["step"] <= run.steps or math.isnan(counters["best"] + (counters["smooth"] or 0) + counters["seconds"]):
+            raise ValueError(f"it is at step {counters['step']}")
+        return counters
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise TrainError(f"the checkpoint model.pt does not fit this run ({str(error).splitlines()[0]}); "
+                         "start anew with --overwrite") from None
+
+
+def train(run: Run, say=partial(print, flush=True)) -> Result:
     """Train as `run` says; every step depends on nothing but the settings, so a resumed run ends
     in the same weights (bit for bit on CPU with equal threads). `say` gets the progress lines.
 
-    Raises TrainError, data.DataError or ModelError with one line for the user; Ctrl-C saves and returns.
+    Raises TrainError, data.DataError, ModelError or probe.ProbeError with one line for the user;
+    Ctrl-C saves and returns.
     """
     run = resolve(run)
     folder = Path(run.out)
     device, why_device = pick_device(run.device)
     dtype, why_dtype = pick_dtype(run.dtype, device)
     torch.set_num_threads(run.threads)
-    if not (folder / "config.json").exists() or run.resume or run.overwrite:
-        corpus = data.load(run.data, seq_len=run.seq_len, vocab_size=run.vocab_size, encoding=run.encoding)
-        cfg = Config(vocab_size=corpus.vocab_size, max_position_embeddings=run.seq_len, attn=run.attn,
-                     **{name: getattr(run, name) for name in (
-                         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                         "num_key_value_heads", "initializer_range", "tie_word_embeddings")})
-    saved = open_folder(run, folder)  # before this line nothing has been written
-
+    found = check_folder(run, folder)
+    corpus = data.load(run.data, seq_len=run.seq_len, vocab_size=run.vocab_size, encoding=run.encoding)
+    cfg = Config(vocab_size=corpus.vocab_size, max_position_embeddings=run.seq_len, attn=run.attn,
+                 **{name: getattr(run, name) for name in (
+                     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "initializer_range", "tie_word_embeddings")})
     model = GPT(cfg, seed=run.seed).to(device)
     optimizer = make_optimizer(model, run, device)
     batches = torch.Generator().manual_seed(run.seed + 1)
+    evaluation, evaluate_at = Evaluation(corpus, run.seq_len, run.bos, device), set(evaluation_steps(run.steps, run.evals))
     step, best, smooth, seconds, log = 0, math.inf, None, 0.0, []
-    if saved:
-        try:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            batches.set_state(saved["batches"])
-            step, best, smooth, seconds = (saved[name] for name in ("step", "best", "smooth", "seconds"))
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise TrainError(f"{folder}/model.pt does not fit this run ({str(error).splitlines()[0]}); "
-                             "start anew with --overwrite") from None
-        log = [row for row in read_log(folder) if row["step"] <= step]  # lines written after the last save
+    if found:
+        old, saved = found
+        if old.get("corpus", fingerprint(corpus)) != fingerprint(corpus):
+            raise TrainError(f"the text of {run.data} is no longer the one that {folder} was trained on; choose another --out")
+        if saved is not None:
+            step, best, smooth, seconds = restore(run, saved, model, optimizer, batches).values()
+            log = [row for row in read_log(folder) if row["step"] <= step]  # without lines written after the last save
 
-    parameters = sum(p.numel() for p in model.parameters())
-    header = {"run": asdict(run), "model": asdict(cfg), "parameters": parameters, "environment": environment(device, run.threads)}
+    clear_folder(run, folder)  # before this line nothing has been written or removed
+    header = {"run": asdict(run), "model": asdict(cfg), "parameters": sum(p.numel() for p in model.parameters()),
+              "corpus": fingerprint(corpus), "optimal_loss": corpus.optimal_loss(run.seq_len, run.bos),
+              "environment": environment(device, run.threads)}
     write_json(folder / "config.json", header)
-    say(f"{run.attn} attention, {parameters:,} parameters, {run.steps:,} steps of {run.batch_size} x {run.seq_len} tokens of {run.data}")
+    say(f"{run.attn} attention, {header['parameters']:,} parameters, {run.steps:,} steps of {run.batch_size} x {run.seq_len} tokens of {run.data}")
     say(f"device {device} ({why_device}), {str(dtype)[6:]} ({why_dtype}), {run.threads} threads, seed {run.seed} -> {folder}/")
+    if header["optimal_loss"] is not None:
+        say(f"a perfect predictor, who knows the rules of {run.data}, would reach a loss of {header['optimal_loss']:.4f}")
     if step:
         say(f"resuming at step {step:,}")
 
     forward = torch.compile(model) if run.compile else model
     cast = torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
-    evaluation, evaluate_at = Evaluation(corpus, run.seq_len, run.bos, device), set(evaluation_steps(run.steps, run.evals))
 
     def save():
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise TrainError(not_finite("model", step, folder, run))
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "batches": batches.get_state(),
                  "step": step, "best": best, "smooth": smooth, "seconds": seconds}
-        write_atomically(folder / "log.jsonl", lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in (header, *log))))
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in (header, *log))
+        write_atomically(folder / "log.jsonl", lambda p: p.write_text(lines))
         write_atomically(folder / "model.pt", lambda p: torch.save(state, p))
 
     stop = threading.Event()  # Ctrl-C is obeyed between two steps, where the state is whole
     on_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda *_: stop.set()) if on_main_thread else None
-    clock, timed = time.perf_counter(), 0
+    clock = time.perf_counter()
     try:
         while True:
             if step in evaluate_at and not (log and log[-1]["step"] == step):
@@ -372,7 +440,7 @@ def train(run: Run, say=print) -> Result:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, run)
-            x, y = (t.to(device) for t in corpus.batch(run.batch_size, run.seq_len, batches, bos=run.bos))
+            x, y = (t.to(device) for t in corpus.batch(run.batch_size, run.seq_len, batches, bos=run.bos, repeat=run.repeat))
             with cast:
                 loss = forward(x, y)[1]
             optimizer.zero_grad()
@@ -380,12 +448,12 @@ def train(run: Run, say=print) -> Result:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             step += 1
-            if step % 10 == 0 or step == run.steps or step in evaluate_at:  # .item() waits for a GPU: not at every step
+            if step % 10 == 0 or step in evaluate_at:  # .item() waits for a GPU: not at every step
                 value = loss.item()
                 if not math.isfinite(value):
                     raise TrainError(not_finite("loss", step, folder, run))
                 smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
-        if stop.is_set() and step < run.steps:
+        if step < run.steps:
             seconds += time.perf_counter() - clock
             save()
             say(f"stopped at step {step:,} and saved; go on with: python train.py {as_flags(run)} --resume")
@@ -393,8 +461,8 @@ def train(run: Run, say=print) -> Result:
         if on_main_thread:
             signal.signal(signal.SIGINT, before)
     if log:
-        draw_curve(folder, log)
-    return Result(folder, log[-1] if log else {}, seconds, step >= run.steps)
+        draw_curve(folder, log, header["optimal_loss"])
+    return Result(folder, log[-1] if log else {}, seconds, step >= run.steps, header["optimal_loss"], model, corpus)
 
 
 def not_finite(what: str, step: int, folder: Path, run: Run) -> str:
@@ -417,9 +485,12 @@ def read_log(folder: Path) -> list[dict]:
     """The evaluations of a run, in order of steps, without the header line."""
     path = Path(folder) / "log.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
-    except (ValueError, OSError) as error:
-        raise TrainError(f"{path} cannot be read ({error}); start anew with --overwrite") from None
+        log = [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
+        if not all(isinstance(row["step"], int) and {"val_loss", "train_loss", "links"} <= row.keys() for row in log):
+            raise ValueError("a line is no evaluation")
+        return log
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise TrainError(f"{path} cannot be read ({error}); remove it to go on without the old evaluations") from None
 
 
 # ---------------------------------------------------------------- the command line
@@ -431,7 +502,7 @@ def as_flags(run: Run) -> str:
         value = getattr(run, f.name)
         if value not in (getattr(plain, f.name), f.default) and f.name not in ("resume", "overwrite"):
             words += [f"--{f.name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return " ".join(words)
+    return shlex.join(words)
 
 
 class Parser(argparse.ArgumentParser):
@@ -457,37 +528,67 @@ def parse(words=None):
     return parser.parse_args(words)
 
 
-def sample(folder, prompt: str, tokens: int = 200, temperature: float = 0.8, top_k: int | None = 40, seed: int = 0) -> str:
-    """Text that the model of a run writes after `prompt`; any text can be a prompt. Raises TrainError."""
-    if tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
-        raise TrainError("--tokens and --top-k must be at least 1, --temperature at least 0")
-    model, corpus, _ = probe.load_run(folder)
-    idx = torch.tensor([[corpus.bos, *corpus.encode(prompt)]])
-    out = model.generate(idx, tokens, temperature, top_k, torch.Generator().manual_seed(seed))
+def check_sampling(tokens: int, temperature: float, top_k: int | None) -> None:
+    if tokens < 1 or (top_k is not None and top_k < 1):
+        raise TrainError("--tokens and --top-k must be at least 1")
+    if temperature != 0 and not 0.01 <= temperature <= 100:
+        raise TrainError(f"--temperature must be 0 or from 0.01 to 100, not {temperature}")
+
+
+def write_text(model: GPT, corpus: data.Corpus, prompt: str, tokens=200, temperature=0.8, top_k: int | None = 40, seed=0) -> str:
+    """The prompt and what the model writes after it. Any text can be a prompt, of a task any of its symbols."""
+    check_sampling(tokens, temperature, top_k)
+    device = model.lm_head.weight.device
+    idx = torch.tensor([[corpus.bos, *corpus.encode(prompt)]], device=device)
+    out = model.generate(idx, tokens, temperature, top_k, torch.Generator(device).manual_seed(seed))
     return corpus.decode(out[0, 1:])
+
+
+def sample(folder, prompt: str, **how) -> str:
+    """`write_text` with the model of a run. Raises TrainError, data.DataError or probe.ProbeError."""
+    try:
+        model, corpus, _ = probe.load_run(folder)
+    except OSError as error:
+        raise TrainError(f"cannot open {folder} ({error.strerror})") from None
+    return write_text(model, corpus, prompt, **how)
 
 
 def main(words=None) -> int:
     args = vars(parse(words))
-    of_sample = {name: args.pop(name) for name in ("sample", "prompt", "tokens", "temperature", "top_k")}
+    how = {name: args.pop(name) for name in ("tokens", "temperature", "top_k")}
+    folder, prompt = args.pop("sample"), args.pop("prompt")
     try:
-        if of_sample["sample"] is not None:
-            folder = of_sample.pop("sample")
-            print(sample(folder, **of_sample, seed=args["seed"]))
+        check_sampling(**how)
+        if folder is not None:
+            resolve(Run(**args))
+            print(sample(folder, prompt, **how, seed=args["seed"]))
             return 0
         result = train(Run(**args))
         if not result.finished:
             return 130
-        final = result.final
-        print(f"\nvalidation loss {final['val_loss']:.4f} nats per token after {result.seconds:.0f} s; files in {result.folder}/")
-        prompt = "import " if data.load(args["data"]).encoding else ""
-        print(f"a sample:\n{sample(result.folder, prompt, tokens=80)}\n")
+        print(f"\nvalidation loss {result.final['val_loss']:.4f} nats per token after {result.seconds:.0f} s; files in {result.folder}/")
+        if result.optimal_loss is not None:
+            print(f"a perfect predictor, who knows the rules of {args['data']}, would reach {result.optimal_loss:.4f}")
+        prompt = prompt if result.corpus.encoding else ""
+        print(f"a sample:\n{write_text(result.model, result.corpus, prompt, **how)}\n")
         print(f"next: python probe.py {result.folder}")
         return 0
     except (TrainError, ModelError, data.DataError, probe.ProbeError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        message, code = str(error), 2
+    except RuntimeError as error:
+        if "memory" in str(error):
+            message = "not enough memory; try a smaller --batch-size or --seq-len"
+        elif args["compile"] and "torch._" in type(error).__module__:
+            message = f"--compile failed ({type(error).__name__}); it needs a C++ compiler: leave it out"
+        else:
+            raise
+        code = 2
+    except KeyboardInterrupt:
+        message, code = "stopped before the first step; nothing is lost", 130
+    print("train.py:", " ".join(message.split()), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter that the model writes
     sys.exit(main())
