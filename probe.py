@@ -231,13 +231,18 @@ def effective_rank(x, most=1024):
 
 # ---------------------------------------------------------------- 5 direction
 
-def direction_cos(x):
+def direction_cos(x, weights=None):
     """(N, ..., C) -> (...): mean cosine between two different windows. 1: one direction for every input.
 
-    By `|sum of unit vectors|^2 = N + N (N - 1) mean`, so no pair is formed.
+    By `|sum of unit vectors|^2 = N + N (N - 1) mean`, so no pair is formed. With weights (S, N), rows
+    that sum to 1, -> (S, ...), as in `variance_by_position`.
     """
     n = len(x)
-    return (F.normalize(x.float(), dim=-1).sum(0).square().sum(-1) - n) / (n * (n - 1))
+    unit = F.normalize(x.float(), dim=-1).flatten(1)
+    w = torch.full((1, n), 1 / n) if weights is None else weights
+    total = (n * w.to(unit) @ unit).view(len(w), *x.shape[1:]).square().sum(-1)
+    cos = (total - n) / (n * (n - 1))
+    return cos[0] if weights is None else cos
 
 
 # ---------------------------------------------------------------- 6 lock
@@ -346,8 +351,9 @@ def links(model: GPT, idx, tap=None, mask=None, k=0, targets=None, rows=None):
         mean("energy_dims_first", energy_dimensions(normed[:, k]))
         pooled("erank_with", lambda x: effective_rank(x.flatten(0, 1)), raw)
         pooled("erank_without", lambda x: effective_rank(x.flatten(0, 1)), others(raw, k, 1))
-        pooled("direction", lambda x: direction_cos(x[:, k]), normed)
-        pooled("direction_rest", lambda x: direction_cos(x).mean(), others(normed, k, 1))
+        cos = direction_cos(normed, weights)  # (S, T)
+        out["direction"].append(cos[:, k])
+        out["direction_rest"].append(others(cos, k, 1).mean(1))
         if "normed" in now:
             mean("layer_cos", F.cosine_similarity(normed[:, k].float(), now["normed"].float(), dim=-1))
         now["normed"] = normed[:, k]
@@ -1089,6 +1095,7 @@ def draw_neurons(ax, score, activation, rest, title="Neurons of one MLP", k=0):
     ax.scatter(score, activation, s=12, c="black", marker="x", lw=0.8, label=f"token {k}")
     ax.set(xscale="log", yscale="log", xlabel="weight score |W_down| ||W_gate|| ||W_up|| (log)", ylabel="mean |activation| (log)")
     plain_ticks(ax.xaxis, min(score), max(score))
+    plain_ticks(ax.yaxis, *ax.get_ylim())
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=7, frameon=False, loc="upper left")
 
@@ -1219,7 +1226,8 @@ def draw_chain(path, portraits, results, spread_of, kind, k=0):
     names, first = list(portraits), next(iter(portraits))
     p, layers = portraits[first], results[first]["layers"]
     columns = 3 if len(names) == 1 else 4
-    figure, axes = plt.subplots(2, columns, figsize=(4.2 * columns, 8), layout="constrained")
+    figure, axes = plt.subplots(2, columns, figsize=(4.2 * columns, 8))
+    figure.subplots_adjust(left=0.19 / columns, right=1 - 0.05 / columns, bottom=0.07, top=0.92, wspace=0.3, hspace=0.25)
     axes = list(axes.flat)
     for name in names:
         layer, head = portraits[name]["head"]
