@@ -1,0 +1,196 @@
+"""Find and check the recipe: every run that stands behind the defaults of train.py.
+
+    python -m tests.recipe                 train what is missing (resumable), then write the three files
+    python -m tests.recipe --only grid     one part of the plan; --jobs 2 runs at a time, one thread each
+
+Writes tests/results/recipe.json (all numbers), tests/results/birth.png (the links over the steps) and the
+tables of tests/results/recipe.md. Seeds are 0, 1, 2, ...: none is picked. What must hold was fixed before
+the runs (`TARGETS`).
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+RUNS = HERE.parent / "out" / "recipe"
+
+GRID = (5e-3, 2.5e-3, 1e-2)  # learning rates, the same for every attention
+TARGETS = {"sink_rate": 0.2, "sink_best_layer_rate": 0.5, "norm_ratio": 5.0, "dom_first_over_rest": 3.0}
+KEPT = ("variance_ratio_raw", "spread_ratio", "neuron_share_top5", "neuron_share_rest", "norm_ratio", "dom_ratio_first",
+        "dom_ratio_rest", "dom_ratio_max", "norm_direction_cos", "lock_cos", "lock_positive", "lock_gap", "sink_rate",
+        "sink_best_layer_rate", "sink_alpha_max", "sink_alpha_mean", "sink_alpha_raw", "value_drain")
+
+
+def plan() -> dict[str, list[tuple[str, list[str]]]]:
+    """Part -> [(name, flags of train.py)]."""
+    run = lambda attn, seed, *flags: [f"--attn={attn}", f"--seed={seed}", "--threads=1", *flags]
+    name = lambda attn, lr, seed: f"{attn}-{lr:g}-{seed}"
+    return {  # seed 0 of the default is the grid's best run, so it is trained once
+        "grid": [(name(attn, lr, 0), run(attn, 0, f"--lr={lr:g}")) for lr in GRID for attn in ATTENTIONS],
+        "default": [(name(attn, best_lr(attn), seed), run(attn, seed, f"--lr={best_lr(attn):g}"))
+                    for seed in range(max(SEEDS.values())) for attn in ATTENTIONS if seed < SEEDS[attn]],
+        "ordinary": [(f"ordinary-{seed}", run("softmax", seed, *ORDINARY)) for seed in range(2)],
+        "copy": [(f"copy-{attn}-{seed}", run(attn, seed, *COPY)) for seed in range(3) for attn in ("softmax", "headnorm")],
+    }
+
+
+ATTENTIONS = ("softmax", "headnorm", "sigmoid")
+SEEDS = {"softmax": 5, "headnorm": 3, "sigmoid": 3}
+COPY = ["--data=copy", "--steps=2500"]
+ORDINARY = ["--bos=0.5", "--repeat=0.5", "--num-hidden-layers=4", "--batch-size=16", "--weight-decay=0.1",
+            "--initializer-range=0.08", "--steps=12000"]
+
+
+def best_lr(attn: str) -> float:
+    """The learning rate of the grid with the lowest validation loss; the middle one until the grid is there."""
+    losses = {lr: finished(f"{attn}-{lr:g}-0") for lr in GRID}
+    losses = {lr: rows[-1]["val_loss"] for lr, rows in losses.items() if rows}
+    return min(losses, key=losses.get) if len(losses) == len(GRID) else GRID[0]
+
+
+def finished(name: str) -> list[dict]:
+    """The evaluations of a run that reached its last step, else nothing."""
+    path = RUNS / name / "log.jsonl"
+    if not path.exists():
+        return []
+    header, *rows = (json.loads(line) for line in path.read_text().splitlines())
+    return rows if rows and rows[-1]["step"] == header["run"]["steps"] else []
+
+
+def train(job):
+    name, flags = job
+    if finished(name):
+        return
+    folder = RUNS / name
+    again = ["--resume"] if (folder / "config.json").exists() else []
+    print(f"train {name}: {' '.join(flags)}", flush=True)
+    done = subprocess.run([sys.executable, "train.py", *flags, f"--out={folder.relative_to(HERE.parent)}", *again],
+                          cwd=HERE.parent, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{name} failed: {done.stderr.strip()}", file=sys.stderr, flush=True)
+
+
+def collect() -> dict:
+    """All finished runs: flags, final numbers, the links over the steps, and where they ran."""
+    runs = {}
+    for part, jobs in plan().items():
+        for name, flags in jobs:
+            rows = finished(name)
+            if not rows:
+                continue
+            config = json.loads((RUNS / name / "config.json").read_text())
+            keep = lambda row: {kind: {key: round(row[kind][key], 5) for key in KEPT if row[kind].get(key) is not None}
+                                for kind in ("links", "links_bos") if kind in row}
+            runs[name] = {"part": part, "command": "python train.py " + " ".join(flags), "parameters": config["parameters"],
+                          "seconds": rows[-1]["seconds"], "tokens": rows[-1]["tokens"],
+                          "environment": {k: v for k, v in config["environment"].items() if k != "git"},
+                          "val_loss": rows[-1]["val_loss"], "bpb": rows[-1].get("bpb"), **keep(rows[-1]),
+                          "history": [{"step": row["step"], "val_loss": round(row["val_loss"], 5), **keep(row)} for row in rows]}
+    return runs
+
+
+def spread(values, digits=2) -> str:
+    mean = statistics.mean(values)
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(runs: dict, part: str) -> str:
+    """Markdown: one row a run."""
+    head = "| run | seconds | val loss | windows | sink rate | best layer | strongest head | norm ratio | DomRatio first / rest | top-5 share | lock gap | drain |"
+    lines = [head, "|" + "---|" * head.count(" | ") + "---|"]
+    for name, r in runs.items():
+        if r["part"] != part:
+            continue
+        for kind, label in (("links_bos", "`<\\|bos\\|>`"), ("links", "ordinary")):
+            if kind in r:
+                n = r[kind]
+                lines.append(f"| {name} | {r['seconds']:.0f} | {r['val_loss']:.4f} | {label} | {n['sink_rate']:.2f} | {n['sink_best_layer_rate']:.2f} | "
+                             f"{n['sink_alpha_max']:.2f} | {n['norm_ratio']:.1f} | {n['dom_ratio_first']:.1f} / {n['dom_ratio_rest']:.1f} | "
+                             f"{n['neuron_share_top5']:.2f} | {n['lock_gap']:.1f} | {n['value_drain']:.2f} |")
+    return "\n".join(lines)
+
+
+def targets(runs: dict) -> str:
+    """Markdown: for each target, in how many seeds of the default it holds."""
+    rows = ["| number | at least | `<\\|bos\\|>` windows | ordinary windows |", "|---|---|---|---|"]
+    seeds = [r for name, r in runs.items() if r["part"] == "default" and name.startswith("softmax")]
+    for key, least in TARGETS.items():
+        cells = []
+        for kind in ("links_bos", "links"):
+            values = [r[kind]["dom_ratio_first"] / r[kind]["dom_ratio_rest"] if key == "dom_first_over_rest" else r[kind][key] for r in seeds]
+            cells.append(f"{spread(values)}, {sum(v >= least for v in values)} of {len(values)} seeds")
+        rows.append(f"| {key} | {least:g} | {cells[0]} | {cells[1]} |")
+    return "\n".join(rows)
+
+
+def losses(runs: dict) -> str:
+    """Markdown: validation loss by attention at its own best learning rate, paired with softmax by seed."""
+    rows = ["| attention | learning rate | seeds | val loss (nats per byte) | difference from softmax, same seed | seconds, one thread | strongest head on `<\\|bos\\|>` |",
+            "|---|---|---|---|---|---|---|"]
+    for attn in ("softmax", "headnorm", "sigmoid"):
+        seeds = [s for s in range(5) if f"{attn}-{s}" in runs and f"softmax-{s}" in runs]
+        if seeds:
+            here = [runs[f"{attn}-{s}"] for s in seeds]
+            gap = [runs[f"{attn}-{s}"]["val_loss"] - runs[f"softmax-{s}"]["val_loss"] for s in seeds]
+            rows.append(f"| {attn} | {best_lr(attn):g} | {len(seeds)} | {spread([r['val_loss'] for r in here], 4)} | "
+                        f"{'-' if attn == 'softmax' else spread(gap, 4)} | {spread([r['seconds'] for r in here], 0)} | "
+                        f"{spread([r['links_bos']['sink_alpha_max'] for r in here])} |")
+    return "\n".join(rows)
+
+
+def draw_birth(runs: dict, path: Path) -> None:
+    """Every link over the steps, each as a share of its way from the untrained model to its largest value, all seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    shown = (("variance_ratio_raw", "variance: V of position 0 / median (ordinary windows)", "links"),
+             ("neuron_share_top5", "neurons: top-5 share of the write at token 0", "links_bos"),
+             ("dom_ratio_first", "disparity: DomRatio of token 0", "links_bos"), ("norm_ratio", "norm of token 0 / median", "links_bos"),
+             ("lock_gap", "lock: logit of key 0 above the others (nats)", "links_bos"), ("sink_alpha_max", "sink: strongest head on token 0", "links_bos"))
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
+    for axis, (key, title, kind) in zip(axes.flat, shown):
+        for attn, style in (("softmax", "k-"), ("headnorm", "k:")):
+            lines = [r["history"] for name, r in runs.items() if r["part"] == "default" and name.startswith(attn)]
+            for i, history in enumerate(lines):
+                axis.plot([max(1, row["step"]) for row in history], [row[kind][key] for row in history], style, lw=1,
+                          alpha=0.8 if attn == "softmax" else 0.5, label=f"{attn}, {len(lines)} seeds" if i == 0 else None)
+        axis.set(title=title, xscale="log", xlabel="step")
+        axis.title.set_fontsize(10)
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write(runs: dict) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "recipe.json").write_text(json.dumps(runs, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n")
+    draw_birth(runs, RESULTS / "birth.png")
+    path = RESULTS / "recipe.md"
+    text = path.read_text()
+    parts = {"targets": targets(runs), "losses": losses(runs), **{part: table(runs, part) for part in plan()}}
+    for part, content in parts.items():
+        text = re.sub(rf"(<!-- {part} -->\n).*?(\n<!-- end -->)", lambda m: m[1] + content + m[2], text, flags=re.S)
+    path.write_text(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=list(plan()), action="append", help="one part of the plan (may be repeated)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    parser.add_argument("--no-training", action="store_true", help="only write the files from what is there")
+    args = parser.parse_args()
+    for part in ([] if args.no_training else args.only or list(plan())):
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(train, plan()[part]))
+    write(collect())
+
+
+if __name__ == "__main__":
+    main()
