@@ -33,14 +33,14 @@ import probe
 from model import ATTENTIONS, GPT, Config, ModelError
 
 SIZES = {  # model and schedule that fit together; every one of these can be overridden by its flag
-    "tiny": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=2, vocab_size=257,
-                 seq_len=64, batch_size=8, steps=5000, lr=5e-3),
+    "tiny": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=6, num_attention_heads=2, vocab_size=257,
+                 seq_len=64, batch_size=8, steps=4000, lr=5e-3),
     "small": dict(hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5, vocab_size=1024,
                   seq_len=256, batch_size=64, steps=10000, lr=2e-3),
     "base": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=1024,
                  seq_len=1024, batch_size=16, steps=20000, lr=6e-4),
 }
-EVAL_TOKENS, PROBE_TOKENS = 32768, 4096  # per evaluation; fixed windows, whatever is trained
+EVAL_TOKENS, PROBE_TOKENS = 16384, 4096  # per evaluation; fixed windows, whatever is trained
 
 
 class TrainError(ValueError):
@@ -81,7 +81,7 @@ class Run:
     num_key_value_heads: int | None = setting(None, "key/value heads (default: as many as query heads)")
     initializer_range: float | None = setting(None, "std of the initial weights (default: 1/sqrt(hidden_size))")
     tie_word_embeddings: bool = setting(False, "use the embedding as output matrix too")
-    evals: int = setting(24, "evaluations: half of them evenly spaced, half log-spaced to see the sink's birth")
+    evals: int = setting(16, "evaluations: half of them evenly spaced, half log-spaced to see the sink's birth")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     threads: int | None = setting(None, "CPU threads (default: the cores, at most 4: more slow a tiny model down)")
     dtype: str = setting("auto", "auto (bf16 on CUDA that has it, else fp32), fp32, or bf16 autocast", ("auto", "fp32", "bf16"))
@@ -317,7 +317,7 @@ def draw_curve(folder: Path, log: list[dict], optimum: float | None) -> None:
     steps = [row["step"] for row in log]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(steps, [row["val_loss"] for row in log], "k-", label="validation")
-    left.plot(steps, [row["train_loss"] for row in log], color="0.6", label="training, smoothed")
+    left.plot(steps, [row["train_loss"] for row in log], color="0.6", label="training, smoothed (repeats are easy)")
     if optimum is not None:
         left.axhline(optimum, color="0.6", linestyle=":", label="perfect predictor")
     left.set(xlabel="step", ylabel="loss (nats per token)")
@@ -476,9 +476,10 @@ def progress(row: dict, run: Run, seconds: float) -> str:
     left = (run.steps * run.batch_size * run.seq_len - row["tokens"]) / rate if rate else 0.0
     bpb = f" {row['bpb']:.3f} bits/byte" if "bpb" in row else ""
     train_loss = f"{row['train_loss']:.3f}" if row["train_loss"] is not None else "  -  "
-    links = row["links"]
+    kind, first = ("links_bos", "<|bos|>") if "links_bos" in row else ("links", "first token")
     return (f"step {row['step']:>6,} {row['step'] / run.steps:4.0%} | loss {train_loss} val {row['val_loss']:.3f}{bpb} | "
-            f"{rate:7,.0f} tok/s, {left:4.0f} s left | sink {links['sink_alpha_max']:.2f}, norm ratio {links['norm_ratio']:.2f}")
+            f"{rate:7,.0f} tok/s, {left:4.0f} s left | {first}: attention {row[kind]['sink_alpha_max']:.2f}, "
+            f"norm {row[kind]['norm_ratio']:.1f} x median")
 
 
 def read_log(folder: Path) -> list[dict]:

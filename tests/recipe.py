@@ -21,6 +21,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 RUNS = HERE.parent / "out" / "recipe"
 
+PARTS = ("grid", "default", "ordinary", "copy")
+ATTENTIONS = ("softmax", "headnorm", "sigmoid")
 GRID = (5e-3, 2.5e-3, 1e-2)  # learning rates, the same for every attention
 TARGETS = {"sink_rate": 0.2, "sink_best_layer_rate": 0.5, "norm_ratio": 5.0, "dom_first_over_rest": 3.0}
 KEPT = ("variance_ratio_raw", "spread_ratio", "neuron_share_top5", "neuron_share_rest", "norm_ratio", "dom_ratio_first",
@@ -36,16 +38,15 @@ def plan() -> dict[str, list[tuple[str, list[str]]]]:
         "grid": [(name(attn, lr, 0), run(attn, 0, f"--lr={lr:g}")) for lr in GRID for attn in ATTENTIONS],
         "default": [(name(attn, best_lr(attn), seed), run(attn, seed, f"--lr={best_lr(attn):g}"))
                     for seed in range(max(SEEDS.values())) for attn in ATTENTIONS if seed < SEEDS[attn]],
-        "ordinary": [(f"ordinary-{seed}", run("softmax", seed, *ORDINARY)) for seed in range(2)],
+        "ordinary": [(f"ordinary-{attn}-{seed}", run(attn, seed, *ORDINARY)) for seed in range(2) for attn in ("softmax", "headnorm")],
         "copy": [(f"copy-{attn}-{seed}", run(attn, seed, *COPY)) for seed in range(3) for attn in ("softmax", "headnorm")],
     }
 
 
-ATTENTIONS = ("softmax", "headnorm", "sigmoid")
 SEEDS = {"softmax": 5, "headnorm": 3, "sigmoid": 3}
 COPY = ["--data=copy", "--steps=2500"]
 ORDINARY = ["--bos=0.5", "--repeat=0.5", "--num-hidden-layers=4", "--batch-size=16", "--weight-decay=0.1",
-            "--initializer-range=0.08", "--steps=12000"]
+            "--initializer-range=0.08", "--steps=8000"]
 
 
 def best_lr(attn: str) -> float:
@@ -78,22 +79,29 @@ def train(job):
 
 
 def collect() -> dict:
-    """All finished runs: flags, final numbers, the links over the steps, and where they ran."""
+    """All finished runs by name: parts of the plan, command, final numbers, where they ran, and (except
+    for the grid) the links over the steps."""
     runs = {}
     for part, jobs in plan().items():
         for name, flags in jobs:
             rows = finished(name)
-            if not rows:
-                continue
-            config = json.loads((RUNS / name / "config.json").read_text())
-            keep = lambda row: {kind: {key: round(row[kind][key], 5) for key in KEPT if row[kind].get(key) is not None}
-                                for kind in ("links", "links_bos") if kind in row}
-            runs[name] = {"part": part, "command": "python train.py " + " ".join(flags), "parameters": config["parameters"],
-                          "seconds": rows[-1]["seconds"], "tokens": rows[-1]["tokens"],
-                          "environment": {k: v for k, v in config["environment"].items() if k != "git"},
-                          "val_loss": rows[-1]["val_loss"], "bpb": rows[-1].get("bpb"), **keep(rows[-1]),
-                          "history": [{"step": row["step"], "val_loss": round(row["val_loss"], 5), **keep(row)} for row in rows]}
+            if name in runs:
+                runs[name]["parts"].append(part)
+            elif rows:
+                config = json.loads((RUNS / name / "config.json").read_text())
+                runs[name] = {"parts": [part], "command": "python train.py " + " ".join(flags),
+                              **{key: config["run"][key] for key in ("attn", "lr", "seed")}, "parameters": config["parameters"],
+                              "seconds": rows[-1]["seconds"], "tokens": rows[-1]["tokens"], "bpb": rows[-1].get("bpb"),
+                              "val_loss": rows[-1]["val_loss"], **short(rows[-1]),
+                              "environment": {key: value for key, value in config["environment"].items() if key != "git"}}
+            if rows and part != "grid":
+                runs[name]["history"] = [{"step": row["step"], "val_loss": round(row["val_loss"], 5), **short(row)} for row in rows]
     return runs
+
+
+def short(row: dict) -> dict:
+    """The links of an evaluation that the tables and the figure use."""
+    return {kind: {key: row[kind][key] and round(row[kind][key], 5) for key in KEPT} for kind in ("links", "links_bos") if kind in row}
 
 
 def spread(values, digits=2) -> str:
@@ -101,47 +109,51 @@ def spread(values, digits=2) -> str:
     return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
+def of(runs: dict, part: str, attn: str | None = None) -> list[dict]:
+    return [r for r in runs.values() if part in r["parts"] and attn in (None, r["attn"])]
+
+
 def table(runs: dict, part: str) -> str:
-    """Markdown: one row a run."""
-    head = "| run | seconds | val loss | windows | sink rate | best layer | strongest head | norm ratio | DomRatio first / rest | top-5 share | lock gap | drain |"
-    lines = [head, "|" + "---|" * head.count(" | ") + "---|"]
-    for name, r in runs.items():
-        if r["part"] != part:
-            continue
+    """Markdown: one row a run and kind of window."""
+    head = ("| attention | learning rate | seed | seconds | val loss | windows | sink rate | best layer | strongest head | norm ratio "
+            "| DomRatio first / rest | top-5 share | lock gap | value drain |")
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    for r in of(runs, part):
         for kind, label in (("links_bos", "`<\\|bos\\|>`"), ("links", "ordinary")):
             if kind in r:
                 n = r[kind]
-                lines.append(f"| {name} | {r['seconds']:.0f} | {r['val_loss']:.4f} | {label} | {n['sink_rate']:.2f} | {n['sink_best_layer_rate']:.2f} | "
-                             f"{n['sink_alpha_max']:.2f} | {n['norm_ratio']:.1f} | {n['dom_ratio_first']:.1f} / {n['dom_ratio_rest']:.1f} | "
-                             f"{n['neuron_share_top5']:.2f} | {n['lock_gap']:.1f} | {n['value_drain']:.2f} |")
+                lines.append(f"| {r['attn']} | {r['lr']:g} | {r['seed']} | {r['seconds']:.0f} | {r['val_loss']:.4f} | {label} | {n['sink_rate']:.2f} "
+                             f"| {n['sink_best_layer_rate']:.2f} | {n['sink_alpha_max']:.2f} | {n['norm_ratio']:.1f} "
+                             f"| {n['dom_ratio_first']:.1f} / {n['dom_ratio_rest']:.1f} | {n['neuron_share_top5']:.2f} | {n['lock_gap']:.1f} | {n['value_drain']:.2f} |")
     return "\n".join(lines)
 
 
 def targets(runs: dict) -> str:
-    """Markdown: for each target, in how many seeds of the default it holds."""
-    rows = ["| number | at least | `<\\|bos\\|>` windows | ordinary windows |", "|---|---|---|---|"]
-    seeds = [r for name, r in runs.items() if r["part"] == "default" and name.startswith("softmax")]
+    """Markdown: each target, and in how many seeds of the default (softmax) it holds."""
+    rows = ["| softmax, default settings | at least | `<\\|bos\\|>` windows | ordinary windows |", "|---|---|---|---|"]
     for key, least in TARGETS.items():
         cells = []
         for kind in ("links_bos", "links"):
-            values = [r[kind]["dom_ratio_first"] / r[kind]["dom_ratio_rest"] if key == "dom_first_over_rest" else r[kind][key] for r in seeds]
-            cells.append(f"{spread(values)}, {sum(v >= least for v in values)} of {len(values)} seeds")
+            values = [r[kind]["dom_ratio_first"] / r[kind]["dom_ratio_rest"] if key == "dom_first_over_rest" else r[kind][key]
+                      for r in of(runs, "default", "softmax")]
+            cells.append(f"{spread(values)}; holds in {sum(v >= least for v in values)} of {len(values)} seeds" if values else "")
         rows.append(f"| {key} | {least:g} | {cells[0]} | {cells[1]} |")
     return "\n".join(rows)
 
 
 def losses(runs: dict) -> str:
     """Markdown: validation loss by attention at its own best learning rate, paired with softmax by seed."""
-    rows = ["| attention | learning rate | seeds | val loss (nats per byte) | difference from softmax, same seed | seconds, one thread | strongest head on `<\\|bos\\|>` |",
-            "|---|---|---|---|---|---|---|"]
-    for attn in ("softmax", "headnorm", "sigmoid"):
-        seeds = [s for s in range(5) if f"{attn}-{s}" in runs and f"softmax-{s}" in runs]
-        if seeds:
-            here = [runs[f"{attn}-{s}"] for s in seeds]
-            gap = [runs[f"{attn}-{s}"]["val_loss"] - runs[f"softmax-{s}"]["val_loss"] for s in seeds]
-            rows.append(f"| {attn} | {best_lr(attn):g} | {len(seeds)} | {spread([r['val_loss'] for r in here], 4)} | "
-                        f"{'-' if attn == 'softmax' else spread(gap, 4)} | {spread([r['seconds'] for r in here], 0)} | "
-                        f"{spread([r['links_bos']['sink_alpha_max'] for r in here])} |")
+    rows = ["| attention | learning rate | seeds | val loss (nats per byte) | minus softmax, same seed | seconds on one thread "
+            "| strongest head on `<\\|bos\\|>` | norm ratio | DomRatio first / rest |", "|---|---|---|---|---|---|---|---|---|"]
+    softmax = {r["seed"]: r["val_loss"] for r in of(runs, "default", "softmax")}
+    for attn in ATTENTIONS:
+        here = [r for r in of(runs, "default", attn) if r["seed"] in softmax]
+        if here:
+            column = lambda key, digits=2: spread([r["links_bos"][key] for r in here], digits)
+            gap = "-" if attn == "softmax" else spread([r["val_loss"] - softmax[r["seed"]] for r in here], 4)
+            rows.append(f"| {attn} | {here[0]['lr']:g} | {len(here)} | {spread([r['val_loss'] for r in here], 4)} | {gap} "
+                        f"| {spread([r['seconds'] for r in here], 0)} | {column('sink_alpha_max')} | {column('norm_ratio', 1)} "
+                        f"| {column('dom_ratio_first', 1)} / {column('dom_ratio_rest', 1)} |")
     return "\n".join(rows)
 
 
@@ -157,7 +169,7 @@ def draw_birth(runs: dict, path: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
     for axis, (key, title, kind) in zip(axes.flat, shown):
         for attn, style in (("softmax", "k-"), ("headnorm", "k:")):
-            lines = [r["history"] for name, r in runs.items() if r["part"] == "default" and name.startswith(attn)]
+            lines = [r["history"] for r in of(runs, "default", attn)]
             for i, history in enumerate(lines):
                 axis.plot([max(1, row["step"]) for row in history], [row[kind][key] for row in history], style, lw=1,
                           alpha=0.8 if attn == "softmax" else 0.5, label=f"{attn}, {len(lines)} seeds" if i == 0 else None)
@@ -168,25 +180,32 @@ def draw_birth(runs: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def write(runs: dict) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "recipe.json").write_text(json.dumps(runs, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n")
-    draw_birth(runs, RESULTS / "birth.png")
-    path = RESULTS / "recipe.md"
-    text = path.read_text()
-    parts = {"targets": targets(runs), "losses": losses(runs), **{part: table(runs, part) for part in plan()}}
+def tables(runs: dict) -> dict[str, str]:
+    """The Markdown that stands between `<!-- name -->` and `<!-- end -->`, by name."""
+    return {"targets": targets(runs), "losses": losses(runs), **{part: table(runs, part) for part in PARTS}}
+
+
+def fill(text: str, parts: dict[str, str]) -> str:
+    """`text` with every marked place filled."""
     for part, content in parts.items():
         text = re.sub(rf"(<!-- {part} -->\n).*?(\n<!-- end -->)", lambda m: m[1] + content + m[2], text, flags=re.S)
-    path.write_text(text)
+    return text
+
+
+def write(runs: dict) -> None:
+    (RESULTS / "recipe.json").write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in runs.items()) + "\n}\n")
+    draw_birth(runs, RESULTS / "birth.png")
+    for path in (RESULTS / "recipe.md", HERE.parent / "README.md"):
+        path.write_text(fill(path.read_text(), tables(runs)))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=list(plan()), action="append", help="one part of the plan (may be repeated)")
+    parser.add_argument("--only", choices=PARTS, action="append", help="one part of the plan (may be repeated)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--no-training", action="store_true", help="only write the files from what is there")
     args = parser.parse_args()
-    for part in ([] if args.no_training else args.only or list(plan())):
+    for part in ([] if args.no_training else args.only or PARTS):
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(train, plan()[part]))
     write(collect())
