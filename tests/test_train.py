@@ -369,7 +369,7 @@ sys.exit(train.main(sys.argv[1:]))
 @pytest.mark.slow
 def test_sigkill_loses_nothing(tmp_path):
     """SIGKILL, 20 times, most of them while a checkpoint is being written; the end is the same to the bit."""
-    words = flags(steps=400, evals=400)
+    words = flags(steps=250, evals=250)
     out, dice, step, midway = tmp_path / "killed", random.Random(0), 0, 0
 
     def start(out, *more):
