@@ -1,10 +1,10 @@
 """Does opening a checkpoint need more memory than its file?
 
-    python -m tests.measure_llama_memory [--layers 2 6] [--tokens 16]
+    python -m tests.measure_llama_memory [--layers 2 6] [--tokens 16] [--probe-tokens 512]
 
 Writes synthetic bf16 checkpoints with the widths of Llama-3-8B and fewer layers, opens each with
-`GPT.from_llama` in a fresh process, runs one forward pass that touches every weight, and records the
-peak of the resident memory. Since all tensors are as large as the real ones, only the number of layers
+`GPT.from_llama` in a fresh process, runs one forward pass that touches every weight, then measures the
+whole chain (`probe.links`) on 2 windows of 512 tokens, and records the peaks of the resident memory. Since all tensors are as large as the real ones, only the number of layers
 is extrapolated. Files are removed afterwards; results go to tests/results/llama_memory.json.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+import probe
 from model import GPT, Config
 
 HERE = Path(__file__).parent
@@ -71,7 +72,7 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
 
 
-def child(folder: str, tokens: int):
+def child(folder: str, tokens: int, probe_tokens: int):
     torch.set_num_threads(1)
     out = {"start_gb": resident()}
     start = time.perf_counter()
@@ -83,6 +84,9 @@ def child(folder: str, tokens: int):
         gpt.embed_tokens.weight.view(torch.int16).max()  # reads the rows that no token has touched
     out |= {"forward_seconds": time.perf_counter() - start, "peak_gb": peak(), "finite": bool(torch.isfinite(logits).all()),
             "parameters": sum(p.numel() for p in gpt.parameters()), "dtype": str(logits.dtype)}
+    start = time.perf_counter()
+    probe.links(gpt, torch.randint(gpt.cfg.vocab_size, (2, probe_tokens), generator=torch.Generator().manual_seed(0)))
+    out |= {"probe_seconds": time.perf_counter() - start, "probe_peak_gb": peak()}
     print(json.dumps(out))
 
 
@@ -90,15 +94,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, nargs=2, default=[2, 6], help="layers of the two checkpoints (default: 2 6)")
     parser.add_argument("--tokens", type=int, default=16, help="length of the forward pass (default: 16)")
+    parser.add_argument("--probe-tokens", type=int, default=512, help="length of the windows that are probed (default: 512)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return child(args.child, args.tokens)
+        return child(args.child, args.tokens, args.probe_tokens)
     rows = []
     for layers in args.layers:
         with tempfile.TemporaryDirectory() as folder:
             size = write_checkpoint(Path(folder), layers) / GB
-            run = subprocess.run([sys.executable, "-m", "tests.measure_llama_memory", "--child", folder, "--tokens", str(args.tokens)],
+            run = subprocess.run([sys.executable, "-m", "tests.measure_llama_memory", "--child", folder, "--tokens", str(args.tokens),
+                                  "--probe-tokens", str(args.probe_tokens)],
                                  cwd=HERE.parent, capture_output=True, text=True)
             if run.returncode:
                 sys.exit(run.stderr)
@@ -107,22 +113,23 @@ def main():
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
         rows.append(row)
     a, b = rows
-    slope = (b["peak_gb"] - a["peak_gb"]) / (b["file_gb"] - a["file_gb"])
     full = 8_030_261_248 * 2 / GB
+    slopes = {key: (b[key] - a[key]) / (b["file_gb"] - a["file_gb"]) for key in ("peak_gb", "probe_peak_gb")}
+    whole = {key: b[key] + slope * (full - b["file_gb"]) for key, slope in slopes.items()}
     result = {
-        "command": f"python -m tests.measure_llama_memory --layers {a['layers']} {b['layers']} --tokens {args.tokens}",
+        "command": f"python -m tests.measure_llama_memory --layers {a['layers']} {b['layers']} --tokens {args.tokens} "
+                   f"--probe-tokens {args.probe_tokens}",
         "rows": rows,
         "formula": "peak_gb = last peak + slope * (file_gb - last file_gb)",
-        "slope": slope,
-        "llama_3_8b": {"file_gb": full, "peak_gb": b["peak_gb"] + slope * (full - b["file_gb"]),
-                       "beyond_file_gb": b["peak_gb"] + slope * (full - b["file_gb"]) - full},
+        "slope": slopes,
+        "llama_3_8b": {"file_gb": full, **whole, "beyond_file_gb": whole["peak_gb"] - full},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "safetensors": __import__("safetensors").__version__, "system": platform.system()},
     }
     target = HERE / "results" / "llama_memory.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["llama_3_8b"]), "slope", slope, "->", target.relative_to(HERE.parent))
+    print(json.dumps(result["llama_3_8b"]), "slopes", slopes, "->", target.relative_to(HERE.parent))
 
 
 if __name__ == "__main__":
