@@ -16,7 +16,8 @@ The chain, as told by Li et al. (ICML 2026, arXiv 2605.06611), "the paper" below
 
 Letters in shapes: N windows, T position, H head, K key/value head, D head width, C model width,
 F neuron, L layer, S resample. `k` is the position looked at: 0, the first token, unless told.
-Numbers whose definition is ours and not the paper's say so.
+Numbers whose definition is ours and not the paper's say so. The file goes from the metrics, link by
+link, through the interventions to runs, tables, figures and the command line.
 """
 
 import argparse
@@ -24,19 +25,32 @@ import json
 import math
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from model import GPT, Config, ModelError, compose, make_tap
+from model import GPT, Config, ModelError, compose, make_tap, record
 
 TOP = 5  # how many neurons of a layer count as "a few"
 EPS = 0.3  # a head whose score is above this has a sink (Gu et al. 2025, arXiv 2410.10781)
+TINY = 1e-30  # keeps quotients finite
 
 
 class ProbeError(ValueError):
     """A run, position, layer or text that cannot be probed. The message is one line for the user."""
+
+
+def check_position(k, T):
+    if not 0 <= k < T - 1:
+        raise ProbeError(f"position {k} is out of range: windows have {T} tokens, so use 0 to {T - 2}")
+
+
+def check_windows(N, T, k):
+    if N < 2 or T < 3:
+        raise ProbeError(f"the chain needs at least 2 windows of 3 tokens; this is {N} of {T}")
+    check_position(k, T)
 
 
 def others(x, k, dim):
@@ -46,24 +60,18 @@ def others(x, k, dim):
 
 # ---------------------------------------------------------------- 1 variance
 
-def variance_by_position(x, weights=None):
+def variance_by_position(x):
     """(N, T, ...) -> (T,): variance over the N windows, averaged over all other dimensions (paper, claim 1).
 
-    With weights (S, N), rows that sum to 1, -> (S, T): the same for S weightings of the windows.
-    Exactly 0 at position 0 when every window begins with the same token, such as <bos>, because
+    Exactly 0 at position 0 when every window begins with the same token, such as <|bos|>, because
     nothing else can be seen from there: use windows with ordinary first tokens.
     """
-    N, T = x.shape[:2]
-    w = torch.full((1, N), 1 / N) if weights is None else weights
-    y = x.float().flatten(1)
-    y = y - y.mean(0)
-    var = (w.to(y) @ y.square() - (w.to(y) @ y).square()) * N / (N - 1)
-    var = var.view(len(w), T, -1).mean(2)
-    return var[0] if weights is None else var
+    return x.float().var(0).flatten(1).mean(1)
 
 
 def spread_by_position(x):
-    """(N, T, ..., D) -> (N, T): variance over the last dimension, averaged over those between. Sees a fixed first token too."""
+    """(N, T, ..., D) -> (N, T): variance over the last dimension, averaged over those between.
+    Sees a fixed first token too."""
     x, D = x.float(), x.shape[-1]
     var = (x.square().mean(-1) - x.mean(-1).square()) * D / (D - 1)
     return var.flatten(2).mean(2) if var.dim() > 2 else var
@@ -95,8 +103,7 @@ def value_correlation(v):
     """
     T = v.shape[1]
     var = lambda x: (x - x.mean(0)).square().mean()
-    ratio = var(v.float().mean(1)) / var(v.float())
-    return (T * ratio - 1) / (T - 1)
+    return (T * var(v.float().mean(1)) / var(v.float()) - 1) / (T - 1)
 
 
 # ---------------------------------------------------------------- 2 W_O
@@ -114,7 +121,7 @@ def wo_tau(z, weight):
     """z (N, T, H, D), W_O (C, H D) -> Kendall tau between the std of each input dimension and the
     norm of W_O's column for it (paper, claim 3: 0.32 on average in Llama-2-7B)."""
     x = z.float().flatten(2).flatten(0, 1)
-    return kendall_tau((x - x.mean(0)).square().mean(0), weight.float().norm(dim=0))  # ranks: variance does as well as std
+    return kendall_tau((x - x.mean(0)).square().mean(0), weight.float().norm(dim=0))
 
 
 def principal(x, n=1):
@@ -146,8 +153,7 @@ def top_singular(weight, iterations=30):
     w = weight.float()
     v = w[w.norm(dim=1).argmax()]
     for _ in range(iterations):
-        v = w.T @ (w @ v)
-        v = v / v.norm().clamp_min(1e-30)
+        v = F.normalize(w.T @ (w @ v), dim=0, eps=TINY)
     return (w @ v).norm() / (w.norm() / math.sqrt(min(w.shape)))
 
 
@@ -165,8 +171,14 @@ def neuron_scores(gate, up, down, gamma):
     return largest.values * size, largest.indices
 
 
+def weight_scores(block):
+    """`neuron_scores` of the MLP of one layer."""
+    mlp, gamma = block.mlp, block.post_attention_layernorm.weight
+    return neuron_scores(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, gamma)
+
+
 def z_scores(x):
-    """(n,) -> (x - mean) / std: how far each stands out. The largest of n Gaussians is near `sqrt(2 ln n)`."""
+    """(n,) -> (x - mean) / std. The largest of n Gaussians is near `sqrt(2 ln n)`."""
     return (x - x.mean()) / x.std()
 
 
@@ -176,12 +188,13 @@ def neuron_energy(post, down):
 
 
 def neuron_share(energy, top=TOP):
-    """(..., F) -> (...) in [0, 1]: share of the energy that the `top` strongest neurons carry. All equal: top / F."""
-    return energy.topk(top, -1).values.sum(-1) / energy.sum(-1).clamp_min(1e-30)
+    """(..., F) -> (...) in [0, 1]: share of the energy that the `top` strongest carry. All equal: top / F."""
+    return energy.topk(top, -1).values.sum(-1) / energy.sum(-1).clamp_min(TINY)
 
 
 def neuron_overlap(a, b, top=TOP):
-    """(..., F), (F,) -> (...) in [0, 1]: how many of the `top` of one list are in that of the other. Chance: top / F."""
+    """(..., F), (F,) -> (...) in [0, 1]: how many of the `top` of one list are in that of the other.
+    Chance: top / F."""
     best = torch.zeros_like(b, dtype=torch.float).index_fill(0, b.topk(top).indices, 1.0)
     return best[a.topk(top, -1).indices].mean(-1)
 
@@ -191,7 +204,7 @@ def neuron_overlap(a, b, top=TOP):
 def dominance(x):
     """(..., C) -> (...) in [1, C]: DomRatio, `max |x_j| / mean |x_j|` (the paper takes it after RMSNorm)."""
     a = x.float().abs()
-    return a.amax(-1) / a.mean(-1).clamp_min(1e-30)
+    return a.amax(-1) / a.mean(-1).clamp_min(TINY)
 
 
 def gaussian_dominance(width):
@@ -202,13 +215,13 @@ def gaussian_dominance(width):
 def max_over_median(x):
     """(..., C) -> (...): `max |x| / median |x|` (Sun et al. 2024, arXiv 2402.17762: "massive" above 1,000)."""
     a = x.float().abs()
-    return a.amax(-1) / a.median(-1).values.clamp_min(1e-30)
+    return a.amax(-1) / a.median(-1).values.clamp_min(TINY)
 
 
 def kurtosis(x):
     """(..., C) -> (...): fourth moment over squared second, about 0. Gaussian 3, one dimension alone C."""
     x = x.float()
-    return x.pow(4).mean(-1) / x.square().mean(-1).square().clamp_min(1e-30)
+    return x.pow(4).mean(-1) / x.square().mean(-1).square().clamp_min(TINY)
 
 
 def energy_dimensions(x, share=0.9):
@@ -218,31 +231,24 @@ def energy_dimensions(x, share=0.9):
 
 
 def effective_rank(x, most=1024):
-    """(M, C) -> `exp(-sum p ln p)`, p the singular values over their sum, in [1, min(M, C)] (Roy and Vetterli 2007).
-
-    M tokens of several windows together; of more than `most`, every second, third, ... is used.
-    """
+    """(..., C), M tokens in all -> `exp(-sum p ln p)`, p the singular values over their sum, in
+    [1, min(M, C)] (Roy and Vetterli 2007). Of more than `most` tokens every second, third, ... is used."""
+    x = x.reshape(-1, x.shape[-1])
     x = x[:: -(-len(x) // most)].cpu().double()  # not every GPU has fp64
     gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
     p = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
-    return torch.special.entr(p).sum(-1).exp().float()
+    return torch.special.entr(p / p.sum().clamp_min(TINY)).sum().exp().float()
 
 
 # ---------------------------------------------------------------- 5 direction
 
-def direction_cos(x, weights=None):
+def direction_cos(x):
     """(N, ..., C) -> (...): mean cosine between two different windows. 1: one direction for every input.
 
-    By `|sum of unit vectors|^2 = N + N (N - 1) mean`, so no pair is formed. With weights (S, N), rows
-    that sum to 1, -> (S, ...), as in `variance_by_position`.
+    By `|sum of unit vectors|^2 = N + N (N - 1) mean`, so no pair is formed.
     """
     n = len(x)
-    unit = F.normalize(x.float(), dim=-1).flatten(1)
-    w = torch.full((1, n), 1 / n) if weights is None else weights
-    total = (n * w.to(unit) @ unit).view(len(w), *x.shape[1:]).square().sum(-1)
-    cos = (total - n) / (n * (n - 1))
-    return cos[0] if weights is None else cos
+    return (F.normalize(x.float(), dim=-1).sum(0).square().sum(-1) - n) / (n * (n - 1))
 
 
 # ---------------------------------------------------------------- 6 lock
@@ -256,7 +262,7 @@ def leading_query(q):
 
 
 def lock_cos(u, key):
-    """Leading query direction (H, D), keys of one position (N, H, D) -> (N, H): their cosine, before rotation."""
+    """Leading query (H, D), keys of one position (N, H, D) -> (N, H): their cosine, before rotation."""
     return F.cosine_similarity(u, key.float(), dim=-1)
 
 
@@ -269,7 +275,7 @@ def lock_gap(scores, k=0):
     """scores (N, H, T, T), after rotation -> (N, H), in nats: logit of key k above the mean of the other
     keys that query t can see, averaged over t > k. Chance: 0."""
     s = scores[:, :, k + 1:].float()
-    seen = torch.arange(k + 2, scores.shape[-1] + 1, device=s.device)  # keys that each of these queries sees
+    seen = torch.arange(k + 2, scores.shape[-1] + 1, device=s.device)  # how many keys each query sees
     rest = (s.tril(k + 1).sum(-1) - s[..., k]) / (seen - 1)
     return (s[..., k] - rest).mean(-1)
 
@@ -290,19 +296,24 @@ def lock_predisposition(wq, wk, gamma, dim, heads):
 
 def normalise_rows(pattern):
     """(..., T, T) -> rows that sum to 1: how sigmoid attention is compared with softmax (Gu et al. 2025)."""
-    return pattern.float() / pattern.float().sum(-1, keepdim=True).clamp_min(1e-30)
+    return pattern.float() / pattern.float().sum(-1, keepdim=True).clamp_min(TINY)
 
 
 def sink_scores(pattern, k=0):
-    """(N, H, T, T) -> (N, H): `alpha_k = mean_{t >= k} A_tk` (Gu et al. 2025). Uniform attention at
-    k = 0: mean of 1 / (t + 1), 0.07 at T = 64. The sink rate is the share of these above EPS."""
+    """(N, H, T, T) -> (N, H): `alpha_k = mean_{t >= k} A_tk` (Gu et al. 2025). The sink rate is the share
+    of these above EPS. Null: `uniform_alpha`."""
     return pattern[:, :, k:, k].float().mean(-1)
+
+
+def uniform_alpha(T, k=0):
+    """`sink_scores` of uniform attention: mean of 1 / (t + 1) over t >= k. 0.07 at T = 64, k = 0."""
+    return sum(1 / (t + 1) for t in range(k, T)) / (T - k)
 
 
 def value_drain(v, k=0):
     """(N, T, K, D) -> (N, K): `||v_k|| / mean_t ||v_t||`. Below 0.2 attending to k is nearly a no-op."""
     n = v.float().norm(dim=-1)
-    return n[:, k] / n.mean(1).clamp_min(1e-30)
+    return n[:, k] / n.mean(1).clamp_min(TINY)
 
 
 # ---------------------------------------------------------------- the whole chain
@@ -324,19 +335,19 @@ def links(model: GPT, idx, tap=None, mask=None, k=0, targets=None, rows=None):
     Raises ProbeError for a position outside the window and for fewer than 2 windows.
     """
     N, T = idx.shape
-    if N < 2 or T < 3:
-        raise ProbeError(f"the chain needs at least 2 windows of 3 tokens; this is {N} of {T}")
-    check_position(k, T)
+    check_windows(N, T, k)
     rows = torch.arange(N)[None] if rows is None else rows
-    weights = torch.stack([torch.bincount(r, minlength=N) for r in rows]) / N  # (S, N): the same choice as weights
     group = model.cfg.num_attention_heads // model.cfg.num_key_value_heads
     out, now = defaultdict(list), {}
 
     def mean(name, x):  # x (N, ...): one number, or one row of them, for each window
         out[name].append(x[rows].float().mean(1))
 
-    def pooled(name, f, x):  # a number of all windows together
-        out[name].append(torch.stack([f(x[r]) for r in rows]))
+    def pooled(name, f, *xs):  # a number of all windows together
+        out[name].append(torch.stack([f(*(x[r] for x in xs)) for r in rows]))
+
+    def constant(name, x):  # the same for every choice of windows
+        out[name].append(x.expand(len(rows), *x.shape))
 
     def state(raw, normed):  # (N, T, C) twice
         norm = raw.float().norm(dim=-1)
@@ -349,11 +360,10 @@ def links(model: GPT, idx, tap=None, mask=None, k=0, targets=None, rows=None):
         mean("max_median_first", max_over_median(normed[:, k]))
         mean("kurtosis_first", kurtosis(normed[:, k]))
         mean("energy_dims_first", energy_dimensions(normed[:, k]))
-        pooled("erank_with", lambda x: effective_rank(x.flatten(0, 1)), raw)
-        pooled("erank_without", lambda x: effective_rank(x.flatten(0, 1)), others(raw, k, 1))
-        cos = direction_cos(normed, weights)  # (S, T)
-        out["direction"].append(cos[:, k])
-        out["direction_rest"].append(others(cos, k, 1).mean(1))
+        pooled("erank_with", effective_rank, raw)
+        pooled("erank_without", effective_rank, others(raw, k, 1))
+        pooled("direction", direction_cos, normed[:, k])
+        pooled("direction_rest", lambda x: direction_cos(x).mean(), others(normed, k, 1))
         if "normed" in now:
             mean("layer_cos", F.cosine_similarity(normed[:, k].float(), now["normed"].float(), dim=-1))
         now["normed"] = normed[:, k]
@@ -368,10 +378,10 @@ def links(model: GPT, idx, tap=None, mask=None, k=0, targets=None, rows=None):
         elif what == "final":
             state(now["end"], x)
         elif what == "q":
-            now["u"] = [leading_query(x[r, k + 1:]) for r in rows]
+            now["q"] = x[:, k + 1:]
         elif what == "k":
             key = x[:, k].repeat_interleave(group, 1)  # (N, H, D)
-            out["lock_cos"].append(torch.stack([lock_cos(u, key[r]).mean(0) for u, r in zip(now["u"], rows)]))
+            pooled("lock_cos", lambda q, key: lock_cos(leading_query(q), key).mean(0), now.pop("q"), key)
         elif what == "v":
             now["v"] = x
             mean("drain", value_drain(x, k).repeat_interleave(group, 1))
@@ -384,43 +394,39 @@ def links(model: GPT, idx, tap=None, mask=None, k=0, targets=None, rows=None):
             mean("alpha", alpha)
             mean("rate", alpha > EPS)
             v = now.pop("v")
-            predicted = variance_by_position(v).mean() * predicted_variance(x, value_correlation(v))
-            out["variance_predicted"].append(predicted.expand(len(rows), T))
+            unit = variance_by_position(v).mean()
+            constant("variance_predicted", unit * predicted_variance(x, value_correlation(v)))
         elif what == "z_raw":
-            out["variance_raw"].append(variance_by_position(x, weights))
+            pooled("variance_raw", variance_by_position, x)
         elif what == "z":
-            out["variance"].append(variance_by_position(x, weights))
+            pooled("variance", variance_by_position, x)
             if model.cfg.attn != "headnorm":
                 out["variance_raw"].append(out["variance"][-1])
             mean("spread", spread_by_position(x))
             weight = block.self_attn.o_proj.weight
             pooled("wo_tau", lambda z: wo_tau(z, weight), x)
             pooled("wo_gain", lambda z: wo_gain(z, weight), x)
-            out["wo_top"].append(top_singular(weight).expand(len(rows)))
+            constant("wo_top", top_singular(weight))
         elif what == "attn_out":
-            out["variance_out"].append(variance_by_position(x, weights))
+            pooled("variance_out", variance_by_position, x)
             mean("spread_out", spread_by_position(x))
         elif what == "mlp_post":
-            down = block.mlp.down_proj.weight
-            energy = neuron_energy(x, down)
+            energy, score = neuron_energy(x, block.mlp.down_proj.weight), weight_scores(block)[0]
             first, rest = energy[:, k], others(energy, k, 1)
             mean("neuron_share", neuron_share(first))
             mean("neuron_share_rest", neuron_share(rest).mean(1))
-            score = neuron_scores(block.mlp.gate_proj.weight, block.mlp.up_proj.weight, down,
-                                  block.post_attention_layernorm.weight)[0]
-            out["neuron_overlap"].append(neuron_overlap(first[rows].mean(1), score))
-            few = score.topk(TOP).indices  # the strongest by weight: do they answer to token k more than to others?
-            ratio = first[:, few].sum(-1)[rows].mean(1) / rest[..., few].sum(-1).mean(1)[rows].mean(1).clamp_min(1e-30)
-            out["neuron_first_ratio"].append(ratio)
-            out["neuron_z"].append(z_scores(score).max().expand(len(rows)))
+            pooled("neuron_overlap", lambda e: neuron_overlap(e.mean(0), score), first)
+            few = score.topk(TOP).indices  # strongest by weight: do they answer to k more than to others?
+            ratio = lambda a, b: a.mean() / b.mean().clamp_min(TINY)
+            pooled("neuron_first_ratio", ratio, first[:, few].sum(-1), rest[..., few].sum(-1).mean(1))
+            constant("neuron_z", z_scores(score).max())
         return x
 
     logits, _ = model(idx, tap=compose(tap, look), mask=mask)
     result = {name: torch.stack(values, 1).float().cpu() for name, values in out.items()}
     if targets is not None:
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
-        keep = (targets != -100).float()
-        result["loss"] = ((loss.view_as(keep) * keep).sum(1) / keep.sum(1).clamp_min(1))[rows].mean(1).cpu()
+        loss = F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none")  # 0 where -100
+        result["loss"] = (loss.sum(1) / (targets != -100).sum(1).clamp_min(1))[rows].mean(1).cpu()
     result["predisposition"] = predisposition(model).expand(len(rows), -1, -1)
     return result
 
@@ -429,18 +435,14 @@ def links(model: GPT, idx, tap=None, mask=None, k=0, targets=None, rows=None):
 def predisposition(model: GPT):
     """(L, H): `lock_predisposition` of every head, c being the dimension into which the strongest
     neuron (by weight) of all earlier layers writes. Weights alone. Layer 0 has no earlier neuron: nan."""
-    best, dim = -1.0, None
-    result = []
-    for block in model.layers:
-        a, heads = block.self_attn, model.cfg.num_attention_heads
-        if dim is None:
-            result.append(torch.full((heads,), math.nan))
-        else:
-            result.append(lock_predisposition(a.q_proj.weight, a.k_proj.weight, block.input_layernorm.weight, dim, heads).cpu())
-        score, dims = neuron_scores(block.mlp.gate_proj.weight, block.mlp.up_proj.weight,
-                                    block.mlp.down_proj.weight, block.post_attention_layernorm.weight)
+    best, dim, heads = -1.0, None, model.cfg.num_attention_heads
+    result = [torch.full((heads,), math.nan)]
+    for block, reader in zip(model.layers, model.layers[1:]):
+        score, dims = weight_scores(block)
         if score.max() > best:
             best, dim = score.max().item(), dims[score.argmax()].item()
+        a, gamma = reader.self_attn, reader.input_layernorm.weight
+        result.append(lock_predisposition(a.q_proj.weight, a.k_proj.weight, gamma, dim, heads).cpu())
     return torch.stack(result)
 
 
@@ -453,36 +455,36 @@ def summary(found, k=0):
     at the head with the largest alpha after the first layer: what rests on the first token in the
     first layer knows it by its embedding, and needs no chain.
     """
-    first = {name: discrepancy(found[name][:, 0], k) for name in
-             ("variance", "variance_raw", "variance_predicted", "variance_out", "spread", "spread_out")}
-    after = {name: found[name][:, 1:] for name in found if name.startswith(("norm", "dom", "max", "kurt", "energy", "erank", "direction"))}
     alpha = found["alpha"]  # (S, L, H)
     deep = min(1, alpha.shape[1] - 1)  # a model of one layer has no later one
-    later = alpha[:, deep:].flatten(1)
-    head = later[0].argmax()
-    at_head = {name: found[name][:, deep:].flatten(1)[:, head] for name in ("lock_cos", "lock_positive", "lock_gap", "drain")}
-    guess = found["predisposition"][0, deep:].flatten().nan_to_num()
+    heads = lambda name: found[name][:, deep:].flatten(1)
+    later, guess = heads("alpha"), heads("predisposition")[0].nan_to_num()
+    at_sink = lambda name: heads(name)[:, later[0].argmax()]
+    first_layer = lambda name: discrepancy(found[name][:, 0], k)
+    largest = lambda name: found[name].amax(1)
+    states = lambda name: found[name][:, 1:].mean(1)
     numbers = {
-        "variance_ratio": first["variance"], "variance_ratio_raw": first["variance_raw"],
-        "variance_predicted": first["variance_predicted"], "spread_ratio": first["spread"],
-        "variance_out_ratio": first["variance_out"], "spread_out_ratio": first["spread_out"],
-        "wo_tau": found["wo_tau"].mean(1), "wo_gain": found["wo_gain"].mean(1),
-        "wo_top": found["wo_top"].amax(1),
-        "neuron_z": found["neuron_z"].amax(1), "neuron_share_top5": found["neuron_share"].amax(1),
-        "neuron_share_rest": found["neuron_share_rest"].amax(1), "neuron_overlap": found["neuron_overlap"].amax(1),
-        "neuron_first_ratio": found["neuron_first_ratio"].amax(1),
-        "norm_ratio": after["norm_ratio"].amax(1),
-        "dom_ratio_first": after["dom_first"].mean(1), "dom_ratio_rest": after["dom_rest"].mean(1),
-        "dom_ratio_max": after["dom_first"].amax(1), "max_over_median_first": after["max_median_first"].amax(1),
-        "kurtosis_first": after["kurtosis_first"].mean(1), "energy_dims_first": after["energy_dims_first"].mean(1),
-        "erank_with": after["erank_with"].mean(1), "erank_without": after["erank_without"].mean(1),
-        "norm_direction_cos": after["direction"].mean(1), "norm_direction_cos_rest": after["direction_rest"].mean(1),
+        "variance_ratio": first_layer("variance"), "variance_ratio_raw": first_layer("variance_raw"),
+        "variance_predicted": first_layer("variance_predicted"), "spread_ratio": first_layer("spread"),
+        "variance_out_ratio": first_layer("variance_out"), "spread_out_ratio": first_layer("spread_out"),
+        "wo_tau": found["wo_tau"].mean(1), "wo_gain": found["wo_gain"].mean(1), "wo_top": largest("wo_top"),
+        "neuron_z": largest("neuron_z"), "neuron_share_top5": largest("neuron_share"),
+        "neuron_share_rest": largest("neuron_share_rest"), "neuron_overlap": largest("neuron_overlap"),
+        "neuron_first_ratio": largest("neuron_first_ratio"),
+        "norm_ratio": found["norm_ratio"][:, 1:].amax(1),
+        "dom_ratio_first": states("dom_first"), "dom_ratio_rest": states("dom_rest"),
+        "dom_ratio_max": found["dom_first"][:, 1:].amax(1),
+        "max_over_median_first": found["max_median_first"][:, 1:].amax(1),
+        "kurtosis_first": states("kurtosis_first"), "energy_dims_first": states("energy_dims_first"),
+        "erank_with": states("erank_with"), "erank_without": states("erank_without"),
+        "norm_direction_cos": states("direction"), "norm_direction_cos_rest": states("direction_rest"),
         "norm_layer_cos": found["layer_cos"].mean(1),
-        "lock_cos": at_head["lock_cos"], "lock_positive": at_head["lock_positive"], "lock_gap": at_head["lock_gap"],
-        "lock_weights_tau": torch.stack([kendall_tau(guess, a) for a in later]),
-        "sink_rate": found["rate"].mean((1, 2)), "sink_alpha_max": alpha.flatten(1).amax(1), "sink_alpha_later": later.amax(1),
-        "sink_alpha_mean": alpha.mean((1, 2)), "sink_best_layer_rate": (alpha > EPS).float().mean(2).amax(1),
-        "sink_alpha_raw": found["alpha_raw"].mean((1, 2)), "value_drain": at_head["drain"],
+        "lock_cos": at_sink("lock_cos"), "lock_positive": at_sink("lock_positive"),
+        "lock_gap": at_sink("lock_gap"), "lock_weights_tau": torch.stack([kendall_tau(guess, a) for a in later]),
+        "sink_rate": found["rate"].mean((1, 2)), "sink_alpha_max": alpha.flatten(1).amax(1),
+        "sink_alpha_later": later.amax(1), "sink_alpha_mean": alpha.mean((1, 2)),
+        "sink_best_layer_rate": (alpha > EPS).float().mean(2).amax(1),
+        "sink_alpha_raw": found["alpha_raw"].mean((1, 2)), "value_drain": at_sink("drain"),
     }
     return numbers | ({"loss": found["loss"]} if "loss" in found else {})
 
@@ -495,13 +497,8 @@ def chain(model: GPT, idx, tap=None, mask=None, k=0) -> dict[str, float]:
 # ---------------------------------------------------------------- interventions
 # Each returns a tap for model.forward, or a mask. Layers are a number or several; `k` is a position.
 
-def check_position(k, T):
-    if not 0 <= k < T - 1:
-        raise ProbeError(f"position {k} is out of range: windows have {T} tokens, so use 0 to {T - 2}")
-
-
 def edit(cfg: Config, layers, name, change):
-    """A tap that applies `change` to `name` of the given layers (a number or several). ProbeError for a layer that is not there."""
+    """A tap that applies `change` to `name` of the given layers. ProbeError for a layer that is not there."""
     layers = [layers] if isinstance(layers, int) else list(layers)
     for i in layers:
         if not 0 <= i < cfg.num_hidden_layers:
@@ -535,7 +532,8 @@ def _amplified(x, k, factor):
 
 
 def amplify_variance(cfg, layers, k, factor):
-    """`z_k <- mu + factor (z_k - mu)`, mu the mean of z_k over the windows at hand (paper, claim 9; our reading of mu)."""
+    """`z_k <- mu + factor (z_k - mu)`, mu the mean of z_k over the windows at hand (paper, claim 9; our
+    reading of mu)."""
     return edit(cfg, layers, "z", at(k, lambda x: _amplified(x, k, factor)))
 
 
@@ -545,16 +543,17 @@ def scale_norm(cfg, layers, k, factor):
 
 
 def scale_norm_matched(cfg, layers, k, factor):
-    """z_k scaled, window by window and head by head, to the length that `amplify_variance` would give it (our control)."""
+    """z_k scaled, window by window and head by head, to the length that `amplify_variance` would give it
+    (our control)."""
     def change(x):
-        want = _amplified(x, k, factor).norm(dim=-1, keepdim=True)
-        return x[:, k] * want / x[:, k].norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        return F.normalize(x[:, k], dim=-1) * _amplified(x, k, factor).norm(dim=-1, keepdim=True)
     return edit(cfg, layers, "z", at(k, change))
 
 
 def shift_norm(cfg, layers, k, factor):
-    """z_k plus one vector for all windows, along their mean: as long, in root mean square, as `amplify_variance`
-    makes it, with its variance untouched. `scale_norm` multiplies both, so it separates nothing (our control)."""
+    """z_k plus one vector for all windows, along their mean: as long, in root mean square, as
+    `amplify_variance` makes it, with its variance untouched. `scale_norm` multiplies both, so it
+    separates nothing (our control)."""
     def change(x):
         mu = x[:, k].mean(0)
         m = mu.norm(dim=-1, keepdim=True)
@@ -568,34 +567,30 @@ def normalise_position(cfg, layers, k=0):
     """z_k of each head scaled to the mean RMS that the other positions have: parity at one position only."""
     def change(x):
         rms = x.square().mean(-1, keepdim=True).sqrt()  # (N, T, H, 1)
-        return x[:, k] * others(rms, k, 1).mean(1) / rms[:, k].clamp_min(1e-30)
+        return x[:, k] * others(rms, k, 1).mean(1) / rms[:, k].clamp_min(TINY)
     return edit(cfg, layers, "z", at(k, change))
 
 
 def ablate_neurons(cfg, layer, ids, to=0.0, k=None):
-    """Neurons `ids` of one layer answer `to` (a number or one for each, such as their means), at k or everywhere."""
-    def change(x):
-        if k is not None:
-            check_position(k, x.shape[1])
+    """Neurons `ids` of one layer answer `to` (a number, or one for each), at k or (None) everywhere."""
+    def change(x):  # (..., F)
         x = x.clone()
-        where = slice(None) if k is None else slice(k, k + 1)
-        x[:, where, ids] = torch.as_tensor(to, dtype=x.dtype, device=x.device)
+        x[..., ids] = torch.as_tensor(to, dtype=x.dtype, device=x.device)
         return x
-    return edit(cfg, layer, "mlp_post", change)
+    return edit(cfg, layer, "mlp_post", change if k is None else at(k, lambda x: change(x[:, k])))
 
 
 def copy_neurons(cfg, layer, ids, k, source=0):
     """Neurons `ids` answer to token k as they answered to token `source`: forges link 3."""
     def change(x):
-        check_position(k, x.shape[1])
-        x = x.clone()
-        x[:, k, ids] = x[:, source, ids]
-        return x
-    return edit(cfg, layer, "mlp_post", change)
+        y = x[:, k].clone()
+        y[:, ids] = x[:, source, ids]
+        return y
+    return edit(cfg, layer, "mlp_post", at(k, change))
 
 
 def clip_dimensions(cfg, layers, dims, limit, k=0):
-    """|x_j| of the state that a layer reads is kept below `limit` (a number or one for each) for dimensions j in `dims`."""
+    """|x_j| of the state that a layer reads is kept below `limit` (a number, or one for each j in `dims`)."""
     def change(x):
         y = x[:, k].clone()
         bound = torch.as_tensor(limit, dtype=x.dtype, device=x.device).expand(len(dims))
@@ -609,7 +604,7 @@ def spread_dimension(cfg, layers, dim, k=0):
     with (1, .., 1) / sqrt(C). The length stays, the dominance goes."""
     def change(x):
         C = x.shape[-1]
-        mirror = -torch.ones(C, dtype=x.dtype, device=x.device) / math.sqrt(C)
+        mirror = torch.full((C,), -1 / math.sqrt(C), dtype=x.dtype, device=x.device)
         mirror[dim] += 1
         mirror = mirror / mirror.norm()
         return x[:, k] - 2 * (x[:, k] @ mirror)[:, None] * mirror
@@ -617,18 +612,19 @@ def spread_dimension(cfg, layers, dim, k=0):
 
 
 def replace_direction(cfg, layers, direction, k=0):
-    """The state of token k takes the direction (C,) and keeps its length. Its normed state is then that direction."""
+    """The state of token k takes the direction (C,) or (N, C) and keeps its length: so does its normed state."""
     unit = F.normalize(direction.float(), dim=-1)
     return edit(cfg, layers, "resid_pre", at(k, lambda x: x[:, k].norm(dim=-1, keepdim=True) * unit.to(x)))
 
 
 def random_direction(cfg, layers, k=0, seed=0):
-    """`replace_direction` by a random one, the same for all windows: the control that keeps length and fixedness."""
-    return replace_direction(cfg, layers, torch.randn(cfg.hidden_size, generator=torch.Generator().manual_seed(seed)), k)
+    """`replace_direction` by a random one, the same for all windows: keeps length and fixedness (control)."""
+    drawn = torch.randn(cfg.hidden_size, generator=torch.Generator().manual_seed(seed))
+    return replace_direction(cfg, layers, drawn, k)
 
 
 def replace_state(cfg, layers, state, k):
-    """Token k takes a whole state (C,), length included: forges links 4 and 5 when it is that of a first token."""
+    """Token k takes a whole state (C,), length included: forges links 4 and 5 with that of a first token."""
     return edit(cfg, layers, "resid_pre", at(k, lambda x: state.to(x).expand_as(x[:, k])))
 
 
@@ -642,7 +638,204 @@ def remove_key_direction(cfg, layer, direction, k=0):
     return edit(cfg, layer, "k", at(k, change))
 
 
+# ---------------------------------------------------------------- the cut matrix
+
+@torch.no_grad()
+def observe(model, idx, k=0, top=TOP):
+    """What the cuts need to know of the untouched model, one entry a layer, from one forward pass:
+
+        neurons  (top,) the most energetic at k      scores (F,) by weight      means (F,) mean activations
+        dims     (3,) largest |x_k| of what it reads limits (3,) mean |x| of the other tokens there
+        state    (C,) mean state of token k          other  (N, C) state of the token in the middle
+        query    (K, D) leading direction of the queries that use each key head
+    """
+    L, T, K = model.cfg.num_hidden_layers, idx.shape[1], model.cfg.num_key_value_heads
+    _, kept = record(model, idx, [f"{i}.{name}" for i in range(L) for name in ("resid_pre", "q", "mlp_post")])
+    seen = defaultdict(list)
+    for i, block in enumerate(model.layers):
+        x, q, post = (kept[f"{i}.{name}"] for name in ("resid_pre", "q", "mlp_post"))
+        size = x.float().abs()
+        dims = size[:, k].mean(0).topk(3).indices
+        energy = neuron_energy(post[:, k], block.mlp.down_proj.weight).mean(0)
+        q = q[:, k + 1:].unflatten(2, (K, -1)).transpose(2, 3).flatten(1, 2)  # (N, queries of a key head, K, D)
+        for name, value in dict(
+            neurons=energy.topk(top).indices, scores=weight_scores(block)[0], means=post.mean((0, 1)), dims=dims,
+            limits=others(size, k, 1)[..., dims].mean((0, 1)), state=x[:, k].mean(0), other=x[:, T // 2],
+            query=leading_query(q),
+        ).items():
+            seen[name].append(value)
+    return seen
+
+
+def similar_neurons(score, ids):
+    """As many other neurons, each the nearest to one of `ids` in weight score (F,): control for an ablation."""
+    wanted, score, taken = score[ids].tolist(), score.clone(), []
+    score[ids] = math.inf
+    for w in wanted:
+        taken.append((score - w).abs().argmin().item())
+        score[taken[-1]] = math.inf
+    return torch.tensor(taken)
+
+
+def interventions(model, idx, k, factor, layer=0, seed=0):
+    """Every cut at the first token and every forgery at k -> list of (link, kind, label, position, tap, mask).
+
+    kind: cut, forge, or control of the cuts or forgeries of its link above it.
+    """
+    cfg, T, seen = model.cfg, idx.shape[1], observe(model, idx)
+    L, mid, g = cfg.num_hidden_layers, T // 2, torch.Generator().manual_seed(seed)
+    every, deep = range(L), range(min(1, L - 1), L)  # deep: layers that read what an earlier layer wrote
+
+    def each(layers, build, *args, **more):  # an argument that is a list has one entry a layer
+        return compose(*(build(cfg, i, *(a[i] if isinstance(a, list) else a for a in args), **more) for i in layers))
+
+    neurons, dims, limits, state = seen["neurons"], seen["dims"], seen["limits"], seen["state"]
+    like = [similar_neurons(score, ids) for score, ids in zip(seen["scores"], neurons)]
+    means = [mean[ids] for mean, ids in zip(seen["means"], neurons)]
+    largest = [d[0].item() for d in dims]
+    anywhere = torch.randperm(cfg.hidden_size, generator=g)[:3]
+    other_query = torch.randn(seen["query"][0].shape, generator=g)
+    parity = normalise_position(cfg, every, 0)
+    quiet = each(every, ablate_neurons, neurons)
+    unlocked = each(every, remove_key_direction, seen["query"])
+    cuts = [
+        ("variance", "cut", "z_0 given the RMS of the others", parity),
+        ("variance", "control", f"z_{mid} given the RMS of the others", normalise_position(cfg, every, mid)),
+        ("neurons", "cut", f"top {TOP} at token 0, each layer: 0", quiet),
+        ("neurons", "cut", "  their mean instead of 0", each(every, ablate_neurons, neurons, means)),
+        ("neurons", "cut", "  0 at token 0 only", each(every, ablate_neurons, neurons, k=0)),
+        ("neurons", "control", "  others of like weight: 0", each(every, ablate_neurons, like)),
+        ("disparity", "cut", "3 largest dimensions of x_0 clipped", each(deep, clip_dimensions, dims, limits)),
+        ("disparity", "cut", "  largest turned into all, norm kept", each(deep, spread_dimension, largest)),
+        ("disparity", "control", "  3 random dimensions clipped", each(deep, clip_dimensions, anywhere, limits)),
+        ("direction", "cut", f"x_0 turned to x_{mid}, norm kept", each(deep, replace_direction, seen["other"])),
+        ("direction", "cut", "  to one random direction, norm kept", random_direction(cfg, deep, seed=seed)),
+        ("direction", "control", f"  x_{mid} turned at random", random_direction(cfg, deep, mid, seed)),
+        ("lock", "cut", "k_0 without the leading query", unlocked),
+        ("lock", "control", "  without a random direction", each(every, remove_key_direction, other_query)),
+        ("all", "cut", "z_0 parity + neurons + lock together", compose(parity, quiet, unlocked)),
+    ]
+    block = block_aggregation(T, k)
+    forgeries = [
+        ("variance", "forge", f"token {k} sees only itself", None, block),
+        ("variance", "forge", f"variance of z_{k} x {factor:g}, layer {layer}", amplify_variance(cfg, layer, k, factor)),
+        ("variance", "control", f"  norm x {factor:g} (as the paper)", scale_norm(cfg, layer, k, factor)),
+        ("variance", "control", "  norm as the amplified one's", scale_norm_matched(cfg, layer, k, factor)),
+        ("variance", "control", "  that norm by a constant shift", shift_norm(cfg, layer, k, factor)),
+        ("neurons", "forge", f"top {TOP} at token {k} answer as at 0", each(every, copy_neurons, neurons, k)),
+        ("direction", "forge", f"x_{k} turned to the mean x_0, norm kept", each(deep, replace_direction, state, k=k)),
+        ("direction", "control", "  to one random direction, norm kept", random_direction(cfg, deep, k, seed)),
+        ("disparity", "forge", f"x_{k} becomes the mean x_0, layer {deep[0]}",
+         replace_state(cfg, deep[0], state[deep[0]], k)),
+        ("all", "forge", "sees only itself, z parity in all layers", normalise_position(cfg, every, k), block),
+    ]
+    return [(link, kind, label, position, tap, mask[0] if mask else None)
+            for position, rows in ((0, cuts), (k, forgeries)) for link, kind, label, tap, *mask in rows]
+
+
+def interval(values):
+    """(S,), the first measured, the others bootstrap -> {value, half}: half the width of a 95 % interval,
+    None without draws."""
+    value, half = values[0].item(), None
+    if len(values) > 2:
+        half = 1.96 * values[1:].std().item()
+        half = half if half > 1e-5 * max(1.0, abs(value)) else 0.0  # rounding is no spread
+    return {"value": value, "half": half}
+
+
+def cut_matrix(model, x, y, k, factor, layer=0, draws=20, seed=0):
+    """Every intervention against every link -> list of rows (dicts) with, for each number, before, after, the
+    change and half its 95 % interval (the same bootstrap windows before and after)."""
+    rows = resamples(len(x), draws)
+    numbers = lambda at, tap=None, mask=None: summary(links(model, x, tap, mask, at, y, rows), at)
+    before = {at: numbers(at) for at in (0, k)}
+    table = []
+    for link, kind, label, at, tap, mask in interventions(model, x, k, factor, layer, seed):
+        cells = {}
+        for name, after in numbers(at, tap, mask).items():
+            change = interval(after - before[at][name])
+            cells[name] = {"before": before[at][name][0].item(), "after": after[0].item(),
+                           "change": change["value"], "half": change["half"]}
+        table.append({"link": link, "kind": kind, "label": label, "position": at, "numbers": cells})
+    return table
+
+
+def average(tables):
+    """Cut matrices of several runs -> one of means, `half` being the standard deviation between runs."""
+    if len(tables) == 1:
+        return tables[0]
+    result = []
+    for same in zip(*tables):
+        cells = {}
+        for name in same[0]["numbers"]:
+            runs = {key: torch.tensor([row["numbers"][name][key] for row in same])
+                    for key in ("before", "after", "change")}
+            cells[name] = {key: v.mean().item() for key, v in runs.items()} | {"half": runs["change"].std().item()}
+        result.append(same[0] | {"numbers": cells})
+    return result
+
+
+CLAIMS = (  # statement, link, kind, and the number that answers
+    ("variance of z_0 feeds the sink", "variance", "cut", "sink_alpha_later"),
+    ("super neurons make the disparity", "neurons", "cut", "dom_ratio_max"),
+    ("super neurons make the sink", "neurons", "cut", "sink_alpha_later"),
+    ("disparity makes the lock", "disparity", "cut", "lock_gap"),
+    ("disparity makes the sink", "disparity", "cut", "sink_alpha_later"),
+    ("the direction of x_0 makes the lock", "direction", "cut", "lock_gap"),
+    ("the direction of x_0 makes the sink", "direction", "cut", "sink_alpha_later"),
+    ("the locked key makes the sink", "lock", "cut", "sink_alpha_later"),
+    ("variance forges a sink at k", "variance", "forge", "sink_alpha_later"),
+    ("super neurons forge a sink at k", "neurons", "forge", "sink_alpha_later"),
+    ("the state of x_0 forges a sink at k", "disparity", "forge", "sink_alpha_later"),
+    ("the direction of x_0 forges a sink at k", "direction", "forge", "sink_alpha_later"),
+)
+CRITERION = """\
+A link holds when its cut takes at least half of what the number has above chance at token 0, the
+interval of that change excludes 0, and no control of the same kind does half as much as the cut;
+partly, from a quarter on. A forgery holds when it gives token k at least half of what token 0 has,
+on the same terms. Of several cuts the strongest counts. Where token 0 itself has no sink after the
+first layer (alpha <= 0.3), a lock gap below 0.5 nats or a DomRatio below twice the Gaussian's, there
+is nothing to explain: absent."""
+
+
+def verdict(share, half, control):
+    """share: effect over what there is to explain; half: half its interval; control: the largest of a control."""
+    if share < 0.25 or (half is not None and share - half <= 0) or control >= share / 2:
+        return "no"
+    return "holds" if share >= 0.5 else "partly"
+
+
+def verdicts(table, cfg, T):
+    """[(statement, verdict, share of the excess, the control's share, strongest intervention)], by CRITERION."""
+    first, null = table[0]["numbers"], chance(cfg, T, 0)
+    least = {"sink_alpha_later": EPS, "lock_gap": 0.5, "dom_ratio_max": 2 * null["dom_ratio_max"]}
+    result = []
+    for statement, link, kind, key in CLAIMS:
+        before = first[key]["before"]
+        if before <= least[key]:
+            result.append((statement, "absent", None, None, f"{key} {number(before)}"))
+            continue
+        unit = (before - null[key]) * (-1 if kind == "cut" else 1)
+        here = [row for row in table if row["link"] == link and (row["position"] == 0) == (kind == "cut")]
+        share = lambda row: row["numbers"][key]["change"] / unit
+        best = max((row for row in here if row["kind"] == kind), key=share)
+        control = max((share(row) for row in here if row["kind"] == "control"), default=0.0)
+        half = (best["numbers"][key]["half"] or 0) / abs(unit)
+        result.append((statement, verdict(share(best), half, control), share(best), control, best["label"].strip()))
+    return result
+
+
 # ---------------------------------------------------------------- runs and windows
+
+@dataclass
+class Opened:
+    """A model and what its windows are drawn from."""
+    model: GPT
+    null: GPT | None  # the same, untrained
+    settings: dict
+    stream: object  # a corpus, token ids (M,), or None for random tokens
+    bos: int | None
+
 
 def load_checkpoint(path) -> dict:
     """The dict that train.py saved: tensors, numbers and strings, nothing that runs code. Raises ProbeError."""
@@ -669,10 +862,11 @@ def load_run(folder, untrained=False):
     except data.DataError as error:
         raise ProbeError(f"{folder}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ProbeError(f"{folder}/config.json is not that of a run of train.py ({type(error).__name__}: {error})") from None
+        why = f"{type(error).__name__}: {error}"
+        raise ProbeError(f"{folder}/config.json is not that of a run of train.py ({why})") from None
     if corpus.vocab_size != cfg.vocab_size:
-        raise ProbeError(f"{folder} was trained on {cfg.vocab_size} tokens, but {settings['data']} has {corpus.vocab_size} "
-                         "here: the text is not the same any more")
+        raise ProbeError(f"{folder} was trained on {cfg.vocab_size} tokens, but {settings['data']} has "
+                         f"{corpus.vocab_size} here: the text is not the same any more")
     model = GPT(cfg, seed=settings["seed"])
     if not untrained:
         if not (folder / "model.pt").is_file():
@@ -684,8 +878,17 @@ def load_run(folder, untrained=False):
     return model.eval(), corpus, settings
 
 
-def read_tokens(path, encode=None):
-    """A file of token ids (whole numbers between blanks or commas), or of text, which `encode` turns into ids -> (M,)."""
+def read_log(folder):
+    """The evaluations in log.jsonl that have numbers of the chain, [] without such a file."""
+    try:
+        rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+    return [row for row in rows if isinstance(row, dict) and "links" in row and "step" in row]
+
+
+def read_tokens(path, encode):
+    """A file of token ids (whole numbers between blanks or commas), or of text for `encode` -> (M,)."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -694,11 +897,7 @@ def read_tokens(path, encode=None):
     words = text.replace(",", " ").replace("[", " ").replace("]", " ").split()
     if not words:
         raise ProbeError(f"--tokens {path}: the file is empty")
-    if all(word.isdigit() for word in words):
-        return torch.tensor([int(word) for word in words])
-    if encode is None:
-        raise ProbeError(f"--tokens {path} is text, and this model came without a tokenizer; give a file of token ids")
-    return torch.tensor(encode(text))
+    return torch.tensor([int(w) for w in words] if all(w.isdigit() for w in words) else encode(text))
 
 
 def draw_windows(N, T, vocab_size, bos, with_bos, seed=0, stream=None):
@@ -707,258 +906,180 @@ def draw_windows(N, T, vocab_size, bos, with_bos, seed=0, stream=None):
     with_bos: each begins with the id `bos`, and the tokens follow it. y is the next token.
     """
     if stream is None:
-        tokens = torch.randint(vocab_size - (bos is not None), (N, T + 1), generator=torch.Generator().manual_seed(seed))
+        g = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(vocab_size - (bos is not None), (N, T + 1), generator=g)
         if bos is not None:
             tokens += tokens >= bos  # every id but bos
     else:
         if len(stream) < T + 2:
             raise ProbeError(f"the text has {len(stream)} tokens, too few for windows of {T}")
-        if not 0 <= int(stream.min()) <= int(stream.max()) < vocab_size:
-            raise ProbeError(f"token ids go from {int(stream.min())} to {int(stream.max())}, but this model has 0 to {vocab_size - 1}")
+        low, high = int(stream.min()), int(stream.max())
+        if low < 0 or high >= vocab_size:
+            raise ProbeError(f"token ids go from {low} to {high}, but this model has 0 to {vocab_size - 1}")
         starts = torch.linspace(0, len(stream) - T - 1, N).long()
         tokens = stream[starts[:, None] + torch.arange(T + 1)]
     if not with_bos:
         return tokens[:, :-1], tokens[:, 1:]
     if bos is None:
         raise ProbeError("this model names no beginning-of-text token; leave --bos out")
-    lead = torch.full((N, 1), bos)
-    return torch.cat((lead, tokens[:, : T - 1]), 1), tokens[:, :T]
+    return torch.cat((torch.full((N, 1), bos), tokens[:, : T - 1]), 1), tokens[:, :T]
 
 
-# ---------------------------------------------------------------- the chain table
+def open_runs(args) -> dict[str, Opened]:
+    """The runs by name, in the order given. Raises ProbeError."""
+    opened = {}
+    for folder in args.runs:
+        model, corpus, settings = load_run(folder, args.untrained)
+        name = Path(folder).resolve().name
+        if name in opened:
+            raise ProbeError(f"two runs are called {name}; give each folder its own name")
+        for first in list(opened.values())[:1]:
+            for key in ("data", "seq_len", "vocab_size"):
+                if first.settings[key] != settings[key]:
+                    raise ProbeError(f"{folder} has {key} {settings[key]}, but {args.runs[0]} has "
+                                     f"{first.settings[key]}: their windows would differ; probe them one by one")
+        null = None if args.untrained else GPT(model.cfg, seed=settings["seed"]).eval()
+        stream = {"text": corpus, "random": None}.get(args.tokens, args.tokens)
+        stream = read_tokens(stream, corpus.encode) if isinstance(stream, str) else stream
+        opened[name] = Opened(model, null, settings, stream, corpus.bos)
+    return opened
 
-def _alpha(cfg, T, k):
-    return sum(1 / (t + 1) for t in range(k, T)) / (T - k)
+
+def open_llama(args) -> dict[str, Opened]:
+    """The same for a Llama checkpoint. Its text is the held-out part of our own corpus, in its own tokens."""
+    model, folder, stream = GPT.from_llama(args.llama).eval(), Path(args.llama), None
+    bos = json.loads((folder / "config.json").read_text()).get("bos_token_id")
+    bos = bos if isinstance(bos, int) and 0 <= bos < model.cfg.vocab_size else None
+
+    def encode(text):
+        try:
+            from tokenizers import Tokenizer
+            return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+        except ImportError:
+            raise ProbeError("text needs the tokenizers package (pip install tokenizers); "
+                             "random tokens do not") from None
+        except Exception as error:
+            raise ProbeError(f"{folder / 'tokenizer.json'} cannot be read ({type(error).__name__}); "
+                             "use --tokens random or a file of ids") from None
+    if args.tokens == "text":
+        import data
+        corpus = data.load("stdlib")
+        stream = torch.tensor(encode(corpus.decode(corpus.val[corpus.val != corpus.bos][:60000])))
+    elif args.tokens != "random":
+        stream = read_tokens(args.tokens, encode)
+    settings = {"seq_len": 64, "bos": None, "data": folder.name}
+    return {folder.resolve().name: Opened(model, None, settings, stream, bos)}
 
 
-# link, key, what it is, and what it would be by chance: Gaussian vectors, unrelated rankings, uniform attention
-TABLE = (
-    ("1 variance", "variance_ratio_raw", "V_k / median V_t of z, first layer", None),
-    ("", "variance_predicted", "  averaging alone would give", None),
-    ("", "variance_ratio", "  what W_O is given", None),
-    ("", "spread_ratio", "  the same for spread over dimensions", None),
-    ("2 W_O", "variance_out_ratio", "V_k / median V_t after W_O", None),
-    ("", "wo_tau", "Kendall tau: std of z, column of W_O", lambda c, T, k: 0.0),
-    ("", "wo_gain", "gain on the widest directions / random", lambda c, T, k: 1.0),
-    ("", "wo_top", "largest singular value / rms, any layer", lambda c, T, k: 2.0),
-    ("3 neurons", "neuron_z", "largest weight norm, z-score", lambda c, T, k: math.sqrt(2 * math.log(c.intermediate_size))),
-    ("", "neuron_share_top5", "share of the MLP's write by top 5, token k", None),
-    ("", "neuron_share_rest", "  the other tokens", None),
-    ("", "neuron_overlap", "overlap: largest weights, most active at k", lambda c, T, k: TOP / c.intermediate_size),
-    ("", "neuron_first_ratio", "top weights: energy at k / others", lambda c, T, k: 1.0),
-    ("4 disparity", "norm_ratio", "norm of token k / median", lambda c, T, k: 1.0),
-    ("", "dom_ratio_first", "DomRatio of token k, layer mean", lambda c, T, k: gaussian_dominance(c.hidden_size)),
-    ("", "dom_ratio_rest", "  the other tokens", lambda c, T, k: gaussian_dominance(c.hidden_size)),
-    ("", "dom_ratio_max", "  token k, largest of all layers", None),
-    ("", "energy_dims_first", "dimensions that hold 90 % of token k", None),
-    ("", "erank_with", "effective rank, layer mean", lambda c, T, k: float(c.hidden_size)),
-    ("", "erank_without", "  without token k", lambda c, T, k: float(c.hidden_size)),
-    ("5 direction", "norm_direction_cos", "cos of normed token k between windows", lambda c, T, k: 0.0),
-    ("", "norm_direction_cos_rest", "  the other tokens", lambda c, T, k: 0.0),
-    ("", "norm_layer_cos", "cos of normed token k, layer to layer", lambda c, T, k: 0.0),
-    ("6 lock", "lock_cos", "cos of key k and leading query, later head", lambda c, T, k: 0.0),
-    ("", "lock_positive", "share of queries with q.k > 0", lambda c, T, k: 0.5),
-    ("", "lock_gap", "logit of key k above the others, nats", lambda c, T, k: 0.0),
-    ("", "lock_weights_tau", "Kendall tau: lock by weights alone, alpha", lambda c, T, k: 0.0),
-    ("7 sink", "sink_alpha_max", "alpha_k of the strongest head", _alpha),
-    ("", "sink_alpha_later", "  not counting the first layer", _alpha),
-    ("", "sink_alpha_mean", "  mean of all heads", _alpha),
-    ("", "sink_rate", "sink rate (alpha_k > 0.3)", lambda c, T, k: 0.0),
-    ("", "sink_alpha_raw", "raw mass on k, mean of all heads", None),
-    ("", "value_drain", "||v_k|| / mean ||v_t||, later head", lambda c, T, k: 1.0),
-    ("", "loss", "loss, nats per token", None),
+def take_windows(run: Opened, N, T, with_bos, seed):
+    """x, y (N, T) from the corpus of a run, from token ids or at random."""
+    if hasattr(run.stream, "batch"):
+        return run.stream.batch(N, T, torch.Generator().manual_seed(seed), split="val", bos=float(with_bos))
+    return draw_windows(N, T, run.model.cfg.vocab_size, run.bos, with_bos, seed, run.stream)
+
+
+# ---------------------------------------------------------------- tables
+
+TABLE = (  # link, key, what it is
+    ("1 variance", "variance_ratio_raw", "V_k / median V_t of z, first layer"),
+    ("", "variance_predicted", "  averaging alone would give"),
+    ("", "variance_ratio", "  what W_O is given"),
+    ("", "spread_ratio", "  the same for spread over dimensions"),
+    ("2 W_O", "variance_out_ratio", "V_k / median V_t after W_O"),
+    ("", "wo_tau", "Kendall tau: std of z, column of W_O"),
+    ("", "wo_gain", "gain on the widest directions / random"),
+    ("", "wo_top", "largest singular value / rms, any layer"),
+    ("3 neurons", "neuron_z", "largest weight norm, z-score"),
+    ("", "neuron_share_top5", "share of the MLP's write by top 5, token k"),
+    ("", "neuron_share_rest", "  the other tokens"),
+    ("", "neuron_overlap", "overlap: largest weights, most active at k"),
+    ("", "neuron_first_ratio", "top weights: energy at k / others"),
+    ("4 disparity", "norm_ratio", "norm of token k / median"),
+    ("", "dom_ratio_first", "DomRatio of token k, layer mean"),
+    ("", "dom_ratio_rest", "  the other tokens"),
+    ("", "dom_ratio_max", "  token k, largest of all layers"),
+    ("", "energy_dims_first", "dimensions that hold 90 % of token k"),
+    ("", "erank_with", "effective rank, layer mean"),
+    ("", "erank_without", "  without token k"),
+    ("5 direction", "norm_direction_cos", "cos of normed token k between windows"),
+    ("", "norm_direction_cos_rest", "  the other tokens"),
+    ("", "norm_layer_cos", "cos of normed token k, layer to layer"),
+    ("6 lock", "lock_cos", "cos of key k and leading query, later head"),
+    ("", "lock_positive", "share of queries with q.k > 0"),
+    ("", "lock_gap", "logit of key k above the others, nats"),
+    ("", "lock_weights_tau", "Kendall tau: lock by weights alone, alpha"),
+    ("7 sink", "sink_alpha_max", "alpha_k of the strongest head"),
+    ("", "sink_alpha_later", "  not counting the first layer"),
+    ("", "sink_alpha_mean", "  mean of all heads"),
+    ("", "sink_rate", "sink rate (alpha_k > 0.3)"),
+    ("", "sink_alpha_raw", "raw mass on k, mean of all heads"),
+    ("", "value_drain", "||v_k|| / mean ||v_t||, later head"),
+    ("", "loss", "loss, nats per token"),
 )
-FIXED_BY_BOS = ("variance_ratio", "variance_ratio_raw", "variance_out_ratio", "norm_direction_cos")
+SAME = ("variance_ratio", "variance_ratio_raw", "variance_predicted", "variance_out_ratio", "norm_direction_cos")
+COLUMNS = {"variance_ratio_raw": "V_k / V", "spread_ratio": "spread", "neuron_share_top5": "top-5 share",
+           "norm_ratio": "norm", "dom_ratio_max": "DomRatio", "norm_direction_cos": "cos x_k",
+           "lock_gap": "lock gap", "sink_alpha_later": "alpha", "value_drain": "drain", "loss": "loss"}
+BIRTH = {"variance_ratio_raw": "1 variance", "neuron_share_top5": "3 neurons", "dom_ratio_max": "4 disparity",
+         "norm_ratio": "4 norm", "lock_gap": "6 lock", "sink_alpha_max": "7 sink"}
+SIGN = {"cut": "-", "forge": "+", "control": "o"}
 
 
-def interval(values):
-    """(S,), the first measured, the others bootstrap -> {value, half}: half the width of a 95 % interval, None without draws."""
-    value, half = values[0].item(), None
-    if len(values) > 2:
-        half = 1.96 * values[1:].std().item()
-        half = half if half > 1e-5 * max(1.0, abs(value)) else 0.0  # rounding is no spread
-    return {"value": value, "half": half}
+def chance(cfg, T, k) -> dict[str, float]:
+    """The numbers of Gaussian vectors, unrelated rankings and uniform attention."""
+    gauss, width = gaussian_dominance(cfg.hidden_size), float(cfg.hidden_size)
+    return {"wo_tau": 0, "wo_gain": 1, "wo_top": 2, "neuron_z": math.sqrt(2 * math.log(cfg.intermediate_size)),
+            "neuron_overlap": TOP / cfg.intermediate_size, "neuron_first_ratio": 1, "norm_ratio": 1,
+            "dom_ratio_first": gauss, "dom_ratio_rest": gauss, "dom_ratio_max": gauss,
+            "erank_with": width, "erank_without": width, "norm_direction_cos": 0, "norm_direction_cos_rest": 0,
+            "norm_layer_cos": 0, "lock_cos": 0, "lock_positive": 0.5, "lock_gap": 0, "lock_weights_tau": 0,
+            **dict.fromkeys(("sink_alpha_max", "sink_alpha_later", "sink_alpha_mean"), uniform_alpha(T, k)),
+            "sink_rate": 0, "value_drain": 1}
 
 
 def number(x):
     """Three digits; one for what is below 0.001."""
-    if x is None or not math.isfinite(x):
-        return "-"
     size = abs(x)
     return "0" if size < 5e-6 else f"{x:.1g}" if size < 1e-3 else f"{x:.3g}" if size < 1000 else f"{x:.0f}"
 
 
-def with_interval(value, half):
-    return number(value) + ("" if half is None else f" ±{number(half if half > 99 else float(f'{half:.1g}'))}")
+def with_interval(value, half):  # no interval: it does not depend on which windows were drawn
+    return number(value) + (f" ±{number(half if half > 99 else float(f'{half:.1g}'))}" if half else "")
 
 
-def chain_of(model, x, y, k, draws, null=None):
-    """`links` of a model with intervals, and of its null (an untrained model) without -> JSON-able dict."""
-    found = links(model, x, k=k, targets=y, rows=resamples(len(x), draws))
-    result = {"numbers": {name: interval(v) for name, v in summary(found, k).items()},
-              "layers": {name: v[0].tolist() for name, v in found.items() if name != "loss" and not v[0].isnan().any()}}
-    if null is not None:
-        result["untrained"] = {name: v[0].item() for name, v in summary(links(null, x, k=k, targets=y), k).items()}
+def chain_of(run: Opened, x, y, k, draws):
+    """`links` of a model with intervals, and of its null (untrained) without -> JSON-able dict."""
+    found = links(run.model, x, k=k, targets=y, rows=resamples(len(x), draws))
+    layers = {name: v[0].tolist() for name, v in found.items() if name != "loss" and not v[0].isnan().any()}
+    result = {"numbers": {name: interval(v) for name, v in summary(found, k).items()}, "layers": layers}
+    if run.null is not None:
+        null = links(run.null, x, k=k, targets=y)
+        result["untrained"] = {name: v[0].item() for name, v in summary(null, k).items()}
+        result["untrained_variance"] = null["variance_raw"][0, 0].tolist()
     return result
 
 
-def print_chain(kind, results, models, T, k, bos):
-    """One table: rows in causal order, a column for each run, value, interval and `| untrained`, and chance."""
+def print_chain(title, results, opened, T, k, with_bos):
+    """One table: rows in causal order, a column for each run: value, interval, `| untrained`; and chance."""
     width = max(26, *(len(name) + 2 for name in results))
-    print(f"\n{kind}; token k = {k}. value ±95 % interval | the same model untrained")
+    print(f"\n{title}; token k = {k}. value ±95 % interval | the same model untrained")
     print(f"{'link':12}{'number':44}" + "".join(f"{name:>{width}}" for name in results) + f"{'chance':>10}")
-    cfg = next(iter(models.values())).cfg
-    for link, key, label, chance in TABLE:
-        if bos and k == 0 and key in FIXED_BY_BOS:
-            cells, label = ["" for _ in results], label + " (fixed token: none)"
-        else:
-            cells = []
-            for r in results.values():
-                v = r["numbers"][key]
-                cells.append(with_interval(v["value"], v["half"])
-                             + (f" | {number(r['untrained'][key])}" if "untrained" in r else ""))
-        print(f"{link:12}{label:44}" + "".join(f"{c:>{width}}" for c in cells)
-              + (f"{number(chance(cfg, T, k)):>10}" if chance else ""))
-
-
-# ---------------------------------------------------------------- the cut matrix
-
-@torch.no_grad()
-def observe(model, idx, k=0, top=TOP):
-    """What the cuts need to know of the untouched model, one entry a layer, from one forward pass:
-
-        neurons  (top,) the most energetic at k      scores (F,) by weight      means (F,) mean activations
-        dims     (3,) largest |x_k| of what it reads limits (3,) mean |x| of the other tokens there
-        state    (C,) mean state of token k          other  (N, C) state of the token in the middle
-        query    (K, D) leading direction of the queries that use each key head
-    """
-    seen, K = defaultdict(list), model.cfg.num_key_value_heads
-
-    def look(name, x):
-        layer, _, what = name.rpartition(".")
-        if what == "resid_pre":
-            size = x.float().abs()
-            dims = size[:, k].mean(0).topk(min(3, x.shape[-1])).indices
-            seen["dims"].append(dims)
-            seen["limits"].append(others(size, k, 1)[..., dims].mean((0, 1)))
-            seen["state"].append(x[:, k].mean(0))
-            seen["other"].append(x[:, x.shape[1] // 2].clone())
-        elif what == "q":
-            N, T, H, D = x.shape
-            q = x[:, k + 1:].reshape(N, T - k - 1, K, H // K, D).transpose(2, 3).flatten(1, 2)
-            seen["query"].append(leading_query(q))
-        elif what == "mlp_post":
-            mlp, norm = model.layers[int(layer)].mlp, model.layers[int(layer)].post_attention_layernorm
-            seen["neurons"].append(neuron_energy(x[:, k], mlp.down_proj.weight).mean(0).topk(top).indices)
-            seen["means"].append(x.mean((0, 1)))
-            seen["scores"].append(neuron_scores(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, norm.weight)[0])
-        return x
-
-    model(idx, tap=look)
-    return seen
-
-
-def similar_neurons(score, ids):
-    """As many other neurons, each the nearest to one of `ids` in weight score (F,): the control for an ablation."""
-    wanted, score, taken = score[ids].tolist(), score.clone(), []
-    score[ids] = math.inf
-    for w in wanted:
-        taken.append((score - w).abs().argmin().item())
-        score[taken[-1]] = math.inf
-    return torch.tensor(taken)
-
-
-def interventions(model, idx, k, factor, layer=0, seed=0):
-    """Every cut at the first token and every forgery at token k -> list of (link, kind, label, position, tap, mask).
-
-    kind: cut, forge, or control of the cuts or forgeries of its link above it.
-    """
-    cfg, T, seen = model.cfg, idx.shape[1], observe(model, idx)
-    L, mid, g = cfg.num_hidden_layers, T // 2, torch.Generator().manual_seed(seed)
-    neurons, dims, limits = seen["neurons"], seen["dims"], seen["limits"]
-    every, deep = range(L), range(min(1, L - 1), L)  # deep: layers that read what an earlier layer wrote
-
-    def each(layers, build, *args, **more):
-        return compose(*(build(cfg, i, *(a[i] if isinstance(a, list) else a for a in args), **more) for i in layers))
-
-    like = [similar_neurons(score, ids) for score, ids in zip(seen["scores"], neurons)]
-    means = [mean[ids] for mean, ids in zip(seen["means"], neurons)]
-    largest = [d[0].item() for d in dims]
-    anywhere = torch.randperm(cfg.hidden_size, generator=g)[:3]
-    other_query = torch.randn(seen["query"][0].shape, generator=g)
-    parity = normalise_position(cfg, every, 0)
-    quiet = each(every, ablate_neurons, neurons)
-    unlocked = each(every, remove_key_direction, seen["query"])
-    cuts = [
-        ("variance", "cut", "z_0 given the RMS of the others", parity),
-        ("variance", "control", f"z_{mid} given the RMS of the others", normalise_position(cfg, every, mid)),
-        ("neurons", "cut", f"top {TOP} at token 0, each layer: 0", quiet),
-        ("neurons", "cut", "  their mean instead of 0", each(every, ablate_neurons, neurons, means)),
-        ("neurons", "cut", "  0 at token 0 only", each(every, ablate_neurons, neurons, k=0)),
-        ("neurons", "control", "  others of like weight: 0", each(every, ablate_neurons, like)),
-        ("disparity", "cut", "3 largest dimensions of x_0 clipped", each(deep, clip_dimensions, dims, limits)),
-        ("disparity", "cut", "  largest turned into all, norm kept", each(deep, spread_dimension, largest)),
-        ("disparity", "control", "  3 random dimensions clipped", each(deep, clip_dimensions, anywhere, limits)),
-        ("direction", "cut", f"x_0 turned to x_{mid}, norm kept", each(deep, replace_direction, seen["other"])),
-        ("direction", "cut", "  to one random direction, norm kept", each(deep, random_direction, seed=seed)),
-        ("direction", "control", f"  x_{mid} turned at random", each(deep, random_direction, k=mid, seed=seed)),
-        ("lock", "cut", "k_0 without the leading query", unlocked),
-        ("lock", "control", "  without a random direction", each(every, remove_key_direction, other_query)),
-        ("all", "cut", "z_0 parity + neurons + lock together", compose(parity, quiet, unlocked)),
-    ]
-    block, state = block_aggregation(T, k), seen["state"]
-    forgeries = [
-        ("variance", "forge", f"token {k} sees only itself", None, block),
-        ("variance", "forge", f"variance of z_{k} x {factor:g}, layer {layer}", amplify_variance(cfg, layer, k, factor)),
-        ("variance", "control", f"  norm x {factor:g} (as the paper)", scale_norm(cfg, layer, k, factor)),
-        ("variance", "control", "  norm as the amplified one's", scale_norm_matched(cfg, layer, k, factor)),
-        ("variance", "control", "  that norm by a constant shift", shift_norm(cfg, layer, k, factor)),
-        ("neurons", "forge", f"top {TOP} at token {k} answer as at 0", each(every, copy_neurons, neurons, k)),
-        ("direction", "forge", f"x_{k} turned to the mean x_0, norm kept", each(deep, replace_direction, state, k=k)),
-        ("direction", "control", "  to one random direction, norm kept", each(deep, random_direction, k=k, seed=seed)),
-        ("disparity", "forge", f"x_{k} becomes the mean x_0, layer {deep[0]}", replace_state(cfg, deep[0], state[deep[0]], k)),
-        ("all", "forge", "sees only itself, z parity in all layers", normalise_position(cfg, every, k), block),
-    ]
-    return [(*row[:3], position, row[3], row[4] if len(row) > 4 else None)
-            for position, rows in ((0, cuts), (k, forgeries)) for row in rows]
-
-
-COLUMNS = {"variance_ratio_raw": "V_k / V", "neuron_share_top5": "top-5 share", "norm_ratio": "norm", "dom_ratio_max": "DomRatio",
-           "norm_direction_cos": "cos x_k", "lock_gap": "lock gap", "sink_alpha_max": "alpha", "sink_alpha_later": "alpha later",
-           "value_drain": "drain", "loss": "loss"}
-SIGN = {"cut": "-", "forge": "+", "control": "o"}
-
-
-def cut_matrix(model, x, y, k, factor, layer=0, draws=20, seed=0):
-    """Every intervention against every link -> list of rows (dicts) with, for each number, before, after, the
-    change and half its 95 % interval (the same bootstrap windows before and after)."""
-    rows = resamples(len(x), draws)
-    numbers = lambda at, tap=None, mask=None: summary(links(model, x, tap, mask, at, y, rows), at)
-    before = {at: numbers(at) for at in (0, k)}
-    table = []
-    for link, kind, label, at, tap, mask in interventions(model, x, k, factor, layer, seed):
-        after = numbers(at, tap, mask)
-        cells = {}
-        for name in before[at]:
-            change = interval(after[name] - before[at][name])
-            cells[name] = {"before": before[at][name][0].item(), "after": after[name][0].item(),
-                           "change": change["value"], "half": change["half"]}
-        table.append({"link": link, "kind": kind, "label": label, "position": at, "numbers": cells})
-    return table
-
-
-def average(tables):
-    """Cut matrices of several runs -> one of means, `half` being the standard deviation of the change between runs."""
-    if len(tables) == 1:
-        return tables[0]
-    result = []
-    for same in zip(*tables):
-        cells = {}
-        for name in same[0]["numbers"]:
-            all_ = {key: torch.tensor([row["numbers"][name][key] for row in same]) for key in ("before", "after", "change")}
-            cells[name] = {key: v.mean().item() for key, v in all_.items()} | {"half": all_["change"].std().item()}
-        result.append(same[0] | {"numbers": cells})
-    return result
+    null = chance(next(iter(opened.values())).model.cfg, T, k)
+    for link, key, label in TABLE:
+        cells = []
+        for r in results.values():
+            untrained = f" | {number(r['untrained'][key])}" if "untrained" in r else ""
+            cells.append("same token" if with_bos and k == 0 and key in SAME
+                         else with_interval(*r["numbers"][key].values()) + untrained)
+        by_chance = number(null[key]) if key in null else ""
+        print(f"{link:12}{label:44}" + "".join(f"{c:>{width}}" for c in cells) + f"{by_chance:>10}")
+    if with_bos and k == 0:
+        print("same token: with <|bos|> first in every window, nothing there varies between windows")
+    shares = {name: run.settings["bos"] for name, run in opened.items()}
+    unseen = [name for name, share in shares.items() if share == (0.0 if with_bos else 1.0)]
+    if unseen:
+        print(f"windows of a kind that was never trained on ({'no' if with_bos else 'always'} <|bos|> in front of "
+              f"{', '.join(unseen)}): what the model does with a foreign start")
 
 
 def print_cuts(table, spread):
@@ -972,82 +1093,48 @@ def print_cuts(table, spread):
         if row["link"] != link:
             link = row["link"]
             print(link)
-        print(f"  {SIGN[row['kind']]} {row['label']:38}" + "".join(f"{with_interval(n[key]['after'], n[key]['half']):>15}" for key in COLUMNS))
-    print(f"\n- cut   + forged   o control;   ± {spread} of the change")
+        cells = (with_interval(n[key]["after"], n[key]["half"]) for key in COLUMNS)
+        print(f"  {SIGN[row['kind']]} {row['label']:38}" + "".join(f"{cell:>15}" for cell in cells))
+    print(f"\n- cut   + forged   o control;   ± {spread} of the change, left out where it is 0")
 
 
-# statement, link, kind, and the number that answers
-CLAIMS = (
-    ("variance of z_0 feeds the sink", "variance", "cut", "sink_alpha_later"),
-    ("super neurons make the disparity", "neurons", "cut", "dom_ratio_max"),
-    ("super neurons make the sink", "neurons", "cut", "sink_alpha_later"),
-    ("disparity makes the lock", "disparity", "cut", "lock_gap"),
-    ("disparity makes the sink", "disparity", "cut", "sink_alpha_later"),
-    ("the direction of x_0 makes the lock", "direction", "cut", "lock_gap"),
-    ("the direction of x_0 makes the sink", "direction", "cut", "sink_alpha_later"),
-    ("the locked key makes the sink", "lock", "cut", "sink_alpha_later"),
-    ("variance forges a sink at k", "variance", "forge", "sink_alpha_later"),
-    ("super neurons forge a sink at k", "neurons", "forge", "sink_alpha_later"),
-    ("the state of x_0 forges a sink at k", "disparity", "forge", "sink_alpha_later"),
-    ("the direction of x_0 forges a sink at k", "direction", "forge", "sink_alpha_later"),
-)
-CRITERION = """A link holds when its cut takes at least half of what the number has above chance at token 0, the interval of
-that change excludes 0, and no control of the same kind does half as much as the cut; partly, from a quarter on.
-A forgery holds when it gives token k at least half of what token 0 has, on the same terms. Of several cuts the
-strongest counts. Where token 0 itself has no sink after the first layer (alpha <= 0.3), a lock gap below 0.5 nats or a DomRatio below
-twice the Gaussian's, there is nothing to explain: absent."""
+def print_verdicts(decided):
+    """decided: run -> `verdicts`. One run: with the shares; several: a column each."""
+    percent = lambda share: f"{int(100 * share)}%"  # cut off, not rounded: 49.9 % is no half
+    print("\nWhich links hold? " + CRITERION)
+    for lines in zip(*decided.values()):
+        said = [v if share is None else f"{v} {percent(share)}" for _, v, share, _, _ in lines]
+        _, _, share, control, label = lines[0]
+        why = "" if len(lines) > 1 else f"({label}{'' if share is None else f'; control {percent(control)}'})"
+        print(f"  {lines[0][0]:42}" + "".join(f"{v:14}" for v in said) + why)
 
 
-def verdict(share, half, control):
-    """share: effect over what there is to explain; half: half its interval in the same unit; control: the largest share of a control."""
-    if share < 0.25 or (half is not None and share - half <= 0) or control >= share / 2:
-        return "no"
-    return "holds" if share >= 0.5 else "partly"
-
-
-def verdicts(table, cfg, T):
-    """[(statement, verdict, share of the excess, the control's share, label of the strongest intervention)], by CRITERION."""
-    first = table[0]["numbers"]
-    chance = {"sink_alpha_later": _alpha(cfg, T, 0), "lock_gap": 0.0, "dom_ratio_max": gaussian_dominance(cfg.hidden_size)}
-    least = {"sink_alpha_later": EPS, "lock_gap": 0.5, "dom_ratio_max": 2 * chance["dom_ratio_max"]}
-    result = []
-    for statement, link, kind, key in CLAIMS:
-        excess = first[key]["before"] - chance[key]
-        if first[key]["before"] <= least[key]:
-            result.append((statement, "absent", None, None, f"{key} {number(first[key]['before'])}"))
-            continue
-        here = [row for row in table if row["link"] == link and (row["position"] == 0) == (kind == "cut")]
-        sign = -1 if kind == "cut" else 1
-        shares = [(sign * row["numbers"][key]["change"] / excess, (row["numbers"][key]["half"] or 0) / excess, row) for row in here]
-        share, half, row = max((s for s in shares if s[2]["kind"] == kind), key=lambda s: s[0])
-        control = max((s[0] for s in shares if s[2]["kind"] == "control"), default=0.0)
-        result.append((statement, verdict(share, half, control), share, control, row["label"].strip()))
-    return result
-
-
-def print_answers(table, blocks, k, trained_with_bos):
-    """Open questions 2 (ablation), 3 (a fair norm control) and 6 (mask intervention without <bos>), in numbers."""
-    def change(row, *keys):
-        return ", ".join(f"{COLUMNS[key]} {number(row['numbers'][key]['before'])} -> {number(row['numbers'][key]['after'])}" for key in keys)
-    named = lambda text: next(row for row in table if text in row["label"])
-    keys = ("dom_ratio_max", "lock_gap", "sink_alpha_later", "loss")
+def print_answers(table, blocks, k, T, bos_share):
+    """Open questions 2 (ablation), 3 (a fair norm control) and 6 (mask intervention without <|bos|>)."""
     print("\nWhat do the super neurons carry?")
-    for label in (f"top {TOP} at token 0, each layer", "their mean", "others of like weight"):
-        print(f"  {named(label)['label'].strip():40}{change(named(label), *keys)}")
-    print("Is it variance or norm?")
-    for label in ("variance of z", "as the paper", "as the amplified", "constant shift"):
-        print(f"  {named(label)['label'].strip():40}{change(named(label), 'variance_ratio_raw', 'norm_ratio', 'sink_alpha_max')}")
+    shown = ("dom_ratio_max", "lock_gap", "sink_alpha_later", "loss")
+    for part in (f"top {TOP} at token 0, each", "their mean", "others of like weight", None, "variance of z",
+                 "as the paper", "as the amplified", "constant shift"):
+        if part is None:
+            print("Is it variance or norm?")
+            shown = ("variance_ratio_raw", "norm_ratio", "sink_alpha_later")
+            continue
+        row = next(row for row in table if part in row["label"])
+        cells = ((COLUMNS[key], row["numbers"][key]) for key in shown)
+        print(f"  {row['label'].strip():40}"
+              + ", ".join(f"{name} {number(n['before'])} -> {number(n['after'])}" for name, n in cells))
+    share = "an unknown share" if bos_share is None else f"{bos_share:.0%}"
     print(f"Does blocking token {k} make a sink there, with <bos> in the window and without? "
-          f"(trained with <bos> in {trained_with_bos} of the windows)")
+          f"(trained with <bos> in {share} of the windows; uniform attention {number(uniform_alpha(T, k))})")
     for kind, (before, after) in blocks.items():
-        print(f"  {kind:40}alpha max {number(before)} -> {number(after)}")
+        print(f"  {kind:40}alpha {number(before)} -> {number(after)}")
 
 
 # ---------------------------------------------------------------- figures
 # Each draws numbers into a matplotlib axes. Shades, dashes and markers differ, so grey print is enough.
 
-STYLES = (dict(color="black", ls="-", marker="o"), dict(color="0.45", ls="--", marker="s"), dict(color="0.65", ls="-.", marker="^"),
-          dict(color="black", ls=":", marker="D"), dict(color="0.3", ls="-", marker="v"), dict(color="0.55", ls="--", marker="x"))
+STYLES = [dict(zip(("color", "ls", "marker"), s)) for s in (
+    ("black", "-", "o"), ("0.45", "--", "s"), ("0.65", "-.", "^"), ("black", ":", "D"), ("0.3", "-", "v"), ("0.55", "--", "x"))]
 
 
 def pyplot():
@@ -1057,56 +1144,60 @@ def pyplot():
     return plt
 
 
-def plain_ticks(axis, least, greatest):
-    """A log axis of less than 1.5 decades: a few plain numbers instead of crowded powers of ten."""
-    if greatest / max(least, 1e-30) > 30:
-        return
+def dress(ax, title, legend=None, **labels):
+    """Title, axes and legend; a log axis of few decades gets plain numbers instead of crowded powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-    axis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.set(**labels)
+    ax.set_title(title, fontsize=10)
+    for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        if axis.get_scale() == "log" and high / low < 100:
+            axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    if legend is not None:
+        ax.legend(frameon=False, **{"fontsize": 7, **legend})
 
 
 def draw_attention(ax, pattern, title):
     """pattern (T, T), mean over windows of one head; dark: much attention. Shades go with the square root."""
     from matplotlib.colors import PowerNorm
     image = ax.imshow(torch.as_tensor(pattern).numpy(), cmap="Greys", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    ax.set(xlabel="key position s", ylabel="query position t")
-    ax.set_title(title, fontsize=10)
+    dress(ax, title, xlabel="key position s", ylabel="query position t")
     return image
+
+
+def draw_sinks(ax, alphas, title="Sink by layer", k=0):
+    """alphas: name -> (L, H): the strongest head of each layer."""
+    for style, (name, a) in zip(STYLES, alphas.items()):
+        ax.plot(torch.as_tensor(a).amax(1).tolist(), label=name, ms=5, lw=1.2, **style)
+    ax.axhline(EPS, color="black", lw=0.8, ls=":")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    dress(ax, title, {}, xlabel=f"layer (dotted: sink above {EPS})", ylim=(0, 1),
+          ylabel=f"mean attention to token {k}, strongest head")
 
 
 def draw_variance(ax, curves, title="Variance by position"):
     """curves: name -> (T,). Each is divided by its median, so that the shape can be compared."""
     for style, (name, y) in zip(STYLES, curves.items()):
         y = torch.as_tensor(y)
-        ax.plot(range(1, len(y) + 1), (y / y.median()).tolist(), label=name, markevery=[0, 1, 3, 7], ms=4, lw=1.2,
-                **(style | (dict(marker="") if name.startswith("predict") else {})))
-    ax.set(xscale="log", yscale="log", xlabel="position t + 1 (log)", ylabel="variance / median over positions (log)")
-    plain_ticks(ax.yaxis, *ax.get_ylim())
-    ax.set_title(title, fontsize=10)
-    ax.legend(fontsize=7, frameon=False)
+        ax.plot(range(1, len(y) + 1), (y / y.median()).tolist(), label=name, markevery=[0, 1, 3, 7], ms=4, lw=1.2, **style)
+    dress(ax, title, {}, xscale="log", yscale="log", xlabel="position t + 1 (log)",
+          ylabel="variance / median over positions (log)")
 
 
 def draw_neurons(ax, score, activation, rest, title="Neurons of one MLP", k=0):
     """Weight score (F,) against mean |activation| at token k (F,) and at the others (F,)."""
-    score, activation, rest = (torch.as_tensor(y).tolist() for y in (score, activation, rest))
-    ax.scatter(score, rest, s=9, c="0.75", marker="o", label="other tokens")
-    ax.scatter(score, activation, s=12, c="black", marker="x", lw=0.8, label=f"token {k}")
-    ax.set(xscale="log", yscale="log", xlabel="weight score |W_down| ||W_gate|| ||W_up|| (log)", ylabel="mean |activation| (log)")
-    plain_ticks(ax.xaxis, min(score), max(score))
-    plain_ticks(ax.yaxis, *ax.get_ylim())
-    ax.set_title(title, fontsize=10)
-    ax.legend(fontsize=7, frameon=False, loc="upper left")
+    ax.scatter(score.tolist(), rest.tolist(), s=9, c="0.75", marker="o", label="other tokens")
+    ax.scatter(score.tolist(), activation.tolist(), s=12, c="black", marker="x", lw=0.8, label=f"token {k}")
+    dress(ax, title, {"loc": "upper left"}, xscale="log", yscale="log", ylabel="mean |activation| (log)",
+          xlabel="weight score |W_down| ||W_gate|| ||W_up|| (log)")
 
 
 def draw_dimensions(ax, profiles, title="Dimension profile"):
-    """profiles: name -> (C,) |x_j| from largest to smallest, sorted token by token, then averaged; drawn over its mean."""
+    """profiles: name -> (C,) |x_j| from largest to smallest, sorted token by token, then averaged."""
     for style, (name, y) in zip(STYLES, profiles.items()):
         ax.plot(range(1, len(y) + 1), (y / y.mean()).tolist(), label=name, markevery=[0], ms=4, lw=1.2, **style)
-    ax.set(xscale="log", xlabel="rank of the dimension (log)", ylabel="|x_j| / mean |x|")
-    ax.set_title(title, fontsize=10)
-    ax.legend(fontsize=7, frameon=False)
+    dress(ax, title, {}, xscale="log", xlabel="rank of the dimension (log)", ylabel="|x_j| / mean |x|")
 
 
 def draw_lock(ax, gap, alpha, title="Key lock by head", k=0):
@@ -1114,54 +1205,12 @@ def draw_lock(ax, gap, alpha, title="Key lock by head", k=0):
     gap, alpha = torch.as_tensor(gap), torch.as_tensor(alpha)
     L, H = gap.shape
     place = torch.arange(L)[:, None] * (H + 1) + torch.arange(H)
-    dark = [("0.2" if a > EPS else "0.8") for a in alpha.flatten().tolist()]
+    dark = ["0.2" if a > EPS else "0.8" for a in alpha.flatten().tolist()]
     ax.bar(place.flatten().tolist(), gap.flatten().tolist(), color=dark, edgecolor="black", lw=0.5)
     ax.axhline(0, color="black", lw=0.8)
-    step = -(-L // 12)
-    ax.set_xticks([i * (H + 1) + (H - 1) / 2 for i in range(0, L, step)], [str(i) for i in range(0, L, step)])
-    ax.set(xlabel=f"layer ({H} heads each; dark: sink)", ylabel=f"logit of key {k} above the others (nats)")
-    ax.set_title(title, fontsize=10)
-
-
-def draw_cut(ax, table):
-    """Heat map: rows interventions, columns links. The number is that after the intervention, the shade
-    the size of the change relative to the untouched number (loss: ten times that); <, > its direction."""
-    keys, labels, rules = list(COLUMNS), [], []
-    for i, row in enumerate(table):
-        if i == 0 or row["position"] != table[i - 1]["position"]:
-            rules.append(len(labels) - 0.5)
-            labels.append((f"untouched, token {row['position']}", row, "before"))
-        labels.append((f"{SIGN[row['kind']]} {row['label'].strip()}", row, "after"))
-    shade = torch.zeros(len(labels), len(keys))
-    for i, (_, row, when) in enumerate(labels):
-        for j, key in enumerate(keys):
-            n = row["numbers"][key]
-            if when == "after":
-                size = max(abs(n["before"]), 0.5 if key == "lock_gap" else 0.02) / (10 if key == "loss" else 1)
-                shade[i, j] = min(1.0, abs(n["change"]) / size)
-            mark = "" if shade[i, j] < 0.1 else " >" if n["change"] > 0 else " <"
-            ax.text(j, i, number(n[when]) + mark, ha="center", va="center", fontsize=8,
-                    color="white" if shade[i, j] > 0.75 else "black")
-    ax.imshow(shade.numpy(), cmap="Greys", vmin=0, vmax=1.25, aspect="auto")
-    ax.set_xticks(range(len(keys)), [COLUMNS[key] for key in keys], fontsize=9)
-    ax.xaxis.tick_top()
-    ax.set_yticks(range(len(labels)), [label for label, *_ in labels], fontsize=8)
-    for y in rules:
-        ax.axhline(y, color="black", lw=1.5)
-    ax.set_xlabel("after the intervention; dark: changed by as much as it was, > up, < down;   - cut   + forged   o control")
-
-
-BIRTH = {"variance_ratio_raw": "1 variance", "neuron_share_top5": "3 neurons", "dom_ratio_max": "4 disparity", "norm_ratio": "4 norm",
-         "lock_gap": "6 lock", "sink_alpha_max": "7 sink"}
-
-
-def read_log(folder):
-    """The evaluations in log.jsonl that have numbers of the chain, [] without such a file."""
-    try:
-        rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):
-        return []
-    return [row for row in rows if isinstance(row, dict) and "links" in row and "step" in row]
+    shown = range(0, L, -(-L // 12))
+    ax.set_xticks([i * (H + 1) + (H - 1) / 2 for i in shown], [str(i) for i in shown])
+    dress(ax, title, xlabel=f"layer ({H} heads each; dark: sink)", ylabel=f"logit of key {k} above the others (nats)")
 
 
 def draw_birth(ax, rows, links="links", title="Birth of the sink"):
@@ -1174,49 +1223,56 @@ def draw_birth(ax, rows, links="links", title="Birth of the sink"):
         low, high = y.min(), y.max()
         label = f"{label} ({number(low.item())} to {number(high.item())})"
         ax.plot(steps, ((y - low) / (high - low).clamp_min(1e-9)).tolist(), label=label, ms=3.5, lw=1.2, **style)
-    ax.set(xscale="log", xlabel="training step (log; step 0 drawn at 1)", ylim=(-0.03, 1.03),
-           ylabel="share of the way from least to greatest")
-    ax.set_title(title, fontsize=10)
-    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="link (least to greatest)")
+    legend = dict(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="link (least to greatest)")
+    dress(ax, title, legend, xscale="log", xlabel="training step (log; step 0 drawn at 1)", ylim=(-0.03, 1.03),
+          ylabel="share of the way from least to greatest")
 
 
-@torch.no_grad()
+def draw_cut(ax, table):
+    """Heat map: rows interventions, columns links. The number is that after the intervention, the shade
+    the size of the change relative to the untouched number (loss: ten times that); <, > its direction."""
+    rows, rules = [], []
+    for i, row in enumerate(table):
+        if i == 0 or row["position"] != table[i - 1]["position"]:
+            rules.append(len(rows) - 0.5)
+            rows.append((f"untouched, token {row['position']}", row["numbers"], "before"))
+        rows.append((f"{SIGN[row['kind']]} {row['label'].strip()}", row["numbers"], "after"))
+    shade = torch.zeros(len(rows), len(COLUMNS))
+    for i, (_, numbers, when) in enumerate(rows):
+        for j, key in enumerate(COLUMNS):
+            n = numbers[key]
+            size = max(abs(n["before"]), 0.5 if key == "lock_gap" else 0.02) / (10 if key == "loss" else 1)
+            shade[i, j] = min(1.0, abs(n["change"]) / size) if when == "after" else 0
+            mark = "" if shade[i, j] < 0.1 else " >" if n["change"] > 0 else " <"
+            ax.text(j, i, number(n[when]) + mark, ha="center", va="center", fontsize=8,
+                    color="white" if shade[i, j] > 0.75 else "black")
+    ax.imshow(shade.numpy(), cmap="Greys", vmin=0, vmax=1.25, aspect="auto")
+    ax.set_xticks(range(len(COLUMNS)), COLUMNS.values(), fontsize=9)
+    ax.xaxis.tick_top()
+    ax.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=8)
+    for y in rules:
+        ax.axhline(y, color="black", lw=1.5)
+    ax.set_xlabel("after the intervention; dark: changed by as much as it was, > up, < down;   - cut   + forged   o control")
+
+
 def portrait(model, x, layers, k=0):
     """What the figure of one model needs on windows x (N, T); `layers` is that part of `chain_of`."""
-    alpha = torch.tensor(layers["alpha"])
-    layer, head = divmod(alpha.flatten().argmax().item(), alpha.shape[1])
+    best = torch.tensor(layers["alpha"])
+    layer, head = divmod(best.argmax().item(), best.shape[1])
     writer = torch.tensor(layers["neuron_share"]).argmax().item()
     state = torch.tensor(layers["dom_first"])[1:].argmax().item() + 1
-    last = state == model.cfg.num_hidden_layers
-    seen = {"head": (layer, head), "writer": writer, "state": state}
-
-    def look(name, a):
-        if name == f"{layer}.pattern":
-            seen["pattern"] = normalise_rows(a[:, head]).mean(0).cpu()
-        elif name == f"{writer}.mlp_post":
-            size = a.float().abs()
-            seen["first"], seen["rest"] = size[:, k].mean(0).cpu(), others(size, k, 1).mean((0, 1)).cpu()
-        elif name == ("final" if last else f"{state}.resid_pre"):
-            size = (a if last else model.layers[state].input_layernorm(a)).float().abs()
-            sort = lambda y: y.sort(-1, descending=True).values.flatten(0, -2).mean(0).cpu()
-            seen["profile"], seen["profile_rest"] = sort(size[:, k]), sort(others(size, k, 1))
-        return a
-
-    model(x, tap=look)
-    mlp, norm = model.layers[writer].mlp, model.layers[writer].post_attention_layernorm
-    score = neuron_scores(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, norm.weight)[0]
-    return seen | {"score": score.cpu()}
-
-
-def draw_sinks(ax, alphas, title="Sink by layer", k=0):
-    """alphas: name -> (L, H): the strongest head of each layer."""
-    for style, (name, a) in zip(STYLES, alphas.items()):
-        ax.plot(torch.as_tensor(a).amax(1).tolist(), label=name, ms=5, lw=1.2, **style)
-    ax.axhline(EPS, color="black", lw=0.8, ls=":")
-    ax.set(xlabel=f"layer (dotted: sink above {EPS})", ylabel=f"mean attention to token {k}, strongest head", ylim=(0, 1))
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set_title(title, fontsize=10)
-    ax.legend(fontsize=7, frameon=False)
+    end = state == model.cfg.num_hidden_layers
+    names = [f"{layer}.pattern", f"{writer}.mlp_post", "final" if end else f"{state}.resid_pre"]
+    _, kept = record(model, x, names)
+    pattern, post, normed = (kept[name].detach() for name in names)
+    if not end:
+        normed = model.layers[state].input_layernorm(normed).detach()
+    size = normed.float().abs().sort(-1, descending=True).values
+    return {"title": f"layer {layer}, head {head}", "pattern": normalise_rows(pattern[:, head]).mean(0).cpu(),
+            "writer": writer, "score": weight_scores(model.layers[writer])[0].detach().cpu(),
+            "first": post[:, k].float().abs().mean(0).cpu(), "rest": others(post, k, 1).float().abs().mean((0, 1)).cpu(),
+            "reads": "end" if end else f"layer {state} reads",
+            "profile": size[:, k].mean(0).cpu(), "profile_rest": others(size, k, 1).mean((0, 1)).cpu()}
 
 
 def draw_chain(path, portraits, results, spread_of, kind, k=0):
@@ -1230,18 +1286,19 @@ def draw_chain(path, portraits, results, spread_of, kind, k=0):
     figure.subplots_adjust(left=0.19 / columns, right=1 - 0.05 / columns, bottom=0.07, top=0.92, wspace=0.3, hspace=0.25)
     axes = list(axes.flat)
     for name in names:
-        layer, head = portraits[name]["head"]
-        image = draw_attention(axes[0], portraits[name]["pattern"], f"{name}: layer {layer}, head {head}")
+        image = draw_attention(axes[0], portraits[name]["pattern"], f"{name}: {portraits[name]['title']}")
         figure.colorbar(image, ax=axes.pop(0), label="attention, rows sum to 1", shrink=0.7)
     draw_sinks(axes.pop(0), {name: results[name]["layers"]["alpha"] for name in names}, k=k)
     curves = {name: spread_of[name]["layers"]["variance_raw"][0] for name in names}
     curves[f"predicted, {first}"] = spread_of[first]["layers"]["variance_predicted"][0]
+    if "untrained_variance" in spread_of[first]:
+        curves[f"untrained, {first}"] = spread_of[first]["untrained_variance"]
     draw_variance(axes.pop(0), curves, "Variance of z over windows, layer 0")
     draw_neurons(axes.pop(0), p["score"], p["first"], p["rest"], f"{first}: neurons of layer {p['writer']}", k)
-    noise = torch.randn(256, len(p["profile"]), generator=torch.Generator().manual_seed(0)).abs().sort(descending=True).values.mean(0)
-    where = "end" if p["state"] == len(layers["alpha"]) else f"layer {p['state']} reads"
+    noise = torch.randn(256, len(p["profile"]), generator=torch.Generator().manual_seed(0)).abs()
+    noise = noise.sort(descending=True).values.mean(0)
     profiles = {f"token {k}": p["profile"], "other tokens": p["profile_rest"], "Gaussian vector": noise}
-    draw_dimensions(axes.pop(0), profiles, f"{first}: normed state, {where}")
+    draw_dimensions(axes.pop(0), profiles, f"{first}: normed state, {p['reads']}")
     draw_lock(axes.pop(0), layers["lock_gap"], layers["alpha"], f"{first}: key lock by head", k)
     for ax in axes:
         ax.axis("off")
@@ -1262,83 +1319,26 @@ def save_figure(path, draw, size, *args):
 # ---------------------------------------------------------------- command line
 
 def parser():
-    p = argparse.ArgumentParser(description="Measure every link between the first token and the attention sink, cut it, forge it.")
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("runs", nargs="*", help="folders of train.py, such as out/softmax out/headnorm")
     p.add_argument("--llama", metavar="FOLDER", help="a Llama checkpoint in Hugging Face format instead of runs")
     p.add_argument("--cut", action="store_true", help="the cut matrix: every intervention against every link")
     p.add_argument("--untrained", action="store_true", help="the weights that the runs started from")
-    p.add_argument("--tokens", default=None,
-                   help="text (default for runs), random (default for --llama), or a file of token ids or of text")
+    p.add_argument("--tokens", help="text (default for runs), random (default for --llama), or a file of ids or text")
     p.add_argument("--bos", action=argparse.BooleanOptionalAction, default=None,
-                   help="only windows that begin with <bos>, or only those that do not (default: the table shows both; "
-                        "the cut matrix takes what the run was mostly trained with)")
-    p.add_argument("--windows", type=int, default=None, help="how many windows (default 32; 8 for --llama)")
-    p.add_argument("--seq-len", type=int, default=None, help="tokens a window (default: the run's; 64 for --llama)")
-    p.add_argument("--position", type=int, default=None,
+                   help="only windows that begin with <bos>, or only those that do not (default: the table shows "
+                        "both; the cut matrix takes what the run was mostly trained with)")
+    p.add_argument("--windows", type=int, help="how many windows (default 32; 8 for --llama)")
+    p.add_argument("--seq-len", type=int, help="tokens a window (default: the run's; 64 for --llama)")
+    p.add_argument("--position", type=int,
                    help="the token looked at (default 0), or with --cut where to forge a sink (default 10)")
     p.add_argument("--layer", type=int, default=0, help="with --cut: the layer whose variance is amplified (default 0)")
     p.add_argument("--factor", type=float, default=5.0, help="with --cut: how much it is amplified (default 5)")
-    p.add_argument("--draws", type=int, default=None, help="bootstrap draws for the intervals (default 20; 0, none, for --llama)")
+    p.add_argument("--draws", type=int, help="bootstrap draws for the intervals (default 20; 0, none, for --llama)")
     p.add_argument("--seed", type=int, default=0, help="of windows, draws and random controls")
-    p.add_argument("--threads", type=int, default=None,
-                   help="CPU threads (default: 1 below 5 million parameters, which more would slow down)")
-    p.add_argument("--out", default=None, help="folder for JSON and figures (default: that of the first run)")
+    p.add_argument("--threads", type=int, help="CPU threads (default: 1 below 5 million parameters)")
+    p.add_argument("--out", help="folder for JSON and figures (default: that of the first run)")
     return p
-
-
-def open_models(args):
-    """-> {name: (model, null or None, settings, text stream or None, bos id)} in the order given. Raises ProbeError."""
-    opened = {}
-    if args.llama:
-        model = GPT.from_llama(args.llama).eval()
-        folder = Path(args.llama)
-        bos = json.loads((folder / "config.json").read_text()).get("bos_token_id")
-        bos = bos if isinstance(bos, int) and 0 <= bos < model.cfg.vocab_size else None
-        settings = {"seq_len": 64, "bos": None, "seed": 0, "data": folder.name, "vocab_size": model.cfg.vocab_size}
-        return {folder.resolve().name: (model, None, settings, llama_stream(args.tokens or "random", folder), bos)}
-    for folder in args.runs:
-        model, corpus, settings = load_run(folder, args.untrained)
-        name = Path(folder).resolve().name
-        if name in opened:
-            raise ProbeError(f"two runs are called {name}; give each folder its own name")
-        first = next(iter(opened.values()), None)
-        for key in ("data", "seq_len", "vocab_size"):
-            if first and first[2][key] != settings[key]:
-                raise ProbeError(f"{folder} has {key} {settings[key]}, but {args.runs[0]} has {first[2][key]}: "
-                                 "their windows would differ; probe them one by one")
-        null = None if args.untrained else GPT(model.cfg, seed=settings["seed"]).eval()
-        tokens = args.tokens or "text"
-        stream = corpus if tokens == "text" else None if tokens == "random" else read_tokens(tokens, corpus.encode)
-        opened[name] = (model, null, settings, stream, corpus.bos)
-    return opened
-
-
-def llama_stream(tokens, folder):
-    """Token ids (M,) of a checkpoint: None for random ones; a file; or `text`, the held-out part of our own corpus."""
-    if tokens == "random":
-        return None
-
-    def encode(text):
-        try:
-            from tokenizers import Tokenizer
-            return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-        except ImportError:
-            raise ProbeError("text needs the tokenizers package (pip install tokenizers); random tokens do not") from None
-        except Exception as error:
-            raise ProbeError(f"{folder / 'tokenizer.json'} cannot be read ({type(error).__name__}); "
-                             "use --tokens random or a file of ids") from None
-    if tokens != "text":
-        return read_tokens(tokens, encode)
-    import data
-    corpus = data.load("stdlib")
-    return torch.tensor(encode(corpus.decode(corpus.val[corpus.val != corpus.bos][:60000])))
-
-
-def take_windows(stream, model, bos, N, T, with_bos, seed):
-    """x, y (N, T) on the model's device, from a corpus, a stream of ids or nothing (random)."""
-    if hasattr(stream, "batch"):
-        return stream.batch(N, T, torch.Generator().manual_seed(seed), split="val", bos=float(with_bos))
-    return draw_windows(N, T, model.cfg.vocab_size, bos, with_bos, seed, stream)
 
 
 def run_command(args):
@@ -1346,51 +1346,49 @@ def run_command(args):
         raise ProbeError("give the folders of one or more runs, or --llama FOLDER" + (", not both" if args.runs else ""))
     if args.llama and args.untrained:
         raise ProbeError("--untrained is for runs: a checkpoint does not say what it started from")
-    opened = open_models(args)
-    N = (8 if args.llama else 32) if args.windows is None else args.windows
-    draws = (0 if args.llama else 20) if args.draws is None else args.draws
-    models = {name: m for name, (m, *_) in opened.items()}
-    if args.threads or sum(p.numel() for p in next(iter(models.values())).parameters()) < 5e6:
+    for name, of_run, of_llama in (("tokens", "text", "random"), ("windows", 32, 8), ("draws", 20, 0),
+                                   ("position", 10 if args.cut else 0, 10 if args.cut else 0)):
+        if getattr(args, name) is None:
+            setattr(args, name, of_llama if args.llama else of_run)
+    opened = open_llama(args) if args.llama else open_runs(args)
+    first, k = next(iter(opened.values())), args.position
+    if args.threads or sum(p.numel() for p in first.model.parameters()) < 5e6:
         torch.set_num_threads(args.threads or 1)
-    _, _, settings, stream, bos = next(iter(opened.values()))
-    T = settings["seq_len"] if args.seq_len is None else args.seq_len
-    k = args.position if args.position is not None else (10 if args.cut else 0)
-    if N < 2 or T < 3 or draws < 0:
-        raise ProbeError(f"--windows {N} --seq-len {T} --draws {draws}: the chain needs at least 2 windows of 3 tokens, "
-                         "and 0 draws or more")
-    check_position(k, T)
-    tokens = args.tokens or ("random" if args.llama else "text")
-    source = "random tokens" if tokens == "random" else settings["data"] if tokens == "text" and args.runs else tokens
+    T = first.settings["seq_len"] if args.seq_len is None else args.seq_len
+    check_windows(args.windows, T, k)
+    if args.draws < 0:
+        raise ProbeError(f"--draws {args.draws}: give 0 draws or more")
+    if args.cut and k == 0:
+        raise ProbeError("--position 0 with --cut: the first token is the one to cut; forge at another")
     out = Path(args.out or (args.runs[0] if args.runs else "out"))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProbeError(f"cannot write to {out} ({error.strerror}); choose another --out") from None
+    share = first.settings["bos"]  # of the windows in training; the kind it knows better comes first
+    kinds = [True, False] if share is None or share >= 0.5 else [False, True]
+    kinds = [bool(args.bos)] if args.bos is not None or first.bos is None else kinds
+    source = {"random": "random tokens", "text": first.settings["data"]}.get(args.tokens, args.tokens)
     what = {True: f"{source}, first token <bos>", False: f"{source}, first token ordinary"}
-    kinds = [False, True] if args.bos is None and bos is not None else [bool(args.bos)]
-    windows = {kind: take_windows(stream, next(iter(models.values())), bos, N, T, kind, args.seed) for kind in kinds}
-    print(f"{N} windows of {T} tokens, {draws} bootstrap draws{', untrained' if args.untrained else ''}")
-    if args.cut:
-        if k == 0:
-            raise ProbeError("--position 0 with --cut: the first token is the one to cut; forge at another")
-        cut_command(args, opened, windows, what, k, draws, out)
-    else:
-        table_command(args.runs, opened, models, windows, what, T, k, draws, out)
+    windows = {kind: take_windows(first, args.windows, T, kind, args.seed) for kind in kinds}
+    print(f"{args.windows} windows of {T} tokens, {args.draws} bootstrap draws{', untrained' if args.untrained else ''}")
+    saved = {"windows": args.windows, "tokens": T, "position": k, "draws": args.draws}
+    (cut_command if args.cut else table_command)(args, opened, windows, what, saved, out)
 
 
-def table_command(runs, opened, models, windows, what, T, k, draws, out):
-    saved = {"windows": len(next(iter(windows.values()))[0]), "tokens": T, "position": k, "draws": draws, "chain": {}}
-    ordinary = None
+def table_command(args, opened, windows, what, saved, out):
+    k, T, results = args.position, saved["tokens"], {}
     for kind, (x, y) in windows.items():
-        results = {name: chain_of(m, x, y, k, draws, null) for name, (m, null, *_) in opened.items()}
-        saved["chain"][what[kind]] = results
-        ordinary = ordinary or results
-        print_chain(what[kind], results, models, T, k, kind)
-    (out / "chain.json").write_text(json.dumps(saved, indent=1) + "\n")
-    portraits = {name: portrait(m, x, results[name]["layers"], k) for name, m in list(models.items())[:3]}
-    draw_chain(out / "chain.png", portraits, results, ordinary, what[kind], k)
+        results[kind] = {name: chain_of(run, x, y, k, args.draws) for name, run in opened.items()}
+        print_chain(what[kind], results[kind], opened, T, k, kind)
+    chains = {what[kind]: r for kind, r in results.items()}
+    (out / "chain.json").write_text(json.dumps(saved | {"chain": chains}, indent=1) + "\n")
+    kind, found = next(iter(results.items()))
+    portraits = {name: portrait(run.model, windows[kind][0], found[name]["layers"], k)
+                 for name, run in list(opened.items())[:3]}
+    draw_chain(out / "chain.png", portraits, found, results.get(False, found), what[kind], k)
     print(f"\nwrote {out / 'chain.json'}, {out / 'chain.png'}")
-    for folder, name in zip(runs, results):
+    for folder, name in zip(args.runs, opened):
         rows = read_log(folder)
         if len(rows) > 2:
             path = out / f"birth_{name}.png"
@@ -1399,28 +1397,22 @@ def table_command(runs, opened, models, windows, what, T, k, draws, out):
             print(f"wrote {path}")
 
 
-def cut_command(args, opened, windows, what, k, draws, out):
-    bos_share = next(iter(opened.values()))[2]["bos"]
-    main = next(iter(windows)) if len(windows) == 1 else bos_share is None or bos_share >= 0.5
-    x, y = windows[main]
-    tables = [cut_matrix(m, x, y, k, args.factor, args.layer, draws, args.seed) for m, *_ in opened.values()]
-    table = average(tables)
-    print(f"{what[main]}; {'mean of ' + ', '.join(opened) if len(tables) > 1 else next(iter(opened))}\n")
-    print_cuts(table, "standard deviation between runs" if len(tables) > 1 else "95 % interval")
-    print("\nWhich links hold? " + CRITERION)
-    decided = {name: verdicts(t, m.cfg, x.shape[1]) for (name, (m, *_)), t in zip(opened.items(), tables)}
-    for lines in zip(*decided.values()):
-        said = [v if share is None else f"{v} {share:.0%}" for _, v, share, _, _ in lines]
-        _, _, share, control, label = lines[0]
-        why = f"({label})" if share is None else f"(control {control:.0%}; {label})"
-        print(f"  {lines[0][0]:42}" + (f"{said[0]:12}{why}" if len(lines) == 1 else "".join(f"{v:14}" for v in said)))
-    blocks = {}
-    for kind, (x2, _) in windows.items():
-        alpha = lambda mask: [chain(m, x2, mask=mask, k=k)["sink_alpha_max"] for m, *_ in opened.values()]
-        blocks[what[kind]] = [sum(a) / len(a) for a in (alpha(None), alpha(block_aggregation(x2.shape[1], k)))]
-    print_answers(table, blocks, k, "an unknown share" if bos_share is None else f"{bos_share:.0%}")
-    saved = {"windows": len(x), "tokens": x.shape[1], "kind": what[main], "position": k, "factor": args.factor, "layer": args.layer,
-             "criterion": CRITERION, "blocked": blocks, "verdicts": decided, "runs": dict(zip(opened, tables)), "mean": table}
+def cut_command(args, opened, windows, what, saved, out):
+    main, (x, y) = next(iter(windows.items()))
+    k, T = args.position, saved["tokens"]
+    tables = {name: cut_matrix(run.model, x, y, k, args.factor, args.layer, args.draws, args.seed)
+              for name, run in opened.items()}
+    table, several = average(list(tables.values())), len(tables) > 1
+    print(f"{what[main]}; {'mean of ' * several}{', '.join(opened)}")
+    print_cuts(table, "standard deviation between runs" if several else "95 % interval")
+    decided = {name: verdicts(t, opened[name].model.cfg, T) for name, t in tables.items()}
+    print_verdicts(decided)
+    alpha = lambda x, mask: sum(chain(run.model, x, mask=mask, k=k)["sink_alpha_later"]
+                                for run in opened.values()) / len(opened)
+    blocks = {what[kind]: [alpha(x, None), alpha(x, block_aggregation(T, k))] for kind, (x, _) in windows.items()}
+    print_answers(table, blocks, k, T, next(iter(opened.values())).settings["bos"])
+    saved |= {"kind": what[main], "factor": args.factor, "layer": args.layer, "criterion": CRITERION,
+              "blocked": blocks, "verdicts": decided, "runs": tables, "mean": table}
     (out / "cut.json").write_text(json.dumps(saved, indent=1) + "\n")
     save_figure(out / "cut.png", draw_cut, (12, 9), table)
     print(f"\nwrote {out / 'cut.json'}, {out / 'cut.png'}")

@@ -53,9 +53,6 @@ def test_variance_by_position_known_and_scale():
     z = randn(9, 5, 2, 3)
     assert near(probe.variance_by_position(z), z.var(0).flatten(1).mean(1))
     assert near(probe.variance_by_position(3 * z + 7), 9 * probe.variance_by_position(z), 1e-3)
-    rows = probe.resamples(9, 2)
-    weights = torch.stack([torch.bincount(r, minlength=9) for r in rows]) / 9
-    assert near(probe.variance_by_position(z, weights)[2], probe.variance_by_position(z[rows[2]]))
 
 
 def test_spread_by_position():
@@ -247,7 +244,8 @@ def test_chain_is_flat_finite_and_json(attn):
     assert all(isinstance(v, float) and math.isfinite(v) for v in numbers.values())
     assert json.loads(json.dumps(numbers)) == numbers and len(numbers) > 30
     assert list(numbers) == list(probe.chain(tiny(seed=1), ids(4)))
-    assert {key for _, key, *_ in probe.TABLE} - {"loss"} <= set(numbers)
+    assert {key for _, key, _ in probe.TABLE} - {"loss"} <= set(numbers)
+    assert set(probe.chance(tiny().cfg, T, 0)) <= set(numbers)
     assert set(probe.COLUMNS) - {"loss"} <= set(numbers) and set(probe.BIRTH) <= set(numbers)
     if attn == "softmax":
         assert near(numbers["sink_alpha_raw"], numbers["sink_alpha_mean"])
