@@ -66,7 +66,8 @@ def variance_by_position(x):
     Exactly 0 at position 0 when every window begins with the same token, such as <|bos|>, because
     nothing else can be seen from there: use windows with ordinary first tokens.
     """
-    return x.float().var(0).flatten(1).mean(1)
+    x = x.float()
+    return (x - x.mean(0)).square().sum(0).flatten(1).mean(1) / (len(x) - 1)
 
 
 def spread_by_position(x):
@@ -1078,8 +1079,8 @@ def print_chain(title, results, opened, T, k, with_bos):
     shares = {name: run.settings["bos"] for name, run in opened.items()}
     unseen = [name for name, share in shares.items() if share == (0.0 if with_bos else 1.0)]
     if unseen:
-        print(f"windows of a kind that was never trained on ({'no' if with_bos else 'always'} <|bos|> in front of "
-              f"{', '.join(unseen)}): what the model does with a foreign start")
+        print(f"foreign windows: training always began {'without' if with_bos else 'with'} <|bos|> "
+              f"({', '.join(unseen)}); read these as a null")
 
 
 def print_cuts(table, spread):
@@ -1101,7 +1102,7 @@ def print_cuts(table, spread):
 def print_verdicts(decided):
     """decided: run -> `verdicts`. One run: with the shares; several: a column each."""
     percent = lambda share: f"{int(100 * share)}%"  # cut off, not rounded: 49.9 % is no half
-    print("\nWhich links hold? " + CRITERION)
+    print("\nWhich links hold?\n" + CRITERION)
     for lines in zip(*decided.values()):
         said = [v if share is None else f"{v} {percent(share)}" for _, v, share, _, _ in lines]
         _, _, share, control, label = lines[0]
