@@ -814,7 +814,7 @@ def verdicts(table, cfg, T):
     for statement, link, kind, key in CLAIMS:
         before = first[key]["before"]
         if before <= least[key]:
-            result.append((statement, "absent", None, None, f"{key} {number(before)}"))
+            result.append((statement, "absent", None, None, f"{COLUMNS[key]} {number(before)}"))
             continue
         unit = (before - null[key]) * (-1 if kind == "cut" else 1)
         here = [row for row in table if row["link"] == link and (row["position"] == 0) == (kind == "cut")]
@@ -1018,7 +1018,7 @@ TABLE = (  # link, key, what it is
     ("", "loss", "loss, nats per token"),
 )
 SAME = ("variance_ratio", "variance_ratio_raw", "variance_predicted", "variance_out_ratio", "norm_direction_cos")
-COLUMNS = {"variance_ratio_raw": "V_k / V", "spread_ratio": "spread", "neuron_share_top5": "top-5 share",
+COLUMNS = {"variance_ratio": "V_k / V", "spread_ratio": "spread", "neuron_share_top5": "top-5 share",
            "norm_ratio": "norm", "dom_ratio_max": "DomRatio", "norm_direction_cos": "cos x_k",
            "lock_gap": "lock gap", "sink_alpha_later": "alpha", "value_drain": "drain", "loss": "loss"}
 BIRTH = {"variance_ratio_raw": "1 variance", "neuron_share_top5": "3 neurons", "dom_ratio_max": "4 disparity",
@@ -1118,7 +1118,7 @@ def print_answers(table, blocks, k, T, bos_share):
                  "as the paper", "as the amplified", "constant shift"):
         if part is None:
             print("Is it variance or norm?")
-            shown = ("variance_ratio_raw", "norm_ratio", "sink_alpha_later")
+            shown = ("variance_ratio", "norm_ratio", "sink_alpha_later")
             continue
         row = next(row for row in table if part in row["label"])
         cells = ((COLUMNS[key], row["numbers"][key]) for key in shown)
@@ -1311,9 +1311,9 @@ def draw_chain(path, portraits, results, spread_of, kind, k=0):
 def save_figure(path, draw, size, *args):
     """One axes, drawn by `draw(ax, *args)`, as a PNG."""
     plt = pyplot()
-    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    figure, ax = plt.subplots(figsize=size)
     draw(ax, *args)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
