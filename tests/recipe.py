@@ -3,19 +3,23 @@
     python -m tests.recipe                 train what is missing (resumable), then write the three files
     python -m tests.recipe --only grid     one part of the plan; --jobs 2 runs at a time, one thread each
 
-Writes tests/results/recipe.json (all numbers), tests/results/birth.png (the links over the steps) and the
-tables of tests/results/recipe.md. Seeds are 0, 1, 2, ...: none is picked. What must hold was fixed before
+Then measures (`probe.py`, seed 0 of each attention) and cuts (`probe.py --cut`, all softmax seeds) what it trained.
+Writes tests/results/*.json, birth.png (the links over the steps), chain.png and cut.png there, and the tables of
+README.md and tests/results/recipe.md. Seeds are 0, 1, 2, ...: none is picked. What must hold was fixed before
 the runs (`TARGETS`).
 """
 
 import argparse
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tests import bench
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -104,6 +108,28 @@ def short(row: dict) -> dict:
     return {kind: {key: row[kind][key] and round(row[kind][key], 5) for key in KEPT} for kind in ("links", "links_bos") if kind in row}
 
 
+def measure() -> None:
+    """Chain table and figure of one run of each attention, cut matrix of all seeds of softmax -> tests/results."""
+    runs = {attn: [RUNS / name for name, flags in plan()["default"] if f"--attn={attn}" in flags] for attn in ATTENTIONS}
+    for name, words in (("chain", [runs[attn][0] for attn in ATTENTIONS]), ("cut", [*runs["softmax"], "--cut"])):
+        subprocess.run([sys.executable, "probe.py", *map(str, words), f"--out={RUNS / name}"], cwd=HERE.parent, check=True)
+        shutil.copy(RUNS / name / f"{name}.png", RESULTS / f"{name}.png")
+    found = json.loads((RUNS / "cut" / "cut.json").read_text())
+    keep = ("windows", "tokens", "position", "draws", "kind", "factor", "layer", "criterion", "blocked", "verdicts")
+    (RESULTS / "cut.json").write_text(json.dumps({key: found[key] for key in keep}, indent=1) + "\n")
+
+
+def verdicts(found: dict) -> str:
+    """Markdown: every link, in how many seeds it holds, and what its cut takes beside its control."""
+    rows = ["| link | holds / partly / no, seeds | share of the effect, strongest intervention | its control |", "|---|---|---|---|"]
+    for same in zip(*found["verdicts"].values()):
+        count = [sum(v[1] == word for v in same) for word in ("holds", "partly", "no")]
+        share, control = ([v[i] for v in same if v[i] is not None] for i in (2, 3))
+        cells = [f"{statistics.mean(v):.0%}" + (f" ± {statistics.stdev(v):.0%}" if len(v) > 1 else "") if v else "" for v in (share, control)]
+        rows.append(f"| {same[0][0]} | {' / '.join(map(str, count))} of {len(same)} | {cells[0]} | {cells[1]} |")
+    return "\n".join(rows)
+
+
 def spread(values, digits=2) -> str:
     mean = statistics.mean(values)
     return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
@@ -180,9 +206,11 @@ def draw_birth(runs: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def tables(runs: dict) -> dict[str, str]:
-    """The Markdown that stands between `<!-- name -->` and `<!-- end -->`, by name."""
-    return {"targets": targets(runs), "losses": losses(runs), **{part: table(runs, part) for part in PARTS}}
+def tables() -> dict[str, str]:
+    """The Markdown that stands between `<!-- name -->` and `<!-- end -->`, by name, from the committed JSON."""
+    runs, cut, speed = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("recipe", "cut", "bench"))
+    return {"targets": targets(runs), "losses": losses(runs), **{part: table(runs, part) for part in PARTS},
+            "cut": verdicts(cut), "speed": "\n\n".join(bench.table(shape) for shape in speed["shapes"].values())}
 
 
 def fill(text: str, parts: dict[str, str]) -> str:
@@ -196,19 +224,21 @@ def write(runs: dict) -> None:
     (RESULTS / "recipe.json").write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in runs.items()) + "\n}\n")
     draw_birth(runs, RESULTS / "birth.png")
     for path in (RESULTS / "recipe.md", HERE.parent / "README.md"):
-        path.write_text(fill(path.read_text(), tables(runs)))
+        path.write_text(fill(path.read_text(), tables()))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS, action="append", help="one part of the plan (may be repeated)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
-    parser.add_argument("--no-training", action="store_true", help="only write the files from what is there")
+    parser.add_argument("--no-training", action="store_true", help="only write figure and tables from what is there")
     args = parser.parse_args()
     for part in ([] if args.no_training else args.only or PARTS):
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(train, plan()[part]))
-    write(collect())
+    if not args.no_training:
+        measure()
+    write(collect() if RUNS.exists() else json.loads((RESULTS / "recipe.json").read_text()))
 
 
 if __name__ == "__main__":
