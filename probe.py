@@ -862,7 +862,7 @@ def load_run(folder, untrained=False):
                            encoding=settings["encoding"])
     except data.DataError as error:
         raise ProbeError(f"{folder}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ProbeError(f"{folder}/config.json is not that of a run of train.py ({why})") from None
     if corpus.vocab_size != cfg.vocab_size:
