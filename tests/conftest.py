@@ -5,8 +5,6 @@ import socket
 import pytest
 import torch
 
-torch.set_num_threads(1)  # models of tests are tiny: more threads wait for one another
-
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes rather than seconds; run with pytest -m slow")
@@ -16,6 +14,15 @@ def pytest_collection_modifyitems(config, items):
     if not config.option.markexpr and not config.option.keyword:
         config.hook.pytest_deselected(items=[i for i in items if "slow" in i.keywords])
         items[:] = [i for i in items if "slow" not in i.keywords]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are slower on two threads, and many times slower where another program keeps a core busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,15 +15,6 @@ CONFIGS = Path(__file__).parent / "llama_configs"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on two threads, and many times slower where another program keeps a core busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ---------------------------------------------------------------- published configs
 
 PUBLISHED = {  # parameters, heads, key/value heads, head width, layers

@@ -33,15 +33,6 @@ def tokens(B=2, length=T, seed=0):
     return torch.randint(50, (B, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on two threads, and many times slower where another program keeps a core busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ---------------------------------------------------------------- the second implementation
 
 def numpy_forward(gpt, idx, mask=None):
