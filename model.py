@@ -139,10 +139,17 @@ def rope_frequencies(cfg: Config) -> torch.Tensor:
     return (1 - keep) * freq / factor + keep * freq
 
 
+def rope_turns(freq, T):
+    """cos and sin (T, D) of every position's angles, for `rotate`: (c, c) and (-s, s)."""
+    angle = torch.outer(torch.arange(T, device=freq.device, dtype=torch.float32), freq)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by its angle; cos and sin are (T, D/2)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    """Turn each pair (a, b) = (x_i, x_{i+D/2}) of x (B, H, T, D): (a cos - b sin, b cos + a sin)."""
+    y = x.float()  # rolled by half its width, every element meets its partner
+    return (y * cos + y.roll(y.shape[-1] // 2, dims=-1) * sin).type_as(x)
 
 
 # ---------------------------------------------------------------- layers
@@ -274,8 +281,7 @@ class GPT(nn.Module):
         B, T = idx.shape
         if mask is not None and mask.dim() == 3 and mask.shape[0] not in (1, B):
             raise ModelError(f"mask is for a batch of {mask.shape[0]}, the tokens are a batch of {B}")
-        angle = torch.outer(torch.arange(T, device=idx.device, dtype=torch.float32), self.rope_freq)
-        rope = angle.cos(), angle.sin()
+        rope = rope_turns(self.rope_freq, T)
         bias = None
         if self.cfg.attn == "sigmoid" or tap is not None or mask is not None:
             bias = self.attention_bias(T, mask, idx.device)

@@ -23,6 +23,7 @@ import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn as nn
@@ -30,7 +31,8 @@ import torch.nn.functional as F
 
 import data
 import train
-from model import ATTENTIONS, GPT, Attention, Config, MLP
+import model as decoder
+from model import ATTENTIONS, GPT, Attention, Config, rope_turns, rotate, untapped
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "seq_len", "batch_size")
@@ -112,9 +114,7 @@ class FusedAttention(Attention):
     def forward(self, x, rope, bias, tap):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.H, self.D).permute(2, 0, 3, 1, 4)
-        cos, sin = rope
-        a, b = torch.stack((q, k)).chunk(2, dim=-1)
-        q, k = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        q, k = rotate(torch.stack((q, k)), *rope)
         return self.o_proj(self.mix(q, k, v, bias, tap).reshape(B, T, C))
 
 
@@ -131,6 +131,12 @@ class FusedMLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+def rotate_by_halves(x, cos, sin):
+    """`model.rotate` as most people write it: four products of halves and a concatenation."""
+    (a, b), cos, sin = x.float().chunk(2, dim=-1), *(t.chunk(2, dim=-1)[1] for t in (cos, sin))
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
 def our_model(s, attn="softmax", fused_qkv=False, fused_mlp=False):
     cfg = Config(**{key: s[key] for key in KEYS[:5]}, max_position_embeddings=s["seq_len"], attn=attn)
     model = GPT(cfg)
@@ -144,10 +150,9 @@ def our_model(s, attn="softmax", fused_qkv=False, fused_mlp=False):
 
 def split_loss(model, x, y, chunks=1, head_dtype=torch.float32):
     """The forward pass with the loss taken over pieces of the batch, or the output matrix in another dtype."""
-    angle = torch.outer(torch.arange(x.shape[1], dtype=torch.float32), model.rope_freq)
-    h = model.embed_tokens(x)
+    rope, h = rope_turns(model.rope_freq, x.shape[1]), model.embed_tokens(x)
     for layer in model.layers:
-        h = layer(h, (angle.cos(), angle.sin()), None, lambda name, t: t)
+        h = layer(h, rope, None, untapped)
     total = 0.0
     for part, target in zip(model.norm(h).flatten(0, 1).chunk(chunks), y.flatten().chunk(chunks)):
         with torch.autocast("cpu", torch.bfloat16, enabled=head_dtype == torch.bfloat16):
@@ -156,7 +161,8 @@ def split_loss(model, x, y, chunks=1, head_dtype=torch.float32):
     return None, total / y.numel()
 
 
-def ours(s, corpus, attn="softmax", bf16=False, compiled=False, optimizer={}, clip={}, gather=None, set_to_none=True, loss={}, **shape):
+def ours(s, corpus, attn="softmax", bf16=False, compiled=False, optimizer={}, clip={}, gather=None, set_to_none=True, loss={},
+         turn=rotate, **shape):
     """A step of train.py with everything at its default but what the keywords change."""
     model = our_model(s, attn, **shape)
     run = train.resolve(train.Run(attn=attn))
@@ -172,7 +178,7 @@ def ours(s, corpus, attn="softmax", bf16=False, compiled=False, optimizer={}, cl
     def step():
         nonlocal count
         x, y = batch()
-        with cast:
+        with cast, patch.object(decoder, "rotate", turn):
             value = forward(x, y)[1]
         adamw.zero_grad(set_to_none=set_to_none)
         value.backward()
@@ -211,6 +217,7 @@ def cases(s, corpus, threads, with_compile):
         "no clipping": dict(clip=None),
         "gradients zeroed, not freed": dict(set_to_none=False),
         "batch by index table": dict(gather=index_table(s, corpus)),
+        "rotation by halves": dict(turn=rotate_by_halves),
         "q k v in one matrix": dict(fused_qkv=True),
         "gate and up in one matrix": dict(fused_mlp=True),
         "loss in 4 chunks": dict(loss=dict(chunks=4)),
