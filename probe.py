@@ -865,9 +865,10 @@ def load_run(folder, untrained=False):
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ProbeError(f"{folder}/config.json is not that of a run of train.py ({why})") from None
-    if corpus.vocab_size != cfg.vocab_size:
-        raise ProbeError(f"{folder} was trained on {cfg.vocab_size} tokens, but {settings['data']} has "
-                         f"{corpus.vocab_size} here: the text is not the same any more")
+    same = config.get("corpus", corpus.fingerprint()) == corpus.fingerprint() or cfg.vocab_size == 257  # bytes are bytes
+    if not same or corpus.vocab_size != cfg.vocab_size:
+        raise ProbeError(f"{folder} was trained on another text: its {cfg.vocab_size} tokens are not those that "
+                         f"{settings['data']} has here (another Python has another standard library); train it anew")
     model = GPT(cfg, seed=settings["seed"])
     if not untrained:
         if not (folder / "model.pt").is_file():

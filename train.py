@@ -19,9 +19,9 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -191,14 +191,6 @@ def environment(device: torch.device, threads: int) -> dict:
             "git": git}
 
 
-def fingerprint(corpus: data.Corpus) -> dict:
-    """What tells whether a text is still the one that a run began with."""
-    if corpus.task:
-        return {"vocab_size": corpus.vocab_size}
-    return {"vocab_size": corpus.vocab_size, "train_tokens": len(corpus.train), "val_tokens": len(corpus.val),
-            "crc32": zlib.crc32(corpus.train.numpy())}
-
-
 # ---------------------------------------------------------------- files
 
 def write_atomically(path: Path, write) -> None:
@@ -268,10 +260,11 @@ def clear_folder(run: Run, folder: Path) -> None:
 # ---------------------------------------------------------------- measuring
 
 def evaluation_steps(steps: int, evals: int) -> list[int]:
-    """Step 0, the last step, and between them half the evaluations evenly, half log-spaced."""
-    even = np.linspace(0, steps, evals // 2 + 2)
-    log = np.geomspace(min(10, steps), steps, evals // 2 + 1)
-    return sorted({int(round(s)) for s in (*even, *log)})
+    """Step 0, the last step, and between them half the evaluations evenly, half log-spaced (but none
+    that is within a tenth of an even one)."""
+    even = np.linspace(0, steps, evals // 2 + 2).round()
+    log = np.geomspace(min(10, steps), steps, evals // 2 + 1).round()
+    return sorted({*map(int, even), *(int(s) for s in log if np.abs(even - s).min() > s / 10)})
 
 
 class Evaluation:
@@ -388,7 +381,7 @@ def train(run: Run, say=partial(print, flush=True)) -> Result:
     step, best, smooth, seconds, log = 0, math.inf, None, 0.0, []
     if found:
         old, saved = found
-        if old.get("corpus", fingerprint(corpus)) != fingerprint(corpus):
+        if old.get("corpus", corpus.fingerprint()) != corpus.fingerprint():
             raise TrainError(f"the text of {run.data} is no longer the one that {folder} was trained on; choose another --out")
         if saved is not None:
             step, best, smooth, seconds = restore(run, saved, model, optimizer, batches).values()
@@ -396,7 +389,7 @@ def train(run: Run, say=partial(print, flush=True)) -> Result:
 
     clear_folder(run, folder)  # before this line nothing has been written or removed
     header = {"run": asdict(run), "model": asdict(cfg), "parameters": sum(p.numel() for p in model.parameters()),
-              "corpus": fingerprint(corpus), "optimal_loss": corpus.optimal_loss(run.seq_len, run.bos),
+              "corpus": corpus.fingerprint(), "optimal_loss": corpus.optimal_loss(run.seq_len, run.bos),
               "environment": environment(device, run.threads)}
     write_json(folder / "config.json", header)
     say(f"{run.attn} attention, {header['parameters']:,} parameters, {run.steps:,} steps of {run.batch_size} x {run.seq_len} tokens of {run.data}")
@@ -495,14 +488,57 @@ def read_log(folder: Path) -> list[dict]:
         raise TrainError(f"{path} cannot be read ({error}); remove it to go on without the old evaluations") from None
 
 
+def is_finished(run: Run) -> bool:
+    """Whether the folder of this run holds it, trained to its last step. Raises TrainError where it holds another."""
+    run = resolve(replace(run, resume=True, overwrite=False))
+    try:
+        found = check_folder(run, Path(run.out))
+    except TrainError:
+        if (Path(run.out) / "config.json").exists():
+            raise
+        return False  # nothing there yet
+    return found[1] is not None and found[1].get("step") == run.steps
+
+
+def trained(*runs: Run, jobs: int = 2, say=partial(print, flush=True)) -> list[Path]:
+    """The folders of these runs. What is missing is trained, what was stopped goes on: `jobs` at a time, each in a
+    process and thread of its own, as models this small gain nothing from a second thread. Raises TrainError."""
+    started = []
+
+    def one(run):
+        if not is_finished(run):
+            again = ["--resume"] if (Path(run.out) / "config.json").exists() else []
+            words = [sys.executable, __file__, *shlex.split(as_flags(run)), "--threads", "1", *again]
+            with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+                started.append(process)
+                for line in process.stdout:
+                    if line.startswith("step "):
+                        say(f"{run.out}: {line.rstrip()}")
+                error = process.stderr.read().strip()
+            if process.returncode:
+                raise TrainError(f"{run.out}: {error or 'training was stopped'}")
+        return Path(run.out)
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(one, resolve(run)) for run in runs]
+        try:
+            return [future.result() for future in waiting]
+        except BaseException:  # one failed, or Ctrl-C: the others save and stop
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)
+            raise
+
+
 # ---------------------------------------------------------------- the command line
 
 def as_flags(run: Run) -> str:
     """The flags that give this run again (where they differ from the defaults)."""
     plain, words = resolve(Run(attn=run.attn, size=run.size)), []
+    usual = asdict(plain) | {"attn": Run.attn, "size": Run.size}
     for f in fields(Run):
         value = getattr(run, f.name)
-        if value not in (getattr(plain, f.name), f.default) and f.name not in ("resume", "overwrite"):
+        if value not in (usual[f.name], f.default) and f.name not in ("resume", "overwrite"):
             words += [f"--{f.name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return shlex.join(words)
 

@@ -4,6 +4,7 @@
     x, y = corpus.batch(8, 128, torch.Generator().manual_seed(1))
 """
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,13 @@ class Corpus:
             passage[torch.rand(n, 1, generator=generator) >= repeat] = length
             windows = windows.gather(1, torch.arange(length) % passage)
         return windows
+
+    def fingerprint(self) -> dict:
+        """Sizes and checksum: what tells whether a text is still the one that a run was trained on."""
+        if self.task:
+            return {"vocab_size": self.vocab_size}
+        return {"vocab_size": self.vocab_size, "train_tokens": len(self.train), "val_tokens": len(self.val),
+                "crc32": zlib.crc32(self.train.numpy())}
 
     def optimal_loss(self, seq_len: int, bos: float = 0.5) -> float | None:
         """The loss in nats of a perfect predictor on such batches, computed; None for text."""

@@ -237,6 +237,31 @@ def test_evaluations_include_the_first_and_last_step_and_the_birth():
     assert train.evaluation_steps(1, 1) == [0, 1]
 
 
+@pytest.mark.parametrize("settings", [dict(attn="headnorm"), dict(attn="sigmoid", lr=2.5e-3), dict(size="small", attn="headnorm", seed=3),
+                                      dict(data="copy", bos=0.0, num_hidden_layers=3, tie_word_embeddings=True, out="out/a b")])
+def test_flags_that_are_printed_give_the_run_again(settings):
+    wanted = train.resolve(Run(**settings))
+    args = vars(train.parse(shlex.split(train.as_flags(wanted))))
+    for name in ("sample", "prompt", "tokens", "temperature", "top_k"):
+        args.pop(name)
+    assert train.resolve(Run(**args)) == wanted
+
+
+def test_trained_trains_what_is_missing_and_nothing_else(tmp_path):
+    runs = [Run(**{**TINY, "attn": attn, "out": str(tmp_path / attn)}) for attn in ("softmax", "headnorm")]
+    lines = []
+    assert not train.is_finished(runs[0])
+    assert train.trained(*runs, say=lines.append) == [tmp_path / "softmax", tmp_path / "headnorm"]
+    assert train.is_finished(runs[0]) and {line.split(":")[0] for line in lines} == {r.out for r in runs}
+    before, lines = (tmp_path / "softmax" / "model.pt").stat().st_mtime_ns, []
+    train.trained(*runs, say=lines.append)
+    assert lines == [] and (tmp_path / "softmax" / "model.pt").stat().st_mtime_ns == before
+    with pytest.raises(train.TrainError, match="was trained with --steps 12, not 13"):
+        train.trained(train.replace(runs[0], steps=13))
+    with pytest.raises(train.TrainError, match="nowhere.txt does not exist"):  # what the process says reaches the caller
+        train.trained(train.replace(runs[0], data="nowhere.txt", out=str(tmp_path / "new")))
+
+
 # --- what a run leaves ---------------------------------------------------------------------------------
 
 def test_files_of_a_run(tmp_path, monkeypatch, book):
