@@ -35,11 +35,14 @@ from model import ATTENTIONS, GPT, Config, ModelError
 SIZES = {  # model and schedule that fit together; every one of these can be overridden by its flag
     "tiny": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=6, num_attention_heads=2, vocab_size=257,
                  seq_len=64, batch_size=8, steps=4000, lr=dict(softmax=2.5e-3, headnorm=2.5e-3, sigmoid=5e-3)),  # tests/recipe.py
+    "micro": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4, vocab_size=25,
+                  seq_len=64, batch_size=16, steps=3000, lr=5e-3, data="copy", bos=0.0, weight_decay=0.1, initializer_range=0.08),
     "small": dict(hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5, vocab_size=1024,
                   seq_len=256, batch_size=64, steps=10000, lr=2e-3),
     "base": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=1024,
                  seq_len=1024, batch_size=16, steps=20000, lr=6e-4),
 }
+COMMON = dict(data="stdlib", bos=1.0, weight_decay=0.3)  # of every size that does not say otherwise
 EVAL_TOKENS, PROBE_TOKENS = 16384, 4096  # per evaluation; fixed windows, whatever is trained
 
 
@@ -61,15 +64,16 @@ class Run:
     """All settings of a training run. None means: what `size` or the machine suggests (`resolve`)."""
 
     attn: str = setting("softmax", "how to attend", ATTENTIONS)
-    data: str = setting("stdlib", f"{', '.join(data.NAMES)}, or a file or folder of your own text")
-    size: str = setting("tiny", "tiny (laptop CPU, minutes), small (laptop GPU), base (one large GPU)", tuple(SIZES))
+    data: str | None = setting(None, f"{', '.join(data.NAMES)}, or a file or folder of your own text (default: stdlib; copy for micro)")
+    size: str = setting("tiny", "tiny (laptop CPU, minutes), micro (the copying task, where first tokens are ordinary: two minutes), "
+                        "small (laptop GPU), base (one large GPU)", tuple(SIZES))
     steps: int | None = setting(None, "optimiser steps")
     batch_size: int | None = setting(None, "windows per step")
     seq_len: int | None = setting(None, "tokens per window, T")
     lr: float | None = setting(None, "peak learning rate; cosine to a tenth of it after the warm-up")
     warmup: int = setting(100, "steps of linear warm-up")
-    weight_decay: float = setting(0.3, "AdamW weight decay of the matrices")
-    bos: float = setting(1.0, "share of the windows that start with <|bos|>; the others start with an ordinary token")
+    weight_decay: float | None = setting(None, "AdamW weight decay of the matrices (default: 0.3; 0.1 for micro)")
+    bos: float | None = setting(None, "share of the windows that start with <|bos|>; the others start with an ordinary token (default: 1; 0 for micro)")
     repeat: float = setting(0.8, "share of the training windows of text that show one passage over and over: heads learn to copy, and to rest")
     seed: int = setting(0, "of initial weights and of batches: the same for every --attn")
     vocab_size: int | None = setting(None, "tokens of the vocabulary that is built from the text; 257 is bytes and <|bos|>")
@@ -79,14 +83,14 @@ class Run:
     num_hidden_layers: int | None = setting(None, "layers")
     num_attention_heads: int | None = setting(None, "query heads, H")
     num_key_value_heads: int | None = setting(None, "key/value heads (default: as many as query heads)")
-    initializer_range: float | None = setting(None, "std of the initial weights (default: 1/sqrt(hidden_size))")
+    initializer_range: float | None = setting(None, "std of the initial weights (default: 1/sqrt(hidden_size); 0.08 for micro)")
     tie_word_embeddings: bool = setting(False, "use the embedding as output matrix too")
     evals: int = setting(16, "evaluations: half of them evenly spaced, half log-spaced to see the sink's birth")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     threads: int | None = setting(None, "CPU threads (default: the cores, at most 4: more slow a tiny model down)")
     dtype: str = setting("auto", "auto (bf16 on CUDA that has it, else fp32), fp32, or bf16 autocast", ("auto", "fp32", "bf16"))
     compile: bool = setting(False, "torch.compile the model: faster after half a minute; needs a C++ compiler")
-    out: str | None = setting(None, "folder of the run (default: out/<attn>)")
+    out: str | None = setting(None, "folder of the run (default: out/<attn>, or out/<size>-<attn> if not tiny)")
     resume: bool = setting(False, "go on where the run in --out was stopped")
     overwrite: bool = setting(False, "throw away the run in --out and start anew")
 
@@ -119,10 +123,10 @@ def resolve(run: Run) -> Run:
         if f.metadata["choices"] and value is not None and value not in f.metadata["choices"]:
             raise TrainError(f"--{f.name} must be one of {', '.join(f.metadata['choices'])}, not {value!r}")
     full = asdict(run)
-    for name, value in SIZES[run.size].items():
+    for name, value in (COMMON | SIZES[run.size]).items():
         value = value[run.attn] if isinstance(value, dict) else value  # tuned for each attention
         full[name] = value if full[name] is None else full[name]
-    full["out"] = full["out"] or f"out/{run.attn}"
+    full["out"] = full["out"] or (f"out/{run.attn}" if run.size == "tiny" else f"out/{run.size}-{run.attn}")
     at_least = dict(steps=1, batch_size=1, seq_len=3, hidden_size=8, intermediate_size=8, evals=1)  # `probe` needs so much
     for name, least in at_least.items():
         if not least <= full[name] < 2**31:
@@ -275,14 +279,19 @@ class Evaluation:
         n, few = max(1, EVAL_TOKENS // seq_len), max(8, PROBE_TOKENS // seq_len)
         draw = lambda count, share: [t.to(device) for t in corpus.batch(count, seq_len, fixed, split="val", bos=share)]
         self.x, self.y = draw(n, bos)
-        self.ordinary, self.with_bos = draw(few, 0.0)[0], draw(few, 1.0)[0] if bos > 0 else None
+        self.windows = {"links": draw(few, 0.0)[0]}
+        if bos > 0:
+            self.windows["links_bos"] = draw(few, 1.0)[0]
+        if corpus.name == "copy":  # random symbols: nothing to copy, so that every query rests
+            self.windows["links_rest"] = torch.randint(corpus.bos, (few, seq_len), generator=fixed).to(device)
         self.bytes_per_token = corpus.bytes_per_token
 
     @torch.no_grad()
     def __call__(self, model) -> dict:
         """val_loss in nats per token, bpb in bits per byte (text), and the numbers of `probe.chain`
-        for windows that start with an ordinary token (`links`) and with <|bos|> (`links_bos`).
-        Of a model that has diverged only val_loss, which is then nan or infinite."""
+        for windows that start with an ordinary token (`links`), with <|bos|> (`links_bos`, if it was trained with
+        some) and, for the copying task, of random symbols where there is nothing to copy (`links_rest`). Of a model that has
+        diverged only val_loss, which is then nan or infinite."""
         total, count = 0.0, 0
         few = max(1, 4096 // self.x.shape[1])  # the logits of more tokens would fill a small GPU
         for x, y in zip(self.x.split(few), self.y.split(few)):
@@ -295,9 +304,8 @@ class Evaluation:
         if self.bytes_per_token:
             numbers["bpb"] = loss / math.log(2) / self.bytes_per_token
         try:
-            for name, idx in (("links", self.ordinary), ("links_bos", self.with_bos)):
-                if idx is not None:  # JSON has no nan: a number that does not exist is null
-                    numbers[name] = {k: v if math.isfinite(v) else None for k, v in probe.chain(model, idx).items()}
+            for name, idx in self.windows.items():  # JSON has no nan: a number that does not exist is null
+                numbers[name] = {k: v if math.isfinite(v) else None for k, v in probe.chain(model, idx).items()}
         except torch.linalg.LinAlgError:  # states so large that their squares overflow
             return {"val_loss": math.nan}
         return numbers
@@ -316,7 +324,8 @@ def draw_curve(folder: Path, log: list[dict], optimum: float | None) -> None:
         left.axhline(optimum, color="0.6", linestyle=":", label="perfect predictor")
     left.set(xlabel="step", ylabel="loss (nats per token)")
     left.legend()
-    for key, style, name in (("links", "k-", "first token ordinary"), ("links_bos", "k--", "first token <|bos|>")):
+    for key, style, name in (("links", "k-", "first token ordinary"), ("links_bos", "k--", "first token <|bos|>"),
+                             ("links_rest", "k:", "ordinary, nothing to copy")):
         if key in log[-1]:
             right.plot(steps, [row[key]["sink_alpha_max"] for row in log], style, label=name)
     right.set(xlabel="step", ylabel="mean attention to position 0,\nstrongest head", ylim=(0, 1))
@@ -470,7 +479,8 @@ def progress(row: dict, run: Run, seconds: float) -> str:
     left = (run.steps * run.batch_size * run.seq_len - row["tokens"]) / rate if rate else 0.0
     bpb = f" {row['bpb']:.3f} bits/byte" if "bpb" in row else ""
     train_loss = f"{row['train_loss']:.3f}" if row["train_loss"] is not None else "  -  "
-    kind, first = ("links_bos", "<|bos|>") if "links_bos" in row else ("links", "first token")
+    kind, first = next((kind, first) for kind, first in (
+        ("links_bos", "<|bos|>"), ("links_rest", "first token, nothing to copy"), ("links", "first token")) if kind in row)
     return (f"step {row['step']:>6,} {row['step'] / run.steps:4.0%} | loss {train_loss} val {row['val_loss']:.3f}{bpb} | "
             f"{rate:7,.0f} tok/s, {left:4.0f} s left | {first}: attention {row[kind]['sink_alpha_max']:.2f}, "
             f"norm {row[kind]['norm_ratio']:.1f} x median")
@@ -606,7 +616,7 @@ def main(words=None) -> int:
             return 130
         print(f"\nvalidation loss {result.final['val_loss']:.4f} nats per token after {result.seconds:.0f} s; files in {result.folder}/")
         if result.optimal_loss is not None:
-            print(f"a perfect predictor, who knows the rules of {args['data']}, would reach {result.optimal_loss:.4f}")
+            print(f"a perfect predictor, who knows the rules of {result.corpus.name}, would reach {result.optimal_loss:.4f}")
         prompt = prompt if result.corpus.encoding else ""
         print(f"a sample:\n{write_text(result.model, result.corpus, prompt, **how)}\n")
         print(f"next: python probe.py {result.folder}")
