@@ -23,8 +23,10 @@ link, through the interventions to runs, tables, figures and the command line.
 import argparse
 import json
 import math
+import os
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -338,11 +340,12 @@ def links(model: GPT, idx, tap=None, mask=None, k=0, targets=None, rows=None):
     N, T = idx.shape
     check_windows(N, T, k)
     rows = torch.arange(N)[None] if rows is None else rows
+    weights = torch.zeros(len(rows), N).scatter_add_(1, rows, torch.full(rows.shape, 1 / N))  # of each window in each resample
     group = model.cfg.num_attention_heads // model.cfg.num_key_value_heads
     out, now = defaultdict(list), {}
 
     def mean(name, x):  # x (N, ...): one number, or one row of them, for each window
-        out[name].append(x[rows].float().mean(1))
+        out[name].append(torch.tensordot(weights, x.float().to(weights.device), 1))
 
     def pooled(name, f, *xs):  # a number of all windows together
         out[name].append(torch.stack([f(*(x[r] for x in xs)) for r in rows]))
@@ -1018,6 +1021,17 @@ TABLE = (  # link, key, what it is
     ("", "value_drain", "||v_k|| / mean ||v_t||, later head"),
     ("", "loss", "loss, nats per token"),
 )
+
+
+def glossary():
+    """[(name in chain.json and log.jsonl, what it is)]; a line that goes on with the one above says of what."""
+    rows, above = [], ""
+    for _, key, text in TABLE:
+        above = above if text.startswith(" ") else text
+        rows.append((key, f"{above}: {text.strip()}" if text.startswith(" ") else text))
+    return rows
+
+
 SAME = ("variance_ratio", "variance_ratio_raw", "variance_predicted", "variance_out_ratio", "norm_direction_cos")
 COLUMNS = {"variance_ratio": "V_k / V", "spread_ratio": "spread", "neuron_share_top5": "top-5 share",
            "norm_ratio": "norm", "dom_ratio_max": "DomRatio", "norm_direction_cos": "cos x_k",
@@ -1321,7 +1335,8 @@ def save_figure(path, draw, size, *args):
 # ---------------------------------------------------------------- command line
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog="numbers, k being the position looked at:\n" + "\n".join(f"  {key:24} {text}" for key, text in glossary()))
     p.add_argument("runs", nargs="*", help="folders of train.py, such as out/softmax out/headnorm")
     p.add_argument("--llama", metavar="FOLDER", help="a Llama checkpoint in Hugging Face format instead of runs")
     p.add_argument("--cut", action="store_true", help="the cut matrix: every intervention against every link")
@@ -1379,10 +1394,13 @@ def run_command(args):
 
 
 def table_command(args, opened, windows, what, saved, out):
-    k, T, results = args.position, saved["tokens"], {}
-    for kind, (x, y) in windows.items():
-        results[kind] = {name: chain_of(run, x, y, k, args.draws) for name, run in opened.items()}
-        print_chain(what[kind], results[kind], opened, T, k, kind)
+    k, T = args.position, saved["tokens"]
+    with ThreadPoolExecutor(1 if args.llama else min(os.cpu_count() or 1, 4)) as pool:  # small models side by side
+        jobs = {kind: {name: pool.submit(chain_of, run, x, y, k, args.draws) for name, run in opened.items()}
+                for kind, (x, y) in windows.items()}
+        results = {kind: {name: job.result() for name, job in named.items()} for kind, named in jobs.items()}
+    for kind, found in results.items():
+        print_chain(what[kind], found, opened, T, k, kind)
     chains = {what[kind]: r for kind, r in results.items()}
     (out / "chain.json").write_text(json.dumps(saved | {"chain": chains}, indent=1) + "\n")
     kind, found = next(iter(results.items()))

@@ -34,9 +34,10 @@ from model import ATTENTIONS, GPT, Config, ModelError
 
 SIZES = {  # model and schedule that fit together; every one of these can be overridden by its flag
     "tiny": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=6, num_attention_heads=2, vocab_size=257,
-                 seq_len=64, batch_size=8, steps=4000, lr=dict(softmax=2.5e-3, headnorm=2.5e-3, sigmoid=5e-3)),  # tests/recipe.py
+                 seq_len=64, batch_size=8, steps=4000, threads=1, lr=dict(softmax=2.5e-3, headnorm=2.5e-3, sigmoid=5e-3)),  # tests/recipe.py
     "micro": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4, vocab_size=25,
-                  seq_len=64, batch_size=16, steps=3000, lr=5e-3, data="copy", bos=0.0, weight_decay=0.1, initializer_range=0.08),
+                  seq_len=64, batch_size=16, steps=3000, threads=1, lr=dict(softmax=5e-3, headnorm=5e-3, sigmoid=1e-2),
+                  data="copy", bos=0.0, weight_decay=0.1, initializer_range=0.08),
     "small": dict(hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5, vocab_size=1024,
                   seq_len=256, batch_size=64, steps=10000, lr=2e-3),
     "base": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=1024,
@@ -87,7 +88,7 @@ class Run:
     tie_word_embeddings: bool = setting(False, "use the embedding as output matrix too")
     evals: int = setting(16, "evaluations: half of them evenly spaced, half log-spaced to see the sink's birth")
     device: str = setting("auto", "auto, cpu, cuda or mps")
-    threads: int | None = setting(None, "CPU threads (default: the cores, at most 4: more slow a tiny model down)")
+    threads: int | None = setting(None, "CPU threads (default: 1 for tiny and micro, which gain nothing from more; else the cores, at most 4)")
     dtype: str = setting("auto", "auto (bf16 on CUDA that has it, else fp32), fp32, or bf16 autocast", ("auto", "fp32", "bf16"))
     compile: bool = setting(False, "torch.compile the model: faster after half a minute; needs a C++ compiler")
     out: str | None = setting(None, "folder of the run (default: out/<attn>, or out/<size>-<attn> if not tiny)")

@@ -313,7 +313,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=180, help="of measuring, for each shape (default: 180)")
     parser.add_argument("--shape", choices=list(SHAPES), action="append", help="only this one (default: all)")
-    parser.add_argument("--threads", type=int, default=train.resolve(train.Run()).threads, help="(default: as train.py)")
+    parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 4), help="(default: the cores, at most 4)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes a minute to start")
     args = parser.parse_args()
     result = {"environment": train.environment(torch.device("cpu"), args.threads),

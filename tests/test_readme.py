@@ -14,7 +14,7 @@ import train
 from tests import recipe
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "tests" / "results" / "recipe.md"]
+PAGES = recipe.PAGES
 README = PAGES[0].read_text(encoding="utf-8")
 COMMANDS = sorted({part.strip() for line in re.findall(r"^(?:pip|python) .*$|`(python [^`]+)`", README, flags=re.M) or []
                    for part in (line if isinstance(line, str) else line[0]).split("&&")} |
@@ -42,7 +42,7 @@ def test_command(command):
         assert words[0] in ("pip", "pytest")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_links_and_places(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -51,7 +51,7 @@ def test_links_and_places(page):
         assert (ROOT / name).exists() or (page.parent / name).exists() or name in ("config.json",), name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_tables_are_those_of_the_json(page):
     text = page.read_text(encoding="utf-8")
     assert recipe.fill(text, recipe.tables()) == text
