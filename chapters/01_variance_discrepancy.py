@@ -89,6 +89,7 @@ def curves(model, x, layer=0, z="z"):
     return probe.variance_by_position(z), unit * probe.predicted_variance(pattern, probe.value_correlation(v))
 
 
+# %%
 trained = models("softmax", "micro-softmax")
 untrained = {name: GPT(model.cfg, seed=0) for name, model in trained.items()}
 random_tokens = {"softmax": windows("random bytes")[0], "micro-softmax": windows("random symbols")[0]}
@@ -337,7 +338,8 @@ beside(("model", "Llama-2-7B and Llama-3, trained", "softmax (text) | micro-soft
        ("tokens", "random", "random"),
        ("position 0 is the outlier, layer 1", "yes, decaying with t",
         " | ".join(f"{gap[name]['trained']:.1f} times the median" for name in trained)),
-       ("the same before training", "not reported", " | ".join(f"{gap[name]['untrained']:.1f} times" for name in trained)),
+       ("the same before training", "not reported",
+        " | ".join(f"{gap[name]['untrained']:.1f} times" for name in trained)),
        ("depends on the tokens", "no", f"no: at least {min(b for b, _ in identity.values()):.1f} times, untrained"),
        ("sigmoid attention", "removes it", f"reverses it: {ratio['sigmoid']:.2f} times, untrained"),
        ("headnorm", "meant to even it out", f"evens it out: {ratio['headnorm']:.2f} times, untrained"))

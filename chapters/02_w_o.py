@@ -211,7 +211,7 @@ for name in ("softmax", "micro-softmax"):
 # %% [markdown]
 # $W_O$ favours what varies, *at every position alike*. The first token gains nothing on the others by
 # it. That fits the figure at the top: if $W_O$ did single out the first token, the curve after it would
-# be steeper than the curve before. In these models it passes the outlier on, and does no more.
+# be steeper than the curve before. Averaged over layers $W_O$ passes the outlier on, and does no more.
 #
 # ## The spectrum
 #
@@ -236,7 +236,8 @@ for axis, name in zip(axes, ("softmax", "micro-softmax")):
 show(figure, "02_spectrum")
 
 # %% [markdown]
-# The untrained matrix lies on the Gaussian one; the trained one has a few larger values and a longer tail.
+# The untrained matrix lies on the Gaussian one; the trained one has a few larger values and many
+# smaller ones.
 
 # %%
 for name in ("softmax", "micro-softmax"):

@@ -40,7 +40,8 @@ import probe
 #
 # ```sh
 # pip install safetensors
-# LLAMA=path/to/folder python chapters/08_a_real_llama.py        # or: python chapters/08_a_real_llama.py path/to/folder
+# LLAMA=path/to/folder python chapters/08_a_real_llama.py
+# python chapters/08_a_real_llama.py path/to/folder               # the same
 # ```
 #
 # In a notebook, set the environment variable `LLAMA` before you start Jupyter. The smallest good one is
@@ -167,9 +168,12 @@ if not REAL:
 # %% [markdown]
 # ## Links 2 to 7, beside the paper
 #
-# The paper's numbers are for Llama-2-7B. Our way to find a super neuron is to rank the neurons of each
-# layer by weight, $|W_{\text{down}}| \cdot \lVert \gamma \odot w_{\text{gate}} \rVert \cdot \lVert \gamma \odot w_{\text{up}} \rVert$ (chapter 03), so
-# it may name another neuron than the paper's cosine does. Indices differ between models anyway; what may be
+# The paper's numbers are for Llama-2-7B. Our way to find a super neuron is to rank the neurons of each layer
+# by weight (chapter 03),
+#
+# $$|W_{\text{down}}| \cdot \lVert \gamma \odot w_{\text{gate}} \rVert \cdot \lVert \gamma \odot w_{\text{up}} \rVert$$
+#
+# so it may name another neuron than the paper's cosine does. Indices differ between models anyway; what may be
 # compared is how far the first one stands out.
 
 # %%
@@ -272,7 +276,8 @@ if not REAL:
 #
 # Replace `...` by your answer and run the cell again.
 #
-# **1.** Which key/value head serves query head `h`, if there are `heads` query heads and `kv_heads` key/value heads?
+# **1.** Which key/value head serves query head `h`, if there are `heads` query heads and `kv_heads`
+# key/value heads?
 
 
 # %%

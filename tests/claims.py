@@ -100,16 +100,23 @@ def cut(r, label, key="sink_alpha_later"):
     return next(row[key] for name, row in r["softmax"]["cuts"].items() if name.startswith(label))
 
 
-def lost(r, label, key="sink_alpha_later"):
-    """Share of what the number has above chance that a cut takes."""
-    before, after = cut(r, label, key)
-    return (before - after) / (before - probe.uniform_alpha(T))
+def whole(r):
+    """What the sink of token 0 has above chance: what a cut may take, and a forgery give. A seed whose
+    model has no sink (alpha <= 0.3) has nothing to share: nan, which holds no test and is left out of the mean."""
+    alpha = r["softmax"]["trained"][r["main"]]["sink_alpha_later"]
+    return alpha - probe.uniform_alpha(T) if alpha > probe.EPS else math.nan
+
+
+def lost(r, label):
+    """Share of the sink that a cut takes."""
+    before, after = cut(r, label)
+    return (before - after) / whole(r)
 
 
 def gained(r, label):
-    """What a forgery gives token K above what it had, over what token 0 has above chance."""
+    """What a forgery gives token K above what it had, over the sink of token 0."""
     before, after = cut(r, label)
-    return (after - before) / (r["softmax"]["trained"][r["main"]]["sink_alpha_later"] - probe.uniform_alpha(T))
+    return (after - before) / whole(r)
 
 
 def at(attn, key, state="trained", kind=None):
@@ -217,7 +224,9 @@ def table(found):
     """Markdown: one row a test."""
     lines = ["| | what is measured | lane | holds if | mean ± std | holds in |", "|---|---|---|---|---|---|"]
     for claim, lane, what, margin, values, count, _ in tests_of(found):
-        lines.append(f"| {claim} | {what} | {lane} | {margin} | {recipe.spread(values)} | {count} of {len(values)} |")
+        there = [v for v in values if not math.isnan(v)]
+        without = f" ({len(values) - len(there)} without a sink)" if len(there) < len(values) else ""
+        lines.append(f"| {claim} | {what} | {lane} | {margin} | {recipe.spread(there)} | {count} of {len(values)}{without} |")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
+import data
 import probe
 from model import GPT, Config, compose, make_tap, record, tap_names
 from probe import ProbeError
@@ -512,6 +513,27 @@ def test_load_run(run):
     assert corpus.bos == BOS and settings["seed"] == 0
     assert torch.equal(model.embed_tokens.weight, tiny().embed_tokens.weight)
     assert torch.equal(probe.load_run(folder, untrained=True)[0].lm_head.weight, tiny().lm_head.weight)
+
+
+@pytest.mark.parametrize("vocab_size, refused", [(280, True), (257, False)])
+def test_a_run_on_another_text(tmp_path, monkeypatch, vocab_size, refused):
+    """Tokens learned from another text mean other pieces; bytes are bytes."""
+    text, folder = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("the cat sat on the mat and the dog sat on the log\n" * 200)
+    settings = dict(data=str(text), seq_len=T, bos=1.0, seed=0, vocab_size=vocab_size, encoding=None)
+    monkeypatch.setitem(data.load.__kwdefaults__, "cache", tmp_path / "cache")
+    corpus = data.load(str(text), seq_len=T, vocab_size=vocab_size)
+    model = tiny(vocab_size=corpus.vocab_size)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"run": settings, "model": asdict(model.cfg), "corpus": corpus.fingerprint()}))
+    torch.save({"model": model.state_dict()}, folder / "model.pt")
+    assert probe.load_run(folder)[1].vocab_size == corpus.vocab_size
+    text.write_text("the cow lay on the hay and the bird lay in the nest\n" * 200)
+    if refused:
+        with pytest.raises(probe.ProbeError, match="trained on another text"):
+            probe.load_run(folder)
+    else:
+        probe.load_run(folder)
 
 
 def test_table_of_three_runs_json_and_figure(run, capsys):
