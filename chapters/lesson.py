@@ -15,19 +15,22 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import probe  # noqa: E402
-from train import Run, trained  # noqa: E402
+from train import Run, TrainError, trained  # noqa: E402
 
 torch.set_num_threads(1)  # models this small gain nothing from a second thread
 plt = probe.pyplot()
 
 # The models of all chapters. Each is trained once and kept in out/: `python train.py --attn headnorm` makes the second.
-RUNS = {f"{size}{attn}": Run(attn=attn, size=name) for size, name in (("", "tiny"), ("micro-", "micro"))
-        for attn in ("softmax", "headnorm", "sigmoid")}
+RUNS = {"softmax": Run(), "headnorm": Run(attn="headnorm"), "sigmoid": Run(attn="sigmoid"),
+        "micro-softmax": Run(size="micro"), "micro-headnorm": Run(size="micro", attn="headnorm")}
 
 
 def models(*names):
     """The trained models of these names, {name: GPT}. What is missing is trained first, two at a time."""
-    folders = trained(*(RUNS[name] for name in names))
+    try:
+        folders = trained(*(RUNS[name] for name in names))
+    except TrainError as error:
+        sys.exit(f"{error}\nThe chapters use the default settings. Move a run of other settings out of the way.")
     return {name: probe.load_run(folder)[0] for name, folder in zip(names, folders)}
 
 
