@@ -617,7 +617,8 @@ def main(words=None) -> int:
             return 130
         print(f"\nvalidation loss {result.final['val_loss']:.4f} nats per token after {result.seconds:.0f} s; files in {result.folder}/")
         if result.optimal_loss is not None:
-            print(f"a perfect predictor, who knows the rules of {result.corpus.name}, would reach {result.optimal_loss:.4f}")
+            print(f"a perfect predictor, who knows the rules of {result.corpus.name}, would reach {result.optimal_loss:.4f} on average; "
+                  "the fixed windows of the evaluation can be a little easier or harder")
         prompt = prompt if result.corpus.encoding else ""
         print(f"a sample:\n{write_text(result.model, result.corpus, prompt, **how)}\n")
         print(f"next: python probe.py {result.folder}")

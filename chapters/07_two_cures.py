@@ -340,6 +340,8 @@ for t in (63, 255, 1023):
     print(f"sum of the gates at t = {t:4}: bias -log 64 {weight[64][t]:.2f}, bias -log 1024 {weight[1024][t]:.2f}")
 growth = weight[64][1023] / weight[64][63]
 print(f"16 times the keys, {growth:.0f} times the weight")
+
+# %%
 print(f"{'mean loss at T =':24}" + "".join(f"{T:>8}" for T in lengths))
 for name, c in curve.items():
     print(f"{name:24}" + "".join(f"{c[:T].mean():8.2f}" for T in lengths))
@@ -420,7 +422,7 @@ for name, model in micro.items():
 # %% [markdown]
 # A headnorm model without a sink, as in the paper? Read the losses first. A head that does not copy yet has no
 # reason to rest, so a missing sink may be a missing skill. The recipe has this task too, over seeds and
-# learning rates: every point is one training of 3,000 steps.
+# learning rates: every point is one training.
 
 # %%
 figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
@@ -444,7 +446,10 @@ show(figure, "07_skill")
 # softmax model that stays on the right has none, and its first state is as long as headnorm's. So in this task
 # the sink goes *with the skill more than with the attention*: skill is needed, though not every skilled
 # model has a sink. One learned headnorm model is a hint and no proof. What would decide it is several of each,
-# trained to the same loss. (Sigmoid's points are row-normalised shares; its raw mass is small.)
+# trained to the same loss.
+#
+# Sigmoid needs care here. Its points are row-normalised shares; the gates behind them weigh about half of that
+# or less. Still, some skilled sigmoid models prefer an ordinary first token, which the text model did not.
 #
 # Last, parity at token 0 for the softmax model of this task:
 

@@ -184,6 +184,8 @@ state = links["dom_first"][0, 1:cfg.num_hidden_layers].argmax().item() + 1  # of
 x0 = record(model, idx, [f"{state}.resid_pre"])[1][f"{state}.resid_pre"][:, 0]
 ruler = model.layers[state].input_layernorm(x0).float().abs().mean(0).argmax().item()
 sinks = (links["alpha"][0].amax(1) > probe.EPS).nonzero().flatten().tolist()
+
+# %%
 print(WHO)
 beside(("V_0 / median V_t, first layer", "an outlier", main["variance_ratio"]),
        ("Kendall tau of W_O and its input", "0.32", main["wo_tau"]),
@@ -193,7 +195,7 @@ beside(("V_0 / median V_t, first layer", "an outlier", main["variance_ratio"]),
        ("DomRatio of token 0, largest of all layers", "262.9, layer 2", f"{probe.number(main['dom_ratio_max'])}"),
        ("  Gaussian noise of this width", "not reported", probe.gaussian_dominance(cfg.hidden_size)),
        ("  its largest dimension", "2533", f"{ruler}, layer {state} reads"),
-       ("norm of token 0 / median", "a jump", main["norm_ratio"]),
+       ("norm of token 0 / median, largest", "a jump", main["norm_ratio"]),
        ("cosine of normed x_0 between windows", "near 1", main["norm_direction_cos"]),
        ("share of q.k_0 > 0, strongest head", "nearly 100 %", f"{main['lock_positive']:.0%}"),
        ("sink from layer", "2", str(sinks[0]) if sinks else "none"),

@@ -1,0 +1,21 @@
+"""Solutions of chapter 06."""
+
+import torch
+
+
+def cut_share(before, after, chance):
+    return (before - after) / (before - chance) if before > chance else 0.0
+
+
+def shift_to(z, target):
+    mean = z.mean(0)
+    variance = (z - mean).square().sum(1).mean()
+    wanted = (target - variance).clamp_min(0).sqrt()
+    return z + mean * (wanted / mean.norm() - 1)
+
+
+def alone_mask(T, alone):
+    mask = torch.ones(T, T, dtype=torch.bool)
+    for t in alone:
+        mask[t] = torch.arange(T) == t
+    return mask
