@@ -104,6 +104,7 @@ model, micro = trained["softmax"], trained["micro-softmax"]
 untrained = GPT(model.cfg, seed=0)
 
 
+# %%
 @torch.no_grad()
 def weights(model):
     """(L,) largest z-score of a layer, (L, F) |cos| between the gate and the up row of every neuron."""

@@ -69,6 +69,7 @@ def authors(model, x, t):
     return torch.stack(rows)
 
 
+# %%
 shares = {"token 0": authors(model, x, 0), "token 30": authors(model, x, 30), "token 0, untrained": authors(untrained, x, 0)}
 assert all((s.sum(1) - 1).abs().max() < 1e-3 for s in shares.values()), "the parts do not add up to the state"
 
@@ -204,6 +205,12 @@ assert inner["micro-softmax"].max() < inner["softmax"].max() / 2, "the ordinary 
 first, rest = found["softmax"]["dom_first"][0], found["softmax"]["dom_rest"][0]
 drawn = probe.dominance(torch.randn(4000, C, generator=torch.Generator().manual_seed(0)))
 high = drawn.quantile(0.975).item()
+place = norm["softmax"][1:-1].argmax().item() + 1  # the state where the first token is longest
+p = record(model, x, [f"{place}.resid_pre"])[1][f"{place}.resid_pre"]
+size = model.layers[place].input_layernorm(p).detach().abs().sort(-1, descending=True).values
+noise = torch.randn(4000, C, generator=torch.Generator().manual_seed(0)).abs().sort(-1, descending=True).values
+
+# %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 curves = {"token 0": first, "other tokens": rest, "token 0, untrained": found["softmax, untrained"]["dom_first"][0],
           "token 0, headnorm": found["headnorm"]["dom_first"][0]}
@@ -212,10 +219,6 @@ for style, (name, y) in zip(probe.STYLES, curves.items()):
     left.plot(y, label=name, lw=1.2, ms=5, **style)
 probe.dress(left, "DomRatio by state", {"fontsize": 8, "loc": "upper left", "ncols": 2}, ylim=(0, 1.4 * first.max().item()),
             xlabel="state (what layer i reads; last: the end)", ylabel="max |x_j| / mean |x_j|")
-place = norm["softmax"][1:-1].argmax().item() + 1  # the state where the first token is longest
-p = record(model, x, [f"{place}.resid_pre"])[1][f"{place}.resid_pre"]
-size = model.layers[place].input_layernorm(p).detach().abs().sort(-1, descending=True).values
-noise = torch.randn(4000, C, generator=torch.Generator().manual_seed(0)).abs().sort(-1, descending=True).values
 probe.draw_dimensions(right, {"token 0": size[:, 0].mean(0), "other tokens": size[:, 1:].mean((0, 1)),
                               "Gaussian vector": noise.mean(0)}, f"Dimension profile, what layer {place} reads")
 show(figure, "04_dominance")
@@ -239,6 +242,8 @@ beside(("model", "Llama-2-7B", f"softmax, what layer {place} reads"),
        ("  Gaussian vectors", "not reported", dims(noise)),
        ("DomRatio of token 0, mean of layers", "82.7 at 152M", first[1:].mean().item()),
        ("  with headnorm", "33.7 at 152M", found["headnorm"]["dom_first"][0, 1:].mean().item()))
+
+# %%
 print(f"token 0 over other tokens, DomRatio {first[place] / rest[place]:.2f}; above 97.5 % of Gaussian vectors: {first[place] > high}")
 assert first[1:].mean() > 1.05 * rest[1:].mean(), "the first token is no more dominated than others"
 assert dims(size[:, 0]) < 0.9 * dims(size[:, 1:]) and dims(size[:, 0]) < 0.9 * dims(noise), "its length is spread as widely"

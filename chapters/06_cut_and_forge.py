@@ -8,10 +8,11 @@
 # %% [markdown]
 # # 06 · Cut and forge
 #
-# **Claim.** Some links of the chain carry the sink and some do not: changing where the first state *points*,
-# or its key, takes the sink away; changing its variance does not.
+# **Claim.** Some links of the chain carry the sink and some do not: changing where the first state
+# *points*, or its key, takes the sink away; changing its variance does not.
 #
-# **You need** chapters 01 to 05. **Run time**: about half a minute, once the two models of chapter 00 are trained.
+# **You need** chapters 01 to 05. **Run time**: about half a minute, once the two models of chapter 00
+# are trained.
 
 # %%
 import sys
@@ -35,15 +36,17 @@ L, T = model.cfg.num_hidden_layers, x.shape[1]
 # %% [markdown]
 # ## The logic
 #
-# So far we have seen things happen together. To say that A makes B, change A and nothing else, and look at B.
+# So far we have seen things happen together. To say that A makes B, change A and nothing else, and
+# look at B.
 #
 # - **Cut**: spoil one link at token 0. If the sink goes, the link was *needed*.
 # - **Forge**: build one link at an ordinary token $k$. If a sink appears there, the link is *enough*.
-# - **Control**: do as much damage, or add as much, to something that the story does not name. If that moves
-#   the sink as well, the first result says nothing about the link.
+# - **Control**: do as much damage, or add as much, to something that the story does not name. If that
+#   moves the sink as well, the first result says nothing about the link.
 #
-# Let $B$ be a number before, $B'$ after, and $B_\varnothing$ what chance gives (uniform attention, a Gaussian
-# vector). The effect of a cut, and of a forgery at $k$ measured against what token 0 has, are the shares
+# Let $B$ be a number before, $B'$ after, and $B_\varnothing$ what chance gives (uniform attention, a
+# Gaussian vector). The effect of a cut, and of a forgery at $k$ measured against what token 0 has, are
+# the shares
 #
 # $$\mathrm{cut} = \frac{B_0 - B_0'}{B_0 - B_\varnothing}, \qquad
 # \mathrm{forge} = \frac{B_k' - B_k}{B_0 - B_\varnothing}.$$
@@ -56,8 +59,9 @@ print(probe.CRITERION)
 # %% [markdown]
 # ## One cut by hand: the super neurons
 #
-# The authors describe super neurons and do not ablate them. Let us. In each layer, silence at token 0 the five
-# neurons that write most there; as a control, five others of nearly the same weight score (chapter 03).
+# The authors describe super neurons and do not ablate them. Let us. In each layer, silence at token 0
+# the five neurons that write most there; as a control, five others of nearly the same weight score
+# (chapter 03).
 #
 # $\alpha$ is here, and in all of this chapter, that of the strongest head *after* the first layer
 # (`sink_alpha_later`): a head of the first layer knows `<|bos|>` by its embedding and needs no chain.
@@ -71,7 +75,8 @@ def silence(neurons):  # one list a layer
 
 
 similar = [probe.similar_neurons(score, ids) for score, ids in zip(seen["scores"], seen["neurons"])]
-cases = {"untouched": None, "5 strongest at token 0 silent": silence(seen["neurons"]), "5 similar silent": silence(similar)}
+cases = {"untouched": None, "5 strongest at token 0 silent": silence(seen["neurons"]),
+         "5 similar silent": silence(similar)}
 sinks = {name: probe.chain(model, x, tap) for name, tap in cases.items()}
 for name, numbers in sinks.items():
     print(f"{name:30} alpha {numbers['sink_alpha_later']:.2f}   norm of token 0 / median {numbers['norm_ratio']:.1f}")
@@ -82,14 +87,14 @@ assert cut < 0.6 * before, "silencing the neurons leaves the first state as long
 assert control > 0.8 * before, "other neurons of like weight do the same"
 
 # %% [markdown]
-# Those few neurons write the length of the first state. The others have weights as large, but do not answer to this
-# token: large weights alone are not what counts. This holds in every seed. How much of the *sink* goes with the
-# neurons differs from seed to seed: see below.
+# Those few neurons write the length of the first state. The others have weights as large, but do not
+# answer to this token: large weights alone are not what counts. This holds in every seed. How much of
+# the *sink* goes with the neurons differs from seed to seed: see below.
 #
 # ## Every cut and every forgery
 #
-# `probe.cut_matrix` runs them all: cuts at token 0, forgeries at token 10. To save time it runs here without bootstrap
-# draws, so the verdicts below leave out the interval.
+# `probe.cut_matrix` runs them all: cuts at token 0, forgeries at token 10. To save time it runs here
+# without bootstrap draws, so the verdicts below leave out the interval.
 
 # %%
 k, chance = 10, probe.chance(model.cfg, T, 0)
@@ -99,27 +104,31 @@ probe.draw_cut(axis, table)
 show(figure, "06_matrix")
 
 # %% [markdown]
-# Follow the column "alpha": in the upper half it falls for the rows *direction* and *lock* and, in this model,
-# *neurons*; in the lower half a token that is given the state of token 0, or the answers of its neurons, gets a sink.
+# Follow the column "alpha": in the upper half it falls for the rows *direction* and *lock* and, in
+# this model, *neurons*; in the lower half a token that is given the state of token 0, or the answers
+# of its neurons, gets a sink.
 #
 # What each row does:
 #
 # - **variance**: scale $z_0$ of each head to the RMS of the other positions, before $W_O$.
-# - **neurons**: silence them, or let them answer their mean; at token 10 let them answer as at token 0.
-# - **disparity**: clip the three largest dimensions of $x_0$ to what other tokens have there, or spread the
-#   largest over all dimensions, at equal length.
+# - **neurons**: silence them, or let them answer their mean; at token 10 let them answer as at token
+#   0.
+# - **disparity**: clip the three largest dimensions of $x_0$ to what other tokens have there, or
+#   spread the largest over all dimensions, at equal length.
 # - **direction**: turn $x_0$ to that of a middle token, or to one random direction, at equal length.
 # - **lock**: take out of $k_0$ its part along the leading query $u_1$ of chapter 05.
 
 # %%
 verdicts = probe.verdicts(table, model.cfg, T)
 for statement, said, share, control, _ in verdicts:
-    print(f"{statement:42} {said:8}" + ("" if share is None else f"{share:6.0%}   control {control:5.0%}"))
+    effect = "" if share is None else f"{share:6.0%}   control {control:5.0%}"
+    print(f"{statement:42} {said:8}{effect}")
 
 # %% [markdown]
 # ## One model is an anecdote
 #
-# The recipe of this repository ran the same matrix on five seeds and keeps the verdicts in `tests/results/cut.json`.
+# The recipe of this repository ran the same matrix on five seeds and keeps the verdicts in
+# `tests/results/cut.json`.
 
 # %%
 five = json.loads(Path("tests/results/cut.json").read_text())["verdicts"]  # seed -> statements
@@ -139,11 +148,13 @@ probe.dress(axis, "Five softmax models, windows after <|bos|>", dict(loc="upper 
 show(figure, "06_seeds")
 
 # %% [markdown]
-# Two links hold in all seeds (direction, key), two never show (variance, clipping), and the neurons spread widely.
+# Two links hold in all seeds (direction, key), two never show (variance, clipping), and the neurons
+# spread widely.
 
 # %%
 share = {v[0]: (v[2], v[3]) for v in verdicts}
-for claim in ("the direction of x_0 makes the lock", "the direction of x_0 makes the sink", "the locked key makes the sink"):
+for claim in ("the direction of x_0 makes the lock", "the direction of x_0 makes the sink",
+              "the locked key makes the sink"):
     assert share[claim][0] >= 0.5 and share[claim][1] < share[claim][0] / 2, f"does not hold: {claim}"
 for claim in ("variance of z_0 feeds the sink", "disparity makes the sink", "variance forges a sink at k"):
     assert share[claim][0] < 0.35, f"it does matter here after all: {claim}"
@@ -151,14 +162,16 @@ for claim in ("super neurons forge a sink at k", "the state of x_0 forges a sink
     assert share[claim][0] >= 0.25 and share[claim][1] < 0.1, f"not even partly: {claim}"
 
 # %% [markdown]
-# How can *direction* carry everything and *disparity* nothing? Clipping three dimensions, or spreading the largest
-# over all, still leaves a state that is the same in every window. RMSNorm does not ask for a peak, only for
-# one direction (chapter 05), and what the heads read is not in those three dimensions alone.
+# How can *direction* carry everything and *disparity* nothing? Clipping three dimensions, or spreading
+# the largest over all, still leaves a state that is the same in every window. RMSNorm does not ask for
+# a peak, only for one direction (chapter 05), and what the heads read is not in those three dimensions
+# alone.
 #
 # ## Can an ordinary token be made a first token?
 #
-# The paper's strongest experiment: forbid token $k$ to look at anything but itself. It then stands where the first token
-# stands, with nobody to average with, and becomes a sink. `probe.block_aggregation` is that mask.
+# The paper's strongest experiment: forbid token $k$ to look at anything but itself. It then stands
+# where the first token stands, with nobody to average with, and becomes a sink.
+# `probe.block_aggregation` is that mask.
 
 
 # %%
@@ -167,18 +180,20 @@ def alpha(net, tokens, k, tap=None, mask=None):
 
 
 rest = windows("random symbols", 32)[0]
-lanes = {"micro-softmax": (micro, rest), "micro, untrained": (GPT(micro.cfg, seed=0), rest), "softmax after <|bos|>": (model, x)}
+lanes = {"micro-softmax": (micro, rest), "micro, untrained": (GPT(micro.cfg, seed=0), rest),
+         "softmax after <|bos|>": (model, x)}
 positions = (5, 10, 20)
-open_, blocked = ({name: [alpha(net, tokens, k, mask=probe.block_aggregation(T, k) if block else None) for k in positions]
-                   for name, (net, tokens) in lanes.items()} for block in (False, True))
+open_ = {name: [alpha(*lane, k) for k in positions] for name, lane in lanes.items()}
+blocked = {name: [alpha(*lane, k, mask=probe.block_aggregation(T, k)) for k in positions] for name, lane in lanes.items()}
 uniform = [probe.uniform_alpha(T, k) for k in positions]
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.4), layout="constrained", sharey=True)
 place = torch.arange(len(positions))
 for axis, name in zip(axes, lanes):
-    axis.bar(place - 0.2, open_[name], 0.4, color="0.85", edgecolor="black", lw=0.5, label="sees all before it")
-    axis.bar(place + 0.2, blocked[name], 0.4, color="0.25", edgecolor="black", lw=0.5, label="sees only itself")
+    sides = (-0.2, open_, "0.85", "sees all before it"), (0.2, blocked, "0.25", "sees only itself")
+    for shift, values, grey, label in sides:
+        axis.bar(place + shift, values[name], 0.4, color=grey, edgecolor="black", lw=0.5, label=label)
     axis.plot(place, uniform, ls="", marker="_", ms=22, color="black", label="uniform attention")
     axis.set_xticks(place.tolist(), [str(k) for k in positions])
     probe.dress(axis, name, dict(fontsize=8) if axis is axes[1] else None, xlabel="token k",
@@ -186,7 +201,8 @@ for axis, name in zip(axes, lanes):
 show(figure, "06_mask")
 
 # %% [markdown]
-# In the model of ordinary first tokens the mask makes a sink at every position tried; untrained, or after `<|bos|>`, it does not.
+# In the model of ordinary first tokens the mask makes a sink at every position tried; untrained, or
+# after `<|bos|>`, it does not.
 
 # %%
 for k, was, now, null in zip(positions, open_["micro-softmax"], blocked["micro-softmax"], blocked["micro, untrained"]):
@@ -196,8 +212,9 @@ assert max(blocked["softmax after <|bos|>"]) < 0.12, "the mask makes a sink in t
 # %% [markdown]
 # ## Why not after `<|bos|>`?
 #
-# The text model always met one first token with an embedding of its own. Two signs mark it: it *is* `<|bos|>`, and
-# it sees only itself. Which does the model use? Give them to token $k$ separately and together.
+# The text model always met one first token with an embedding of its own. Two signs mark it: it *is*
+# `<|bos|>`, and it sees only itself. Which does the model use? Give them to token $k$ separately and
+# together.
 
 # %%
 k = 20
@@ -208,21 +225,25 @@ signs = {"neither": (x, None), "sees only itself": (x, probe.block_aggregation(T
 both = {name: alpha(model, tokens, k, mask=mask) for name, (tokens, mask) in signs.items()}
 for name, a in both.items():
     print(f"token {k} {name:18} alpha {a:.2f}")
-assert both["both"] > 0.2 and both["both"] > 2 * max(both["sees only itself"], both["is <|bos|>"]), "one of the signs is enough"
+single = max(both["sees only itself"], both["is <|bos|>"])
+assert both["both"] > 0.2 and both["both"] > 2 * single, "one of the signs is enough"
 
 # %% [markdown]
-# Deep in the window neither sign is enough; together they are. So the answer to "place or embedding?" is *both*: the embedding
-# has to be there, and it has to be undiluted. (Near the start, at tokens 5 and 10, the embedding alone makes part of a
-# sink, in some seeds.) Blocking an ordinary token can do nothing here, as half of the sign is missing.
+# Deep in the window neither sign is enough; together they are. So the answer to "place or embedding?"
+# is *both*: the embedding has to be there, and it has to be undiluted. (Near the start, at tokens 5
+# and 10, the embedding alone makes part of a sink, in some seeds.) Blocking an ordinary token can do
+# nothing here, as half of the sign is missing.
 #
 # ## Is it variance? The control that the paper's control needs
 #
-# The paper amplifies the variance of one token over windows, with $\mu_k$ the mean of $z_k$ over windows,
+# The paper amplifies the variance of one token over windows, with $\mu_k$ the mean of $z_k$ over
+# windows,
 #
 # $$z_k \leftarrow \mu_k + \lambda\,(z_k - \mu_k), \quad \lambda > 1,$$
 #
-# and reports that a sink appears, and none for $z_k \leftarrow \lambda z_k$. But both multiply the variance by
-# $\lambda^2$: the control changes the very thing that it should leave alone. Two fairer ones:
+# and reports that a sink appears, and none for $z_k \leftarrow \lambda z_k$. But both multiply the
+# variance by $\lambda^2$: the control changes the very thing that it should leave alone. Two fairer
+# ones:
 #
 # - `scale_norm_matched`: $z_k$ scaled to the length that the amplified vector would have;
 # - `shift_norm`: add one constant vector along $\mu_k$ to all windows, to reach the same mean squared
@@ -243,12 +264,14 @@ for axis, k in zip(axes, (10, 20)):
 show(figure, "06_variance")
 
 # %% [markdown]
-# The strongest of the four is the one that leaves the variance as it is; amplifying variance does little.
+# The strongest of the four is the one that leaves the variance as it is; amplifying variance does
+# little.
 
 # %%
 for k in (10, 20):
     amplified, shifted = curve["amplify_variance", k][-1], curve["shift_norm", k][-1]
-    print(f"token {k}: alpha {curve['shift_norm', k][0]:.3f} untouched, variance x 100 {amplified:.3f}, shifted {shifted:.3f}")
+    untouched = curve["shift_norm", k][0]
+    print(f"token {k}: alpha {untouched:.3f} untouched, variance x 100 {amplified:.3f}, shifted {shifted:.3f}")
     assert shifted > 1.5 * amplified, "a constant shift of equal length does less than variance"
 beside(("a token that sees only itself becomes a sink", "yes (k = 10)", blocked["micro-softmax"][1]),
        ("  after <|bos|>", "not told apart", blocked["softmax after <|bos|>"][1]),
@@ -259,13 +282,15 @@ beside(("a token that sees only itself becomes a sink", "yes (k = 10)", blocked[
 # %% [markdown]
 # ## What is it, if not variance?
 #
-# The mask works and variance does not, though the mask raises the variance. So hold variance fixed and change
-# something else. Write the first layer's $z_k$ as mean plus deviation over windows. With $d$ the deviation that
-# the *mask* gives (the token's own value, unmixed), keep $\mu_k$ of the open model and add
+# The mask works and variance does not, though the mask raises the variance. So hold variance fixed and
+# change something else. Write the first layer's $z_k$ as mean plus deviation over windows. With $d$
+# the deviation that the *mask* gives (the token's own value, unmixed), keep $\mu_k$ of the open model
+# and add
 #
 # 1. $d$ itself;
 # 2. $d$ of *another* window: a value of the wrong token, but of one token;
-# 3. $d$ with each head's part from a *different* window: every head keeps its variance, but the heads disagree;
+# 3. $d$ with each head's part from a *different* window: every head keeps its variance, but the heads
+#    disagree;
 # 4. the open deviation amplified until each head has the variance of $d$.
 #
 # All four have the same mean and, head by head, the same variance.
@@ -274,14 +299,16 @@ beside(("a token that sees only itself becomes a sink", "yes (k = 10)", blocked[
 # %%
 @torch.no_grad()
 def same_variance(net, tokens, k):
-    free, own = (record(net, tokens, ["0.z"], mask=mask)[1]["0.z"][:, k] for mask in (None, probe.block_aggregation(T, k)))
+    masks = None, probe.block_aggregation(T, k)
+    free, own = (record(net, tokens, ["0.z"], mask=mask)[1]["0.z"][:, k] for mask in masks)
     mean, d, usual = free.mean(0), own - own.mean(0), free - free.mean(0)
-    grow = (d.square().mean((0, 2), keepdim=True) / usual.square().mean((0, 2), keepdim=True)).sqrt()
+    grow = d.square().mean((0, 2)).div(usual.square().mean((0, 2))).sqrt()[:, None]  # (H, 1)
     apart = torch.stack([d[:, h].roll(h + 1, 0) for h in range(d.shape[1])], 1)
     return {"as it is": free, "1 own value": mean + d, "2 value of another window": mean + d.roll(1, 0),
             "3 heads from different windows": mean + apart, "4 amplified mixture": mean + grow * usual}
 
 
+# %%
 kinds = {}
 for k in (10, 20):
     for name, z in same_variance(micro, rest, k).items():
@@ -292,16 +319,17 @@ for k in (10, 20):
 
 # %%
 for k in (10, 20):
-    own, other, apart, mixed = (kinds[name, k] for name in list(same_variance(micro, rest, k))[1:])
+    _, own, other, apart, mixed = (a for (_, at), a in kinds.items() if at == k)
     assert min(own, other) > 1.5 * max(apart, mixed), "at equal variance the heads' agreement makes no difference"
     assert other > 0.6 * own, "the value has to be that of the token itself"
 
 # %% [markdown]
-# One token's value in all heads makes a sink, right token or wrong. The same values shared out, a different token for
-# each head, do not, and a mixture made as wide does not. In this model the mark of the first token is that *all heads
-# bring the same thing*: nothing has been mixed in. A larger variance comes with that, and is not what is read.
-# This is our finding in one small model, four seeds; the fifth seed has no sink, and there is nothing to explain.
-# A larger model would have to decide whether it is more than that.
+# One token's value in all heads makes a sink, right token or wrong. The same values shared out, a
+# different token for each head, do not, and a mixture made as wide does not. In this model the mark of
+# the first token is that *all heads bring the same thing*: nothing has been mixed in. A larger
+# variance comes with that, and is not what is read. This is our finding in one small model, four
+# seeds; the fifth seed has no sink, and there is nothing to explain. A larger model would have to
+# decide whether it is more than that.
 #
 # ## Which comes first in time?
 #
@@ -312,7 +340,8 @@ for k in (10, 20):
 def half_time(rows, kind, name):
     """The first evaluated step at which a number has gone half of the way from step 0 to the end."""
     way = [row[kind][name] for row in rows]
-    return next(row["step"] for row, v in zip(rows, way) if abs(v - way[0]) >= abs(way[-1] - way[0]) / 2 and v != way[0])
+    whole = way[-1] - way[0]
+    return next(row["step"] for row, v in zip(rows, way) if (v - way[0]) / whole >= 0.5)
 
 
 rows = probe.read_log("out/softmax")
@@ -328,28 +357,44 @@ probe.draw_birth(axes[1], probe.read_log("out/micro-softmax"), "links_rest", "mi
 show(figure, "06_birth")
 
 # %% [markdown]
-# The variance gap is largest before training and falls; then the neurons answer; then norm, lock and sink rise together.
+# The variance gap is largest before training and falls; then the neurons answer; then norm, lock and
+# sink rise together.
 
 # %%
 gap = [row["links"]["variance_ratio_raw"] for row in rows]
 assert gap[0] > 2 * gap[-1], "training makes the variance gap larger, as a cause that grows with its effect would"
-assert times["variance_ratio_raw"] < times["sink_alpha_max"] and times["neuron_share_top5"] < times["sink_alpha_max"]
+assert max(times["variance_ratio_raw"], times["neuron_share_top5"]) < times["sink_alpha_max"], "the sink is not last"
 assert times["norm_ratio"] <= times["sink_alpha_max"], "the sink comes before the long state"
 
 # %% [markdown]
-# "Variance first, sink last" is the order that we see, and it says less than it seems to. The gap belongs to the
-# causal mask: it is there at step 0, and it *shrinks* while the sink grows. It can be an occasion, not a drive.
-# Neurons before norm before sink holds in all five seeds of the text model. Norm, lock and sink are too close for the
-# spacing of the evaluations to part them further. In another small setting (Guo et al. 2024) the norm grew
-# *after* the sink; here it does not. In the copying task look at the norm: in this model it peaks early and falls
-# back while the sink stays, so a long first state is not needed to keep a sink. (Other seeds keep the norm.)
+# "Variance first, sink last" is the order that we see, and it says less than it seems to. The gap
+# belongs to the causal mask: it is there at step 0, and it *shrinks* while the sink grows. It can be
+# an occasion, not a drive. Neurons before norm before sink holds in all five seeds of the text model.
+# Norm, lock and sink are too close for the spacing of the evaluations to part them further. In another
+# small setting (Guo et al. 2024) the norm grew *after* the sink; here it does not.
+#
+# The copying task tells a different story about the norm.
+
+# %%
+numbers = [row["links_rest"] for row in probe.read_log("out/micro-softmax")]
+path = [(n["norm_ratio"], n["sink_alpha_max"]) for n in numbers]
+longest, strongest = (max(values) for values in zip(*path))
+print(f"norm of token 0 / median: at most {longest:.1f}, at the end {path[-1][0]:.1f}; "
+      f"alpha: at most {strongest:.2f}, at the end {path[-1][1]:.2f}")
+assert path[-1][0] < 0.8 * longest and path[-1][1] > 0.8 * strongest, "norm and sink fall, or stay, together"
+
+# %% [markdown]
+# The norm peaks early and falls back, in most seeds to about twice the median or less, while the sink
+# grows on. So a long first state may come before the sink and is not needed to keep it. Nor is it
+# enough: of the five seeds of this task the one that never got a sink ended with by far the longest
+# first state.
 #
 # ## The chain, as it stands
 #
 # | link | in these models |
 # |---|---|
-# | variance → sink | **no**: parity after `<|bos|>`, amplification and fair controls on ordinary tokens all say so |
-# | sees only itself → sink | **yes** with ordinary first tokens, by the heads' agreement; after `<|bos|>` only together with its embedding |
+# | variance → sink | **no**, after `<|bos|>` (parity) and on ordinary tokens (fair controls) |
+# | sees only itself → sink | **yes** with ordinary first tokens; after `<|bos|>` only with its embedding |
 # | neurons → length of the state | **yes** |
 # | neurons → sink | **depends on the seed** for the cut, **partly** or more for the forgery |
 # | few large dimensions → sink | **no**: clipping them leaves it |
@@ -360,12 +405,13 @@ assert times["norm_ratio"] <= times["sink_alpha_max"], "the sink comes before th
 # - A control that moves the sink as much as its intervention. It happened once above, to the variance.
 # - A seed in which the turned direction leaves the sink: none in five.
 # - A model in which heads that disagree, at equal variance, still make a sink.
-# - An intervention breaks more than it aims at: look at the column "loss" of the matrix before you trust a row.
+# - An intervention breaks more than it aims at: look at the column "loss" of the matrix before you
+#   trust a row.
 #
 # ## Exercises
 #
-# **1.** The share of an effect. `before` and `after` are a number at token 0 without and with a cut, `chance` is its null.
-# Where there is nothing above chance to remove, return 0.
+# **1.** The share of an effect. `before` and `after` are a number at token 0 without and with a cut,
+# `chance` is its null. Where there is nothing above chance to remove, return 0.
 
 
 # %%
@@ -376,16 +422,18 @@ def cut_share(before, after, chance):
 def check_cut_share(answer):
     got = answer(0.6, 0.35, 0.1)
     assert got is not None, "Return a number: how much of the excess over chance the cut has removed."
-    assert abs(float(got) - 0.5) < 1e-6, "Half way from 0.6 down to a chance of 0.1 is one half: measure from chance, not from 0."
+    assert abs(float(got) - 0.5) < 1e-6, "From 0.6 half way down to a chance of 0.1: one half. Measure from chance, not from 0."
     assert abs(float(answer(0.6, 0.7, 0.1)) + 0.2) < 1e-6, "A cut that makes the sink stronger has a negative share."
-    assert float(answer(0.1, 0.05, 0.1)) == 0 and float(answer(0.05, 0.05, 0.1)) == 0, "Nothing above chance, nothing to remove."
+    for level in (0.1, 0.05):
+        assert float(answer(level, 0.05, 0.1)) == 0, "Nothing above chance, nothing to remove."
 
 
 attempt(check_cut_share, cut_share)
 
 # %% [markdown]
-# **2.** Build a fair control yourself. Move `z` (N, D), one vector a window, by one constant vector along its mean, so that its
-# mean squared length becomes `target` (not less than it has). The variance over windows must not change.
+# **2.** Build a fair control yourself. Move `z` (N, D), one vector a window, by one constant vector
+# along its mean, so that its mean squared length becomes `target` (not less than it has). The variance
+# over windows must not change.
 
 
 # %%
@@ -402,8 +450,7 @@ def check_shift_to(answer):
         "The deviations from the mean have changed: add the same vector to every window, do not multiply."
     assert abs(got.square().sum(1).mean().item() - 40) < 0.01, \
         "Mean squared length is squared length of the mean plus total variance: how long must the new mean be?"
-    assert torch.allclose(torch.nn.functional.cosine_similarity(got.mean(0), z.mean(0), dim=0), torch.tensor(1.0)), \
-        "Shift along the mean, and not against it."
+    assert got.mean(0) @ z.mean(0) / got.mean(0).norm() / z.mean(0).norm() > 0.999, "Shift along the mean, not against it."
     now = z.square().sum(1).mean().item()
     assert torch.allclose(answer(z, now), z, atol=1e-3), "If it has that length already, nothing should move."
 
@@ -411,8 +458,8 @@ def check_shift_to(answer):
 attempt(check_shift_to, shift_to)
 
 # %% [markdown]
-# **3.** A mask for several tokens: (T, T), True where query t may look at key s. Every token in `alone` may see only itself, all
-# others may see everything. (Causality is added by the model.)
+# **3.** A mask for several tokens: (T, T), True where query t may look at key s. Every token in
+# `alone` may see only itself, all others may see everything. (Causality is added by the model.)
 
 
 # %%
@@ -425,7 +472,7 @@ def check_alone_mask(answer):
     assert got is not None, "Return a boolean tensor of shape (T, T)."
     assert got.dtype == torch.bool and got.shape == (6, 6), "The model takes a boolean mask of shape (T, T)."
     assert got[2].tolist() == [s == 2 for s in range(6)], "Rows are queries: row 2 may be True at column 2 only."
-    assert got[:, 2].all(), "The others may still look at token 2: that is the point."
+    assert got[[0, 1, 3, 5], 2].all(), "The others may still look at token 2: that is the point."
     assert torch.equal(answer(5, []), torch.ones(5, 5, dtype=torch.bool)), "Nobody alone: everything is allowed."
     assert torch.equal(answer(12, [7]), probe.block_aggregation(12, 7)), "For one token it is probe.block_aggregation."
 

@@ -200,6 +200,8 @@ beside(("V_0 / median V_t, first layer", "an outlier", main["variance_ratio"]),
        ("share of q.k_0 > 0, strongest head", "nearly 100 %", f"{main['lock_positive']:.0%}"),
        ("sink from layer", "2", str(sinks[0]) if sinks else "none"),
        ("strongest head, attention to token 0", "not reported", main["sink_alpha_max"]))
+
+# %%
 print(f"uniform attention {probe.uniform_alpha(64):.3f}; strongest head by kind of window:",
       {kind: round(c["sink_alpha_max"], 3) for kind, c in chains.items()})
 

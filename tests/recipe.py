@@ -57,7 +57,7 @@ def plan() -> dict[str, list[Run]]:
     return {"default": default, "micro": micro, "grid": grid, "micro-grid": micro_grid,
             "long": [run("long-", "softmax", seed, steps=8000) for seed in range(3)],
             "short": [run("short-", "softmax", seed, steps=1500) for seed in range(2)],
-            "micro-long": [run("micro-long-", attn, seed, size="micro", steps=6000) for seed in range(3) for attn in ATTENTIONS[:2]],
+            "micro-long": [run("micro-long-", attn, seed, size="micro", steps=6000) for seed in range(2) for attn in ATTENTIONS[:2]],
             "ordinary": [run("ordinary-", attn, 0, **ordinary) for attn in ("softmax", "headnorm")]}
 
 

@@ -33,7 +33,7 @@ def test_form(path):
     assert any(cell.cell_type == "markdown" and "$$" in cell.source for cell in notebook.cells)
     for source in code:
         if "def check_" not in source:
-            assert sum(bool(line.strip()) for line in source.splitlines()) <= 18, source
+            assert sum(bool(line.strip()) for line in source.splitlines()) <= 15, source
     assert sum("assert " in source for source in code if "def check_" not in source) >= 2
     assert 2 <= len(re.findall(r"^attempt\(", text, flags=re.M)) <= 4 and 1 <= len(re.findall(r"^show\(", text, flags=re.M))
     source, solution = ast.parse(text), ast.parse((path.parent / "solutions" / path.name).read_text(encoding="utf-8"))
