@@ -42,8 +42,8 @@ found_before = {name: probe.links(model, x[name]) for name, model in untrained.i
 # $$\mathrm{RMSNorm}(x) = \gamma \odot \frac{x}{\sqrt{\frac1C \sum_j x_j^2}}
 # = \sqrt C \; \gamma \odot \frac{x}{\lVert x \rVert}$$
 #
-# (we drop the tiny $\epsilon$ under the root). The length cancels: $\mathrm{RMSNorm}(b x) =
-# \mathrm{RMSNorm}(x)$ for every $b > 0$. Two steps lead to the paper's link.
+# (we drop the tiny $\epsilon$ under the root). The length cancels: for every $b > 0$
+# $\mathrm{RMSNorm}(b x) = \mathrm{RMSNorm}(x)$. Two steps lead to the paper's link.
 #
 # **One dimension dominates.** Let $x = \pm a\, e_c$, where $e_c$ is the unit vector of dimension $c$
 # and $a > 0$. Then $\lVert x \rVert = a$, and

@@ -240,7 +240,8 @@ def verdicts(found):
             words = [verdict for c, where, *_, verdict in tests if (c, where) == (claim, lane)]
             held = sum(word == "reproduced" for word in words)
             word = "reproduced" if held == len(words) else "partly" if any(w != "not at this scale" for w in words) else "not at this scale"
-            cells.append(f"{word} ({held} of {len(words)} tests)" if words else "-")
+            word = {"reproduced": "yes", "not at this scale": "no"}.get(word, word) if claim[0] == "Q" else word
+            cells.append(f"**{word}**; {held} of {len(words)} tests hold in every seed" if words else "-")
         lines.append(f"| {claim} | {says} | {cells[0]} | {cells[1]} | {falsifier} |")
     return "\n".join(lines)
 
