@@ -328,7 +328,8 @@ beside(("micro-softmax, layer", "", str(deep)),
 # know the first token by something else. If an untrained model had the same contrast, it would come from
 # picking. Both are asserted above. Not shown here is that the sink *needs* these neurons. That takes an
 # intervention: chapter 04 silences them and looks at the state, chapter 06 at the sink. The paper's
-# authors do not report one.
+# authors do not report one. Nor is it shown that it is the variance they answer to: a token that sees
+# only itself differs from others in more than that, and chapter 06 takes the differences apart.
 #
 # ## Exercises
 #
