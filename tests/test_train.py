@@ -153,7 +153,7 @@ def test_log_lines_after_the_last_save_are_written_again(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    words = flags() + [f"--out={tmp_path / 'a run'}"]
+    words, before = flags() + [f"--out={tmp_path / 'a run'}"], signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as m:
         interrupt_at(m, 3)
         assert train.main(words) == 130
@@ -164,7 +164,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     assert train.main(command[2:]) == 0
     run(tmp_path / "whole")
     assert same(saved(tmp_path / "whole"), saved(tmp_path / "a run"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_before_training(monkeypatch, capsys):
