@@ -892,6 +892,14 @@ def read_log(folder):
     return [row for row in rows if isinstance(row, dict) and "links" in row and "step" in row]
 
 
+def half_time(rows, links, key):
+    """rows: evaluations of log.jsonl -> the first step at which a number of `links` ("links_bos", ...) has gone half
+    of its way from the first evaluation to the last."""
+    values = [row[links][key] for row in rows]
+    middle = (values[0] + values[-1]) / 2
+    return next(row["step"] for row, v in zip(rows, values) if (v - middle) * (values[-1] - middle) >= 0)
+
+
 def read_tokens(path, encode):
     """A file of token ids (whole numbers between blanks or commas), or of text for `encode` -> (M,)."""
     try:

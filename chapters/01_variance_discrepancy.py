@@ -24,7 +24,6 @@ import math
 from dataclasses import replace
 
 import torch
-import lesson
 from lesson import attempt, beside, models, plt, show, windows
 from model import GPT, Config, record
 import probe

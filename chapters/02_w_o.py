@@ -23,7 +23,6 @@ sys.path.append("chapters")  # when this was started one folder up
 import math
 
 import torch
-import lesson
 from lesson import attempt, beside, models, plt, show, windows
 from model import GPT, record
 import probe

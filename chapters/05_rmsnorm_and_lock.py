@@ -21,7 +21,6 @@ import sys
 sys.path.append("chapters")  # when this was started one folder up
 import torch
 import torch.nn.functional as F
-import lesson
 from lesson import attempt, beside, models, plt, show, windows
 from model import GPT, RMSNorm, record, rope_turns, rotate
 import probe

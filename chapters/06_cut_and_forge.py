@@ -22,7 +22,6 @@ import json
 from pathlib import Path
 
 import torch
-import lesson
 from lesson import attempt, beside, models, plt, show, windows
 from model import GPT, compose, make_tap, record
 import probe
@@ -338,17 +337,9 @@ for k in (10, 20):
 #
 # A cause should not come after its effect. `log.jsonl` has every link at every evaluation.
 
-
 # %%
-def half_time(rows, kind, name):
-    """The first evaluated step at which a number has gone half of the way from step 0 to the end."""
-    way = [row[kind][name] for row in rows]
-    whole = way[-1] - way[0]
-    return next(row["step"] for row, v in zip(rows, way) if (v - way[0]) / whole >= 0.5)
-
-
 rows = probe.read_log("out/softmax")
-times = {name: half_time(rows, "links" if name.startswith("variance") else "links_bos", name) for name in probe.BIRTH}
+times = {name: probe.half_time(rows, "links" if name.startswith("variance") else "links_bos", name) for name in probe.BIRTH}
 for name, label in probe.BIRTH.items():
     kind = "links" if name.startswith("variance") else "links_bos"
     print(f"{label:12} half of its way by step {times[name]:5}   {rows[0][kind][name]:.2f} -> {rows[-1][kind][name]:.2f}")

@@ -27,7 +27,6 @@ import json
 import tempfile
 
 import torch
-import lesson
 from lesson import attempt, beside, plt, show
 from model import GPT, HF_SIZES, Config, record
 import probe

@@ -42,8 +42,8 @@ def windows(kind, count=64, seed=0):
         return data.load("stdlib", vocab_size=257, seq_len=64).batch(count, 64, generator, split="val", bos=float(kind == "bos"))
     if kind == "copy":
         return data.load("copy").batch(count, 64, generator, bos=0.0)
-    return probe.draw_windows(count, 64, {"random bytes": 257, "random symbols": 25}[kind],
-                              {"random bytes": 256, "random symbols": 24}[kind], False, seed)
+    vocab_size = {"random bytes": 257, "random symbols": 25}[kind]
+    return probe.draw_windows(count, 64, vocab_size, vocab_size - 1, False, seed)
 
 
 def show(figure, name):

@@ -15,10 +15,7 @@ that of a 1024 x 1024 matrix product on the same threads, measured in the same r
 """
 
 import argparse
-import json
-import math
 import os
-import platform
 import statistics
 import time
 from contextlib import nullcontext

@@ -34,6 +34,7 @@ KEYS = ("variance_ratio_raw", "variance_predicted", "variance_ratio", "variance_
         "neuron_share_top5", "neuron_share_rest", "neuron_overlap", "norm_ratio", "dom_ratio_first", "dom_ratio_rest", "dom_ratio_max",
         "energy_dims_first", "erank_with", "norm_direction_cos", "norm_direction_cos_rest", "lock_cos", "lock_positive", "lock_gap",
         "sink_rate", "sink_best_layer_rate", "sink_alpha_max", "sink_alpha_later", "sink_alpha_raw", "value_drain", "loss")
+BIRTH = {"neurons": "neuron_share_top5", "disparity": "dom_ratio_max", "norm": "norm_ratio", "lock": "lock_gap", "sink": "sink_alpha_later"}
 
 
 # ---------------------------------------------------------------- measuring one run
@@ -76,21 +77,10 @@ def measure(job):
         result["cuts"] = {f"{row['kind']}: {row['label'].strip()}": {key: [round(row["numbers"][key][when], 5) for when in ("before", "after")]
                           for key in ("sink_alpha_later", "dom_ratio_max", "lock_gap", "norm_ratio", "variance_ratio", "loss")} for row in table}
         result["verdicts"] = [row[:4] for row in probe.verdicts(table, model.cfg, T)]
-        result["birth"] = half_way(rows, "links_bos" if lane == "text" else "links_rest")
+        result["birth"] = {name: probe.half_time(rows, "links_bos" if lane == "text" else "links_rest", key) for name, key in BIRTH.items()}
     return result
 
 
-BIRTH = {"neurons": "neuron_share_top5", "disparity": "dom_ratio_max", "norm": "norm_ratio", "lock": "lock_gap", "sink": "sink_alpha_later"}
-
-
-def half_way(rows, kind):
-    """{link: first step at which it has gone half of its way from step 0 to the end}."""
-    found = {}
-    for name, key in BIRTH.items():
-        values = [row[kind].get(key, row[kind]["sink_alpha_max"]) for row in rows]
-        middle = (values[0] + values[-1]) / 2
-        found[name] = next(row["step"] for row, v in zip(rows, values) if (v - middle) * (values[-1] - middle) >= 0)
-    return found
 
 
 # ---------------------------------------------------------------- hypotheses

@@ -10,7 +10,7 @@ import torch
 
 import data
 import probe
-from model import GPT, Config, compose, make_tap, record, tap_names
+from model import GPT, Config, compose, record, tap_names
 from probe import ProbeError
 
 T, BOS = 16, 24  # BOS: that of the copying task
