@@ -567,6 +567,20 @@ def shift_norm(cfg, layers, k, factor):
     return edit(cfg, layers, "z", at(k, change))
 
 
+@torch.no_grad()
+def same_variance(model: GPT, idx, k) -> dict[str, torch.Tensor]:
+    """First-layer z_k (N, H, D) as it is, and four others of one mean and, head by head, one variance over windows: `z_k = mean + d`,
+    d being the deviation that `block_aggregation` gives (the token's own value, unmixed), that of another
+    window, that with each head's part from a different window, and the usual deviation made as wide (our control)."""
+    masks = None, block_aggregation(idx.shape[1], k)
+    free, own = (record(model, idx, ["0.z"], mask=mask)[1]["0.z"][:, k] for mask in masks)
+    mean, d, usual = free.mean(0), own - own.mean(0), free - free.mean(0)
+    grow = d.square().mean((0, 2)).div(usual.square().mean((0, 2))).sqrt()[:, None]  # (H, 1)
+    apart = torch.stack([d[:, h].roll(h + 1, 0) for h in range(d.shape[1])], 1)
+    return {"as it is": free, "own value": mean + d, "value of another window": mean + d.roll(1, 0),
+            "heads from different windows": mean + apart, "amplified mixture": mean + grow * usual}
+
+
 def normalise_position(cfg, layers, k=0):
     """z_k of each head scaled to the mean RMS that the other positions have: parity at one position only."""
     def change(x):

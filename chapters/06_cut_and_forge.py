@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from lesson import attempt, beside, models, plt, show, windows
-from model import GPT, compose, make_tap, record
+from model import GPT, compose, make_tap
 import probe
 
 # %%
@@ -292,25 +292,12 @@ beside(("a token that sees only itself becomes a sink", "yes (k = 10)", blocked[
 #    disagree;
 # 4. the open deviation amplified until each head has the variance of $d$.
 #
-# All four have the same mean and, head by head, the same variance.
-
-
-# %%
-@torch.no_grad()
-def same_variance(net, tokens, k):
-    masks = None, probe.block_aggregation(T, k)
-    free, own = (record(net, tokens, ["0.z"], mask=mask)[1]["0.z"][:, k] for mask in masks)
-    mean, d, usual = free.mean(0), own - own.mean(0), free - free.mean(0)
-    grow = d.square().mean((0, 2)).div(usual.square().mean((0, 2))).sqrt()[:, None]  # (H, 1)
-    apart = torch.stack([d[:, h].roll(h + 1, 0) for h in range(d.shape[1])], 1)
-    return {"as it is": free, "1 own value": mean + d, "2 value of another window": mean + d.roll(1, 0),
-            "3 heads from different windows": mean + apart, "4 amplified mixture": mean + grow * usual}
-
+# All four have the same mean and, head by head, the same variance (`probe.same_variance`).
 
 # %%
 kinds = {}
 for k in (10, 20):
-    for name, z in same_variance(micro, rest, k).items():
+    for name, z in probe.same_variance(micro, rest, k).items():
         tap = make_tap(micro.cfg, {"0.z": probe.at(k, lambda _, z=z: z)})
         numbers = probe.chain(micro, rest, tap, k=k)
         kinds[name, k] = numbers["sink_alpha_later"]
@@ -330,8 +317,9 @@ for k in (10, 20):
 # has been mixed in. A larger variance comes with that, but variance alone is not what is read. (Nor is
 # it the only key that fits: the constant shift above opens the lock by another way.)
 #
-# This is our finding in one small model, in four seeds; the fifth seed has no sink, and there is
-# nothing to explain. A larger model would have to decide whether it is more than that.
+# This is our finding in one small model: it holds in the four seeds that have a sink, and again when
+# they are trained for twice as long (Q7 in `tests/results/claims.md`). A larger model would have to
+# decide whether it is more than that.
 #
 # ## Which comes first in time?
 #
@@ -379,8 +367,8 @@ assert path[-1][0] < 0.8 * longest and path[-1][1] > 0.8 * strongest, "norm and 
 
 # %% [markdown]
 # The norm peaks early and falls back, in most seeds to about twice the median or less, while the sink
-# grows on. So a long first state may come before the sink and is not needed to keep it. Nor is it
-# enough: of the five seeds of this task the one that never got a sink ended with by far the longest
+# grows on. So a long first state may come before the sink and is not needed to keep it. (In twice the
+# steps both grow again: lower row of `tests/results/birth.png`.) Nor is it enough: of the five seeds of this task the one that never got a sink ended with by far the longest
 # first state.
 #
 # ## The chain, as it stands

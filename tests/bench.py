@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import data
 import train
 import model as decoder
-from model import ATTENTIONS, GPT, Attention, Config, rope_turns, rotate, untapped
+from model import ATTENTIONS, GPT, Attention, Config, RMSNorm, rope_turns, rotate, untapped
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "seq_len", "batch_size")
@@ -74,9 +74,10 @@ class Baseline(nn.Module):
         return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-1)
 
 
-def baseline(s, corpus):
+def baseline(s, corpus, compiled=False):
     """Its usual loop: windows stacked one by one, AdamW as torch gives it, the loss read at every 10th step."""
     model = Baseline(s)
+    forward = torch.compile(model) if compiled else model
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
@@ -87,7 +88,7 @@ def baseline(s, corpus):
         ix = torch.randint(len(corpus.train) - T, (B,))
         x = torch.stack([corpus.train[i:i + T].long() for i in ix])
         y = torch.stack([corpus.train[i + 1:i + 1 + T].long() for i in ix])
-        _, loss = model(x, y)
+        _, loss = forward(x, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -134,6 +135,17 @@ def rotate_by_halves(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
+def norm_by_length(self, x):
+    """`model.RMSNorm` with one reduction for the sum of squares, where the formula has a square and a mean."""
+    y = x.float()
+    mean_square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / y.shape[-1]
+    return self.weight * (y * torch.rsqrt(mean_square + self.eps)).type_as(x)
+
+
+def norm_by_torch(self, x):
+    return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
 def our_model(s, attn="softmax", fused_qkv=False, fused_mlp=False):
     cfg = Config(**{key: s[key] for key in KEYS[:5]}, max_position_embeddings=s["seq_len"], attn=attn)
     model = GPT(cfg)
@@ -159,7 +171,7 @@ def split_loss(model, x, y, chunks=1, head_dtype=torch.float32):
 
 
 def ours(s, corpus, attn="softmax", bf16=False, compiled=False, optimizer={}, clip={}, gather=None, set_to_none=True, loss={},
-         turn=rotate, **shape):
+         turn=rotate, norm=RMSNorm.forward, precision="highest", **shape):
     """A step of train.py with everything at its default but what the keywords change."""
     model = our_model(s, attn, **shape)
     run = train.resolve(train.Run(attn=attn))
@@ -175,13 +187,15 @@ def ours(s, corpus, attn="softmax", bf16=False, compiled=False, optimizer={}, cl
     def step():
         nonlocal count
         x, y = batch()
-        with cast, patch.object(decoder, "rotate", turn):
+        torch.set_float32_matmul_precision(precision)
+        with cast, patch.object(decoder, "rotate", turn), patch.object(RMSNorm, "forward", norm):
             value = forward(x, y)[1]
         adamw.zero_grad(set_to_none=set_to_none)
         value.backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, **clip)
         adamw.step()
+        torch.set_float32_matmul_precision("highest")
         count += 1
         if count % 10 == 0:
             value.item()
@@ -215,16 +229,21 @@ def cases(s, corpus, threads, with_compile):
         "gradients zeroed, not freed": dict(set_to_none=False),
         "batch by index table": dict(gather=index_table(s, corpus)),
         "rotation by halves": dict(turn=rotate_by_halves),
+        "RMSNorm by one reduction": dict(norm=norm_by_length),
+        "RMSNorm by F.rms_norm": dict(norm=norm_by_torch),
         "q k v in one matrix": dict(fused_qkv=True),
         "gate and up in one matrix": dict(fused_mlp=True),
         "loss in 4 chunks": dict(loss=dict(chunks=4)),
     }
     if bf16:
-        found |= {"bf16 autocast": dict(bf16=True), "output matrix bf16": dict(loss=dict(head_dtype=torch.bfloat16))}
+        found |= {"bf16 autocast": dict(bf16=True), "output matrix bf16": dict(loss=dict(head_dtype=torch.bfloat16)),
+                  "products inside in bf16": dict(precision="medium")}
     if with_compile:
         found |= {"compile": dict(compiled=True)} | ({"compile, bf16": dict(compiled=True, bf16=True)} if bf16 else {})
     made = {name: ((lambda how=how: ours(s, corpus, **how)), threads) for name, how in found.items()}
     made["baseline"] = (lambda: baseline(s, corpus)), threads
+    if with_compile:
+        made["baseline, compile"] = (lambda: baseline(s, corpus, compiled=True)), threads
     for other in sorted({1, 2, os.cpu_count() or 1} - {threads}):
         if other <= (os.cpu_count() or 1):
             made[f"{other} thread{'s' * (other > 1)}"] = (lambda: ours(s, corpus)), other

@@ -394,6 +394,18 @@ def test_what_interventions_do_to_z():
     assert near(torch.cosine_similarity(untouched["1.z"][:, 0], touched["1.z"][:, 0], dim=-1), torch.ones(6, 4))
 
 
+def test_same_variance_changes_neither_mean_nor_variance_of_a_head():
+    model, x = tiny(), ids()
+    free, *others = probe.same_variance(model, x, 3).values()
+    _, kept = record(model, x, ["0.z"], mask=probe.block_aggregation(x.shape[1], 3))
+    own = kept["0.z"][:, 3]
+    for z in others:
+        assert near(z.mean(0), free.mean(0), 1e-5)
+        assert near((z - z.mean(0)).square().mean((0, 2)), (own - own.mean(0)).square().mean((0, 2)), 1e-5)
+    assert near(others[0] - others[0].mean(0), own - own.mean(0), 1e-5)
+    assert not near(others[1], others[0]) and not near(others[2], others[1])
+
+
 def test_what_interventions_do_to_states_neurons_and_keys():
     model, x = tiny(), ids()
     cfg = model.cfg
