@@ -368,8 +368,8 @@ assert path[-1][0] < 0.8 * longest and path[-1][1] > 0.8 * strongest, "norm and 
 # %% [markdown]
 # The norm peaks early and falls back, in most seeds to about twice the median or less, while the sink
 # grows on. So a long first state may come before the sink and is not needed to keep it. (In twice the
-# steps both grow again: lower row of `tests/results/birth.png`.) Nor is it enough: of the five seeds of this task the one that never got a sink ended with by far the longest
-# first state.
+# steps both grow again: lower row of `tests/results/birth.png`.) Nor is it enough: of the five seeds of
+# this task the one that never got a sink ended with by far the longest first state.
 #
 # ## The chain, as it stands
 #
