@@ -454,8 +454,8 @@ assert len(skilled) >= 3 and max(skilled) < 0.2, "headnorm rests on an ordinary 
 # %% [markdown]
 # None of the four has a sink: one can copy without resting on the first token. That is the paper's cure, on
 # ordinary first tokens. But two of the three softmax models that learned at this rate (both of seed 0) have
-# no sink either. So the rate plays a part, and these trainings cannot say how large. What would decide it is several seeds of
-# headnorm at the lower rate, trained until they have learned.
+# no sink either. So the rate plays a part, and these trainings cannot say how large. What would decide it is
+# several seeds of headnorm at the lower rate, trained until they have learned.
 #
 # Sigmoid needs care here. Its points are row-normalised shares, and the gates behind them are small. Still,
 # most skilled sigmoid models prefer an ordinary first token, which the text model did not: a head may rest
