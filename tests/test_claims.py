@@ -1,6 +1,6 @@
 """The claims that reproduce (`tests/claims.py`, README), on fresh seeds: directions, with margins that were fixed before.
 
-Not among them: the order in time (Q1). It holds in all five seeds of the default, and failed in a fresh one here, at half the steps.
+Not among them: the order in time (Q1). It holds in all five seeds of the default, and failed in a fresh one with half the steps.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from tests import claims
 from train import Run
 
 SEEDS = (100, 101, 102)
-STEPS = {"tiny": 2000, "micro": 3000}  # half of the text lane's steps: what is asserted here is there by then
+SHORT = {"tiny": dict(steps=1500, lr=5e-3), "micro": {}}  # text in one minute (README): what is asserted here is there by then
 
 
 def test_verdicts_follow_the_rule():
@@ -25,7 +25,7 @@ def test_verdicts_follow_the_rule():
 def measured(tmp_path_factory):
     """{size: [{attention: numbers} of a seed]} of models trained here: softmax in both lanes, sigmoid in text."""
     folder = tmp_path_factory.mktemp("claims")
-    runs = [Run(attn=attn, size=size, seed=seed, steps=STEPS[size], out=str(folder / f"{size}-{attn}-{seed}"))
+    runs = [Run(attn=attn, size=size, seed=seed, **SHORT[size], out=str(folder / f"{size}-{attn}-{seed}"))
             for size, attn in (("tiny", "softmax"), ("tiny", "sigmoid"), ("micro", "softmax")) for seed in SEEDS]
     train.trained(*runs)
     found = {size: [{"main": main} for _ in SEEDS] for size, main in (("tiny", "bos"), ("micro", "random"))}
@@ -35,7 +35,7 @@ def measured(tmp_path_factory):
     return found
 
 
-def every(measured, number, sizes=tuple(STEPS)):
+def every(measured, number, sizes=tuple(SHORT)):
     return [number(r) for size in sizes for r in measured[size]]
 
 
@@ -63,20 +63,12 @@ def test_few_neurons_write_the_first_token(measured):
 
 @pytest.mark.slow
 def test_bos_is_long_locked_on_and_a_sink(measured):
-    """C5 and C7 of the text lane, by half of its steps."""
+    """C5 and C7 of the text lane, after one minute."""
     text = lambda key: every(measured, claims.at("softmax", key), ["tiny"])
     before = every(measured, claims.at("softmax", "sink_alpha_later", "untrained"), ["tiny"])
     assert all(after > 1.5 * null for after, null in zip(text("sink_alpha_later"), before))
+    assert min(text("sink_alpha_max")) > 0.25  # of the five seeds of the recipe none was below 0.39
     assert min(text("norm_ratio")) > 1.5 and min(text("lock_gap")) > 1 and max(text("value_drain")) < 0.8
-
-
-@pytest.mark.slow
-def test_one_minute_is_enough_for_a_sink(tmp_path):
-    """The command of the README. Untrained, the strongest head has 0.11 to 0.17; the five seeds of the recipe reach 0.39 to 0.55."""
-    runs = [Run(seed=seed, steps=1500, lr=5e-3, out=str(tmp_path / str(seed))) for seed in SEEDS]
-    train.trained(*runs)
-    found = [train.read_log(run.out)[-1]["links_bos"] for run in runs]
-    assert min(f["sink_alpha_max"] for f in found) > 0.25 and min(f["norm_ratio"] for f in found) > 2.5
 
 
 @pytest.mark.slow
