@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import GPT, Config, ModelError, compose, make_tap, record
+from model import GPT, Config, ModelError, Tap, compose, make_tap, record
 
 TOP = 5  # how many neurons of a layer count as "a few"
 EPS = 0.3  # a head whose score is above this has a sink (Gu et al. 2025, arXiv 2410.10781)
@@ -568,17 +568,18 @@ def shift_norm(cfg, layers, k, factor):
 
 
 @torch.no_grad()
-def same_variance(model: GPT, idx, k) -> dict[str, torch.Tensor]:
-    """First-layer z_k (N, H, D) as it is, and four others of one mean and, head by head, one variance over windows: `z_k = mean + d`,
-    d being the deviation that `block_aggregation` gives (the token's own value, unmixed), that of another
-    window, that with each head's part from a different window, and the usual deviation made as wide (our control)."""
+def same_variance(model: GPT, idx, k) -> dict[str, Tap]:
+    """Taps for the windows idx (N, T). One leaves the first layer's z_k as it is; four give it one mean and, head by head, one
+    variance over windows: `z_k = mean + d`, d being the deviation that `block_aggregation` gives (the token's own value, unmixed),
+    that of another window, that with each head's part from a different window, and the usual one made as wide (our control)."""
     masks = None, block_aggregation(idx.shape[1], k)
     free, own = (record(model, idx, ["0.z"], mask=mask)[1]["0.z"][:, k] for mask in masks)
     mean, d, usual = free.mean(0), own - own.mean(0), free - free.mean(0)
     grow = d.square().mean((0, 2)).div(usual.square().mean((0, 2))).sqrt()[:, None]  # (H, 1)
     apart = torch.stack([d[:, h].roll(h + 1, 0) for h in range(d.shape[1])], 1)
-    return {"as it is": free, "own value": mean + d, "value of another window": mean + d.roll(1, 0),
-            "heads from different windows": mean + apart, "amplified mixture": mean + grow * usual}
+    forms = {"as it is": free, "own value": mean + d, "value of another window": mean + d.roll(1, 0),
+             "heads from different windows": mean + apart, "amplified mixture": mean + grow * usual}
+    return {name: edit(model.cfg, 0, "z", at(k, lambda _, z=z: z)) for name, z in forms.items()}
 
 
 def normalise_position(cfg, layers, k=0):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from lesson import attempt, beside, models, plt, show, windows
-from model import GPT, compose, make_tap
+from model import GPT, compose
 import probe
 
 # %%
@@ -297,8 +297,7 @@ beside(("a token that sees only itself becomes a sink", "yes (k = 10)", blocked[
 # %%
 kinds = {}
 for k in (10, 20):
-    for name, z in probe.same_variance(micro, rest, k).items():
-        tap = make_tap(micro.cfg, {"0.z": probe.at(k, lambda _, z=z: z)})
+    for name, tap in probe.same_variance(micro, rest, k).items():
         numbers = probe.chain(micro, rest, tap, k=k)
         kinds[name, k] = numbers["sink_alpha_later"]
         print(f"token {k}  {name:32} V_k / V {numbers['variance_ratio']:.2f}, "

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 import probe
-from model import GPT, make_tap
+from model import GPT
 from tests import recipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,13 +80,10 @@ def measure(job):
                           for key in ("sink_alpha_later", "dom_ratio_max", "lock_gap", "norm_ratio", "variance_ratio", "loss")} for row in table}
         result["verdicts"] = [row[:4] for row in probe.verdicts(table, model.cfg, T)]
         if lane != "text":
-            forms = probe.same_variance(model, x, K).items()
-            taps = {name: make_tap(model.cfg, {"0.z": probe.at(K, lambda _, z=z: z)}) for name, z in forms}
-            result["same_variance"] = {name: round(probe.chain(model, x, tap, k=K)["sink_alpha_later"], 5) for name, tap in taps.items()}
+            result["same_variance"] = {name: round(probe.chain(model, x, tap, k=K)["sink_alpha_later"], 5)
+                                       for name, tap in probe.same_variance(model, x, K).items()}
         result["birth"] = {name: probe.half_time(rows, "links_bos" if lane == "text" else "links_rest", key) for name, key in BIRTH.items()}
     return result
-
-
 
 
 # ---------------------------------------------------------------- hypotheses
@@ -119,8 +116,8 @@ def at(attn, key, state="trained", kind=None):
     return lambda r: r[attn][state][kind or r["main"]][key]
 
 
-def agreement(r):
-    return r["softmax"]["same_variance"]
+def form(name):
+    return lambda r: r["softmax"]["same_variance"][name]
 
 
 def ratio(a, b):
@@ -173,9 +170,9 @@ CLAIMS = (  # claim, what is measured, lanes, number of one seed, holds from (or
     ("Q6", "trained with <bos> only: attention of a blocked token 10, times", TEXT, lambda r: cut(r, "forge: token 10 sees")[1] / cut(r, "forge: token 10 sees")[0], 3, None),
     ("Q6", "trained without: the same", MICRO, lambda r: cut(r, "forge: token 10 sees")[1] / cut(r, "forge: token 10 sees")[0], 3, None),
     ("Q7", "at equal variance: attention to token 10 with one token's value in all heads, over that with heads from different windows", MICRO,
-     lambda r: agreement(r)["own value"] / agreement(r)["heads from different windows"], 1.5, None),
+     ratio(form("own value"), form("heads from different windows")), 1.5, None),
     ("Q7", "the same with the value of another window's token", MICRO,
-     lambda r: agreement(r)["value of another window"] / agreement(r)["heads from different windows"], 1.5, None),
+     ratio(form("value of another window"), form("heads from different windows")), 1.5, None),
 )
 SAYS = {
     "C1": ("causal averaging leaves the first token a variance outlier", "the ratio is 1: position 0 varies like any other"),

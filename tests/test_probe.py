@@ -396,7 +396,7 @@ def test_what_interventions_do_to_z():
 
 def test_same_variance_changes_neither_mean_nor_variance_of_a_head():
     model, x = tiny(), ids()
-    free, *others = probe.same_variance(model, x, 3).values()
+    free, *others = (record(model, x, ["0.z"], tap)[1]["0.z"][:, 3] for tap in probe.same_variance(model, x, 3).values())
     _, kept = record(model, x, ["0.z"], mask=probe.block_aggregation(x.shape[1], 3))
     own = kept["0.z"][:, 3]
     for z in others:
