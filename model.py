@@ -1,39 +1,38 @@
-"""A Llama-style decoder in one file, with three ways to attend.
+"""A Llama-style decoder in one file, with four ways to attend.
 
     x = embed(tokens)
     for each layer:   x = x + attention(rms(x));   x = x + mlp(rms(x))
     logits = lm_head(rms(x))
 
-Letters in shapes: B batch, T position, H head, D head width, C model width,
-F FFN width, V vocabulary. Module names are those of Hugging Face's Llama, names
-of activations those of TransformerLens (see `tap_names`). The only thing that
-`attn` changes is `Attention.mix`.
+Letters in shapes: B batch, T position, H query head, K key/value head, D head width, C model
+width, F FFN width, V vocabulary. Module names are those of Hugging Face's Llama, names of
+activations those of TransformerLens (see `tap_names`). The only thing that `attn` changes is
+`Attention.mix`. What a user can mend raises UserError, one line.
 """
 
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ATTENTIONS = ("softmax", "sigmoid", "headnorm")
+from data.border import UserError, open_regular, read_json
+
+ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
 Tap = Callable[[str, torch.Tensor], torch.Tensor]
 
 
-class ModelError(ValueError):
-    """A config, checkpoint or tap that cannot be used. The message is one line for the user."""
-
+# ---------------------------------------------------------------- config
 
 @dataclass
 class Config:
     """Shape of the decoder. Names are the keys of a Llama `config.json`, plus `attn`.
 
     `max_position_embeddings` is the training length; it sets nothing but the bias of
-    sigmoid attention and the context that `generate` keeps. Raises ModelError.
+    sigmoid attention and the context that `generate` keeps. Raises UserError naming the field.
     """
 
     vocab_size: int
@@ -52,61 +51,73 @@ class Config:
     attn: str = "softmax"
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "max_position_embeddings"):
-            _check_whole_number(name, getattr(self, name))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        _check_whole_number("num_key_value_heads", self.num_key_value_heads)
+        for names, is_right, wanted in CHECKS:
+            for name in names:
+                _check(name, getattr(self, name), is_right, wanted)
+        C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if H % K:
+            raise UserError(f"num_key_value_heads {K} does not divide num_attention_heads {H}")
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ModelError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                                 f"{self.num_attention_heads}; change one of them or set head_dim")
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        _check_whole_number("head_dim", self.head_dim)
-        if self.head_dim % 2:
-            raise ModelError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of dimensions, so it must be even")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ModelError(f"num_key_value_heads {self.num_key_value_heads} does not divide "
-                             f"num_attention_heads {self.num_attention_heads}")
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not (0 < value < math.inf):
-                raise ModelError(f"{name} must be a positive number, not {value!r}")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ModelError(f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}")
-        if self.attn not in ATTENTIONS:
-            raise ModelError(f"attn must be one of {', '.join(ATTENTIONS)}, not {self.attn!r}")
+            if C % H:
+                raise UserError(f"hidden_size {C} is not a multiple of num_attention_heads {H}; "
+                                "change one of them or set head_dim")
+            self.head_dim = C // H
+        _check("head_dim", self.head_dim, lambda D: _is_whole(D) and D % 2 == 0 and _is_whole(H * D),
+               "an even whole number (rotary positions turn pairs of dimensions) below 2**24 / heads")
         rope_frequencies(self)  # raises for a scaling that we do not have
 
     @classmethod
     def from_hf(cls, raw: dict) -> "Config":
-        """The Config of a Llama `config.json`, in the old spelling (`rope_theta`, `rope_scaling`) or
-        the new one (`rope_parameters`). Raises ModelError naming a key that asks for another model."""
+        """The Config of a Llama `config.json`, in the old spelling (`rope_theta`, `rope_scaling`)
+        or the new one (`rope_parameters`). Raises UserError for a key that asks for another model.
+        """
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise ModelError(f"rope_scaling must be an object, not {rope!r}")
+        _check("rope_scaling", rope, lambda value: isinstance(value, dict), "an object")
         flat = {**raw, **rope}
         for key, ours in HF_FIXED.items():
-            if flat.get(key) is not None and flat[key] != ours:
-                raise ModelError(f"{key} is {flat[key]!r}; this model has only {ours!r}")
-        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-        return cls(**{key: raw.get(key) for key in HF_SIZES}, rope_theta=flat.get("rope_theta", 10000.0),
-                   rope_scaling=scaling or None, tie_word_embeddings=raw.get("tie_word_embeddings", False))
+            if flat.get(key) is not None:
+                _check(key, flat[key], lambda value: value == ours, f"{ours!r} for this model")
+        scaling = {key: rope[key] for key in rope if key not in HF_ROPE_PLAIN}
+        return cls(
+            **{key: raw.get(key) for key in HF_SIZES},
+            rope_theta=flat.get("rope_theta", 10000.0),
+            rope_scaling=scaling or None,
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        )
 
 
-HF_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
+def _is_whole(value) -> bool:
+    return type(value) is int and 0 < value < 2**24  # True is no number here
+
+
+def _is_positive(value) -> bool:
+    return type(value) in (int, float) and 1e-30 < value < 1e30  # what fp32 can compute with
+
+
+def _check(name, value, is_right, wanted):
+    if not is_right(value):
+        raise UserError(f"{name} must be {wanted}, not {value!r:.60}")
+
+
+WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+CHECKS = (
+    (WHOLE, _is_whole, "a whole number from 1 to 2**24 - 1"),
+    (("rms_norm_eps", "rope_theta", "initializer_range"), _is_positive, "a positive number"),
+    (("tie_word_embeddings",), lambda value: type(value) is bool, "true or false"),
+    (("attn",), lambda value: value in ATTENTIONS, f"one of {', '.join(ATTENTIONS)}"),
+)
+HF_SIZES = (*WHOLE, "head_dim", "rms_norm_eps")
+HF_ROPE_PLAIN = ("rope_theta", "partial_rotary_factor")  # among rope_parameters, but no scaling
 # Keys that change the forward pass, and the one value of each that we compute. Whatever else a
 # config.json holds (token ids, dtype, cache, dropout, versions) changes nothing and is dropped.
-HF_FIXED = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_bias": False,
-            "mlp_bias": False, "sliding_window": None, "partial_rotary_factor": 1.0, "rope_interleaved": False,
-            "quantization_config": None}
-
-
-def _check_whole_number(name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**24:
-        raise ModelError(f"{name} must be a whole number from 1 to {2**24}, not {value!r}")
+HF_FIXED = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+    "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+    "partial_rotary_factor": 1.0, "rope_interleaved": False, "quantization_config": None,
+}
 
 
 # ---------------------------------------------------------------- positions
@@ -114,26 +125,24 @@ def _check_whole_number(name, value):
 def rope_frequencies(cfg: Config) -> torch.Tensor:
     """(D/2,) fp32 angles per position: `theta^(-2i/D)` (Su et al. 2021, arXiv 2104.09864).
 
-    With `rope_scaling` of type llama3, wavelengths longer than the original context are
-    stretched by `factor`, short ones kept, those between blended (Llama 3.1 release).
+    With `rope_scaling` of type llama3, wavelengths longer than the original context are stretched
+    by `factor`, short ones kept, those between blended (Llama 3.1 release). Raises UserError.
     """
-    # 1 / theta^x and not theta^-x: the last bit of a frequency is 0.01 rad at position 100,000, so keep the reference's
-    freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu") / cfg.head_dim)
-    if cfg.rope_scaling is None:
+    # 1 / theta^x and not theta^-x: keep the reference's last bit, 0.01 rad at position 100,000
+    pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu")
+    freq = 1.0 / cfg.rope_theta ** (pairs / cfg.head_dim)
+    scaling = cfg.rope_scaling
+    if scaling is None:
         return freq
-    s = cfg.rope_scaling
-    kind = s.get("rope_type", s.get("type")) if isinstance(s, dict) else s
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else scaling
     if kind == "default":
         return freq
-    if kind != "llama3":
-        raise ModelError(f"rope_scaling of type {kind!r} is not supported; only 'llama3' (or none) is")
-    try:
-        factor, low, high = (float(s[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        context = float(s["original_max_position_embeddings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"rope_scaling of type llama3: {error} is missing or not a number") from None
-    if not (0 < factor < math.inf and 0 < low < high < math.inf and 0 < context < math.inf):
-        raise ModelError(f"rope_scaling of type llama3 needs positive numbers and low_freq_factor < high_freq_factor, not {s}")
+    _check("rope_scaling", kind, lambda value: value == "llama3", "none or of type 'llama3'")
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for key in keys:
+        _check(f"rope_scaling's {key}", scaling.get(key), _is_positive, "a positive number")
+    factor, low, high, context = (scaling[key] for key in keys)
+    _check("rope_scaling's low_freq_factor", low, lambda low: low < high, "below high_freq_factor")
     turns = context * freq / (2 * math.pi)  # full turns within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretch, 1: keep
     return (1 - keep) * freq / factor + keep * freq
@@ -181,6 +190,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=False)
         if cfg.attn == "headnorm":  # one gain of width D, shared by the heads of the layer
             self.z_norm = RMSNorm(D, cfg.rms_norm_eps)
+        if cfg.attn == "gated":  # one gate a head
+            self.z_gate = nn.Linear(C, H, bias=False)
 
     def forward(self, x, rope, bias, tap):
         B, T, _ = x.shape
@@ -191,28 +202,35 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if self.K < self.H:  # each key/value head serves H/K query heads
             k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))
-        z = self.mix(q, k, v, bias, tap)
+        z = self.mix(q, k, v, x, bias, tap)
         return self.o_proj(z.reshape(B, T, self.H * self.D))
 
-    def mix(self, q, k, v, bias, tap):
+    def mix(self, q, k, v, x, bias, tap):
         """Aggregate values (B, H, T, D) -> z (B, T, H, D). The one place where `attn` matters.
 
-            softmax    z = softmax(q k' / sqrt(D) + bias) v                bias: 0 or -inf
-            sigmoid    z = sigmoid(q k' / sqrt(D) + bias) v                bias: -log(training length) or -inf
-            headnorm   z = RMSNorm(softmax(q k' / sqrt(D) + bias) v)       each head by itself, then W_O
+            softmax    z = softmax(q k' / sqrt(D) + bias) v            bias: 0 or -inf
+            sigmoid    z = sigmoid(q k' / sqrt(D) + bias) v            bias: -log(length) or -inf
+            headnorm   z = RMSNorm(softmax(q k' / sqrt(D) + bias) v)   each head by itself
+            gated      z = sigmoid(x W_g) softmax(q k' / sqrt(D) + bias) v   one gate a head
 
-        Sigmoid: Ramapuram et al. 2024, arXiv 2409.04431. Headnorm: arXiv 2605.06611.
-        `bias` None means causal and nothing else, for the fused kernel.
+        x (B, T, C) is the input of the layer, normed. `bias` None means causal and nothing else,
+        for the fused kernel. Sigmoid: Ramapuram et al. 2024, arXiv 2409.04431; length is that of
+        training. Headnorm: arXiv 2605.06611. Gated: Qiu et al. 2025, arXiv 2505.06708, head-wise.
         """
         if bias is None:
             z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             scores = tap("scores", q @ k.transpose(-2, -1) / math.sqrt(self.D)) + bias
-            pattern = torch.sigmoid(scores) if self.attn == "sigmoid" else torch.softmax(scores, dim=-1, dtype=torch.float32)
+            if self.attn == "sigmoid":
+                pattern = torch.sigmoid(scores)
+            else:
+                pattern = torch.softmax(scores, dim=-1, dtype=torch.float32)
             z = tap("pattern", pattern.type_as(v)) @ v
         z = z.transpose(1, 2)
         if self.attn == "headnorm":
             z = self.z_norm(tap("z_raw", z))
+        if self.attn == "gated":
+            z = torch.sigmoid(self.z_gate(x)).unsqueeze(-1) * tap("z_raw", z)
         return tap("z", z)
 
 
@@ -249,7 +267,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The decoder. `GPT(cfg, seed)` draws its weights from `seed` alone, the same for every `attn`."""
+    """The decoder. `GPT(cfg, seed)` draws its weights from `seed` alone, the same for every `attn`:
+    what only one attention has is drawn last."""
 
     def __init__(self, cfg: Config, seed: int = 0):
         super().__init__()
@@ -262,12 +281,13 @@ class GPT(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("rope_freq", rope_frequencies(cfg), persistent=False)
         generator = torch.Generator().manual_seed(seed)
-        for p in self.parameters():
-            if p.dim() == 2 and not p.is_meta:
-                nn.init.normal_(p, std=cfg.initializer_range, generator=generator)
+        matrices = [(n, p) for n, p in self.named_parameters() if p.dim() == 2 and not p.is_meta]
+        for _, p in sorted(matrices, key=lambda named: "z_gate" in named[0]):
+            nn.init.normal_(p, std=cfg.initializer_range, generator=generator)
 
     def _apply(self, fn, *args, **kwargs):
-        """`.to(bfloat16)` converts the weights; the frequencies stay exact, or far positions would turn the wrong way."""
+        """`.to(bfloat16)` converts the weights; the frequencies stay exact, or far positions would
+        turn the wrong way."""
         super()._apply(fn, *args, **kwargs)
         self.rope_freq = rope_frequencies(self.cfg).to(self.rope_freq.device)
         return self
@@ -276,79 +296,37 @@ class GPT(nn.Module):
         """idx (B, T) -> logits (B, T, V), mean loss in nats over targets (B, T) that are not -100.
 
         `tap(name, x) -> x` is called with every activation (`tap_names`) and may replace it.
-        `mask` (T, T) or (B, T, T), True where query t may look at key s; causality is always kept.
+        `mask` (T, T), True where query t may look at key s; causality is always kept.
         """
-        B, T = idx.shape
-        if mask is not None and mask.dim() == 3 and mask.shape[0] not in (1, B):
-            raise ModelError(f"mask is for a batch of {mask.shape[0]}, the tokens are a batch of {B}")
+        T = idx.shape[1]
         rope = rope_turns(self.rope_freq, T)
         bias = None
         if self.cfg.attn == "sigmoid" or tap is not None or mask is not None:
             bias = self.attention_bias(T, mask, idx.device)
-        call = untapped if tap is None else tap
 
-        x = call("embed", self.embed_tokens(idx))
+        x = (tap or untapped)("embed", self.embed_tokens(idx))
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, bias, untapped if tap is None else lambda name, y, i=i: tap(f"{i}.{name}", y))
-        logits = self.lm_head(call("final", self.norm(x)))
+            x = layer(x, rope, bias, in_layer(i, tap))
+        logits = self.lm_head((tap or untapped)("final", self.norm(x)))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        flat = logits.flatten(0, 1).float()
+        return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-100)
 
     def attention_bias(self, T, mask=None, device=None):
-        """(T, T) or (B, 1, T, T) added to the scores: -inf where a query may not look, else 0
-        (sigmoid: -log of the training length, so that T open gates start at a total weight near 1)."""
+        """(T, T) to add to the scores: -inf where attention is not allowed, 0 where it is (sigmoid:
+        -log of the training length, so that T open gates start at a total weight near 1)."""
         allowed = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         if mask is not None:
-            if mask.dtype != torch.bool or mask.shape[-2:] != (T, T) or mask.dim() not in (2, 3):
-                raise ModelError(f"mask must be boolean of shape ({T}, {T}) or (B, {T}, {T}), "
-                                 f"not {mask.dtype} {tuple(mask.shape)}")
+            if mask.dtype != torch.bool or mask.shape != (T, T):
+                raise UserError(f"mask must be boolean of shape ({T}, {T}), "
+                                f"not {mask.dtype} {tuple(mask.shape)}")
             allowed = allowed & mask
             if not allowed.any(-1).all():
-                raise ModelError("mask leaves a query without any key to attend to; allow at least itself")
-        open_ = -math.log(self.cfg.max_position_embeddings) if self.cfg.attn == "sigmoid" else 0.0
-        bias = torch.full(allowed.shape, -math.inf, device=device).masked_fill(allowed, open_)
-        return bias.unsqueeze(1) if bias.dim() == 3 else bias
-
-    @classmethod
-    def from_llama(cls, folder, dtype: torch.dtype | None = None) -> "GPT":
-        """Open a folder in the format of Hugging Face's `LlamaForCausalLM`: Llama 2, 3, 3.1, 3.2, SmolLM2, ...
-
-        Reads config.json and model.safetensors, or the shards that model.safetensors.index.json names.
-        Weights stay mapped to the file: they are read when first used, never copied, so do not
-        change the file meanwhile. `dtype` other than the file's makes a converted copy instead.
-        Raises ModelError naming file and tensor. Nothing is unpickled. Needs `pip install safetensors`.
-        """
-        folder = Path(folder)
-        raw = _read_json(folder / "config.json")
-        try:
-            cfg = Config.from_hf(raw)
-        except ModelError as error:
-            raise ModelError(f"{folder / 'config.json'}: {error}") from None
-        weights, home = _map_weights(folder)
-        if cfg.num_hidden_layers > len(weights):  # before the time of building them is spent
-            raise ModelError(f"{folder}: config.json has {cfg.num_hidden_layers} layers, the weights are {len(weights)} tensors")
-        cfg.tie_word_embeddings = "lm_head.weight" not in weights  # the file knows best
-        with torch.device("meta"):
-            model = cls(cfg)
-        wanted = dict(model.named_parameters())
-        for name in wanted:
-            if name not in weights:
-                raise ModelError(f"{folder}: no file has tensor {name!r}")
-        for name, weight in weights.items():
-            if name not in wanted:
-                raise ModelError(f"{home[name]}: tensor {name!r} has no place in this model")
-            if weight.shape != wanted[name].shape:
-                raise ModelError(f"{home[name]}: tensor {name!r} has shape {tuple(weight.shape)}, "
-                                 f"config.json asks for {tuple(wanted[name].shape)}")
-            if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise ModelError(f"{home[name]}: tensor {name!r} is {weight.dtype}; only float32, float16 and bfloat16 are read")
-        dtype = dtype or weights["embed_tokens.weight"].dtype  # one for all, where a file mixes them
-        weights = {name: weight.to(dtype) for name, weight in weights.items()}
-        model.load_state_dict(weights, assign=True, strict=False)  # strict would ask for a tied head
-        if cfg.tie_word_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight
-        return model
+                raise UserError("mask leaves a query without any key; allow at least itself")
+        length = self.cfg.max_position_embeddings
+        open_ = -math.log(length) if self.cfg.attn == "sigmoid" else 0.0
+        return torch.full((T, T), -math.inf, device=device).masked_fill(allowed, open_)
 
     @torch.no_grad()
     def generate(self, idx, new_tokens: int, temperature=1.0, top_k=None, generator=None):
@@ -362,69 +340,124 @@ class GPT(nn.Module):
             if temperature == 0:
                 nxt = logits.argmax(-1, keepdim=True)
             else:
-                nxt = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
+                p = torch.softmax(logits / temperature, -1)
+                nxt = torch.multinomial(p, 1, generator=generator)
             idx = torch.cat((idx, nxt), dim=1)
         return idx
 
+    @classmethod
+    def from_llama(cls, folder, dtype: torch.dtype | None = None) -> "GPT":
+        """Open a folder in the format of Hugging Face's `LlamaForCausalLM`: Llama 2, 3, 3.1, 3.2,
+        SmolLM2, ... Needs the safetensors package. Nothing is unpickled.
 
-# ---------------------------------------------------------------- reading Llama checkpoints
+        Reads config.json and model.safetensors, or the shards that its index names. Weights stay
+        mapped to the file (read once here, to be sure that they are finite, never copied), so do
+        not change it meanwhile. `dtype` other than the file's makes a converted copy instead.
+        Raises UserError naming file and tensor.
+        """
+        folder = Path(folder)
+        raw = read_json(folder / "config.json")
+        try:
+            cfg = Config.from_hf(raw)
+        except UserError as error:
+            raise UserError(f"{folder / 'config.json'}: {error}") from None
+        weights = _map_weights(folder)
+        cfg.tie_word_embeddings = "lm_head.weight" not in weights  # the file knows best
+        if cfg.tie_word_embeddings and "embed_tokens.weight" in weights:
+            weights["lm_head.weight"] = weights["embed_tokens.weight"]
+        check_weights(cfg, weights, folder)
+        with torch.device("meta"):
+            model = cls(cfg)
+        model.load_state_dict(weights, assign=True)
+        if cfg.tie_word_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight
+        return model.to(dtype or model.lm_head.weight.dtype)  # one for all, where a file mixes them
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise ModelError(f"{path} is not JSON") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return content
+
+# ---------------------------------------------------------------- reading weights
+
+def shapes(cfg: Config) -> Iterator[tuple[str, tuple]]:
+    """(name, shape) of every entry of `GPT(cfg).state_dict()`, without building that model."""
+    with torch.device("meta"):
+        small = GPT(replace(cfg, num_hidden_layers=1)).state_dict()
+    first = "layers.0."
+    for name, p in small.items():
+        if not name.startswith(first):
+            yield name, tuple(p.shape)
+    for i in range(cfg.num_hidden_layers):
+        for name, p in small.items():
+            if name.startswith(first):
+                yield f"layers.{i}.{name.removeprefix(first)}", tuple(p.shape)
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str]]:
-    """The safetensors files of a checkpoint and the tensors that its index expects in each."""
+def check_weights(cfg: Config, weights: dict, where) -> None:
+    """Raises UserError, naming `where` and the tensor, unless `weights` are a state_dict of
+    `GPT(cfg)`: the same names and shapes, finite, of 16 or 32 bits. Whatever sizes cfg asks for,
+    this costs no more than reading `weights` once."""
+    expected = set()
+    for name, shape in shapes(cfg):
+        found = weights.get(name)
+        if not isinstance(found, torch.Tensor):
+            raise UserError(f"{where}: tensor {name!r} is missing")
+        if found.shape != shape:
+            raise UserError(f"{where}: tensor {name!r} has shape {tuple(found.shape)}, "
+                            f"config.json asks for {shape}")
+        if found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(f"{where}: tensor {name!r} is {found.dtype}; "
+                            "only float32, float16 and bfloat16 are read")
+        expected.add(name)
+    for name in weights:
+        if name not in expected:
+            raise UserError(f"{where}: tensor {name!r:.99} has no place in this model")
+    for name, weight in weights.items():
+        least, most = weight.detach().aminmax()  # no copy; nan and infinity come through
+        if not math.isfinite(most - least):
+            raise UserError(f"{where}: tensor {name!r} holds numbers that are not finite")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        return {single: []}
+        return [single]
     if not index.exists():
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-        raise ModelError(f"{folder} has neither {single.name} nor {index.name}" + (
-            f"; {pickled[0]} is pickled and could run code, so it is not read: convert it to safetensors" if pickled else ""))
-    weight_map = _read_json(index).get("weight_map")
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        raise UserError(f"{folder} has neither {single.name} nor {index.name}" + (
+            f"; {pickled[0]} is pickled and could run code: convert it" if pickled else ""))
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index} has no weight_map")
-    files = {}
-    for name, shard in weight_map.items():  # a Windows path splits at both slashes and knows drives
-        if not isinstance(shard, str) or PureWindowsPath(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ModelError(f"{index}: tensor {name!r} is said to be in {shard!r}, which is no .safetensors file of this folder")
-        files.setdefault(folder / shard, []).append(name)
-    return files
+        raise UserError(f"{index} has no weight_map")
+    for name, shard in weight_map.items():
+        # a Windows path splits at both slashes and knows drives
+        inside = isinstance(shard, str) and PureWindowsPath(shard).name == shard
+        if not inside or not shard.endswith(".safetensors"):
+            raise UserError(f"{index}: tensor {name!r:.99} is said to be in {shard!r:.99}, "
+                            "which is no .safetensors file of this folder")
+    return [folder / shard for shard in dict.fromkeys(weight_map.values())]
 
 
-def _map_weights(folder: Path):
-    """({name: tensor}, {name: file}) of a checkpoint, by our names. The tensors are views of the mapped files."""
+def _map_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, by our names, as views of the mapped files."""
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
     except ImportError:
-        raise ModelError("reading a Llama checkpoint needs the safetensors package: pip install safetensors") from None
-    weights, home = {}, {}
-    for path, expected in _weight_files(folder).items():
+        raise UserError("reading a Llama checkpoint needs the safetensors package: "
+                        "pip install safetensors") from None
+    weights = {}
+    for path in _weight_files(folder):
+        open_regular(path, most=2**50).close()  # mapping a pipe or a device could wait for ever
         try:
             with safe_open(path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"{path}: {' '.join(str(error).split())}") from None
-        for name in expected:
-            if name not in found:
-                raise ModelError(f"{path}: tensor {name!r} is missing, though the index lists it")
+        except Exception as error:  # the package and torch raise many kinds for a damaged file
+            raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
         for name, weight in found.items():
-            if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what `rope_frequencies` computes
-                continue
             ours = name.removeprefix("model.")
             if ours in weights:
-                raise ModelError(f"{path}: tensor {name!r} is there twice")
-            weights[ours], home[ours] = weight, path
-    return weights, home
+                raise UserError(f"{path}: tensor {name!r:.99} is there twice")
+            if not name.endswith("rotary_emb.inv_freq"):  # old files store `rope_frequencies`
+                weights[ours] = weight
+    return weights
 
 
 # ---------------------------------------------------------------- looking inside
@@ -433,11 +466,18 @@ def untapped(name, x):
     return x
 
 
+def in_layer(i: int, tap: Tap | None) -> Tap:
+    """The tap of layer i, which knows its activations by their names within the layer."""
+    if tap is None:
+        return untapped
+    return lambda name, x: tap(f"{i}.{name}", x)
+
+
 def tap_names(cfg: Config) -> list[str]:
     """Every name that `forward` gives to a tap, in the order of the call.
 
         embed, i.resid_pre, i.attn_out, i.resid_mid, i.mlp_out, i.resid_post, final  (B, T, C)
-        i.q  i.z (headnorm: and i.z_raw, before the norm)                            (B, T, H, D)
+        i.q  i.z (headnorm, gated: and i.z_raw, before norm or gate)                 (B, T, H, D)
         i.k  i.v                                                                     (B, T, K, D)
         i.scores (q k' / sqrt(D), before bias and mask)  i.pattern                   (B, H, T, T)
         i.mlp_pre (gate, up: before silu)                                            (2, B, T, F)
@@ -445,22 +485,23 @@ def tap_names(cfg: Config) -> list[str]:
 
     q and k are tapped before rotation. Rotation leaves position 0 as it is.
     """
-    names = ["resid_pre", "q", "k", "v", "scores", "pattern", "z_raw", "z", "attn_out", "resid_mid",
+    raw = ["z_raw"] if cfg.attn in ("headnorm", "gated") else []
+    names = ["resid_pre", "q", "k", "v", "scores", "pattern", *raw, "z", "attn_out", "resid_mid",
              "mlp_pre", "mlp_post", "mlp_out", "resid_post"]
-    if cfg.attn != "headnorm":
-        names.remove("z_raw")
-    return ["embed", *(f"{i}.{name}" for i in range(cfg.num_hidden_layers) for name in names), "final"]
+    inner = [f"{i}.{name}" for i in range(cfg.num_hidden_layers) for name in names]
+    return ["embed", *inner, "final"]
 
 
 def make_tap(cfg: Config, edits: dict[str, Callable]) -> Tap:
     """A tap that applies `edits[name]` to the activation of that name and leaves the rest alone.
 
-    Raises ModelError for a name that this model never gives out, so that no edit is lost silently.
+    Raises UserError for a name that this model never gives out, so that no edit is lost silently.
     """
     known = tap_names(cfg)
     for name in edits:
         if name not in known:
-            raise ModelError(f"no activation is called {name!r} in this model; names are like {', '.join(known[:9])}")
+            raise UserError(f"no activation is called {name!r} in this model; "
+                            f"names are like {', '.join(known[:9])}")
     return lambda name, x: edits[name](x) if name in edits else x
 
 
@@ -472,13 +513,15 @@ def compose(*taps: Tap | None) -> Tap | None:
         for t in taps:
             x = t(name, x)
         return x
+
     return tap if taps else None
 
 
 @torch.no_grad()
 def record(model: GPT, idx, names, tap: Tap | None = None, mask=None):
-    """Run the model on idx (B, T) -> (logits, {name: activation}), as left by `tap` if there is one."""
+    """Run the model on idx (B, T) -> (logits, {name: activation}), as left by `tap`, if any."""
     kept = {}
-    keep = make_tap(model.cfg, {name: lambda x, name=name: kept.setdefault(name, x) for name in names})
+    keepers = {name: lambda x, name=name: kept.setdefault(name, x) for name in names}
+    keep = make_tap(model.cfg, keepers)
     logits, _ = model(idx, tap=compose(tap, keep), mask=mask)
     return logits, kept
