@@ -11,13 +11,14 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from . import bpe, download, tasks, text
-from .errors import DataError
+from . import download, tasks, text
+from .border import UserError, show
 
-__all__ = ["Corpus", "DataError", "NAMES", "load"]
+__all__ = ["Corpus", "NAMES", "TASKS", "UserError", "load"]
 
 CACHE = Path(__file__).parent / "cache"
-NAMES = ["stdlib", *tasks.TASKS, *download.FILES]
+TASKS = tasks.TASKS
+NAMES = ["stdlib", *TASKS, *download.FILES]
 
 
 @dataclass
@@ -33,60 +34,56 @@ class Corpus:
     train: torch.Tensor | None = None  # (N,) int16 or int32; a bos stands before every document
     val: torch.Tensor | None = None  # (M,) the same, of the held-out documents
     bytes_per_token: float | None = None  # of `val` without bos: bits per byte = loss / ln 2 / this
-    task: tasks.Task | None = None
+    task: tasks.Copy | None = None
 
-    def batch(self, batch_size: int, seq_len: int, generator: torch.Generator, split: str = "train",
-              bos: float = 0.5, repeat: float = 0.0, with_copying: bool = False):
+    def batch(self, batch_size: int, seq_len: int, generator: torch.Generator,
+              split: str = "train", bos: float = 0.5, repeat: float = 0.0):
         """Draw windows: x, y, each (B, T) int64, y the token that follows x at each position.
 
         A share `bos` of the windows, drawn one by one, starts with <|bos|> and goes on with the
         text: x = bos, s_0 .. s_{T-2} and y = s_0 .. s_{T-1}. The others begin with an ordinary
-        token: x = s_0 .. s_{T-1} and y = s_1 .. s_T. Everything is drawn from `generator`, so the
-        same state gives the same batch. A task ignores `split`: it never repeats a window.
-
-        with_copying adds a third (B, T) tensor, bool: whether the task copies the target y from
-        earlier in the window (`tasks`). DataError for text, where nobody knows.
+        token: x = s_0 .. s_{T-1} and y = s_1 .. s_T. A share `repeat` of the windows of text shows
+        its first 8 .. T/2 tokens over and over. Everything is drawn from `generator`, so the same
+        state gives the same batch. A task ignores `split`: it never repeats a window.
         """
         for name, share in (("bos", bos), ("repeat", repeat)):
             if not 0 <= share <= 1:
-                raise DataError(f"{name} is {share}, but it is a share of the windows: 0 to 1")
+                raise UserError(f"{name} is {share}, but it is a share of the windows: 0 to 1")
         if self.task:
-            tokens, copied = self.task.windows(batch_size, seq_len + 1, generator)
-        elif with_copying:
-            raise DataError(f"{self.name} is text: which tokens are copied is known only for {', '.join(tasks.TASKS)}")
+            tokens = self.task.windows(batch_size, seq_len + 1, generator)
         else:
             tokens = self._text_windows(batch_size, seq_len + 1, generator, split, repeat)
         lead = torch.rand(batch_size, generator=generator) < bos
         tokens = torch.cat([torch.full((batch_size, 1), self.bos), tokens], 1)  # (B, T + 2)
         x = torch.where(lead[:, None], tokens[:, :-2], tokens[:, 1:-1])
         y = torch.where(lead[:, None], tokens[:, 1:-1], tokens[:, 2:])
-        if not with_copying:
-            return x, y
-        return x, y, torch.where(lead[:, None], copied[:, :-1], copied[:, 1:])
+        return x, y
 
-    def _text_windows(self, n: int, length: int, generator: torch.Generator, split: str, repeat: float) -> torch.Tensor:
-        """(n, length) int64 stretches of the stream, none of which starts at a bos; a share repeats its start."""
+    def _text_windows(self, n, length, generator, split, repeat) -> torch.Tensor:
+        """(n, length) int64 stretches of the stream, none of which starts at a bos."""
         if split not in ("train", "val"):
-            raise DataError(f"split is {split!r}, but there are only 'train' and 'val'")
+            raise UserError(f"split is {split!r}, but there are only 'train' and 'val'")
         stream = self.train if split == "train" else self.val
         if len(stream) <= length:
-            raise DataError(_too_short(self.name, split, len(stream), length - 1))
+            raise UserError(_too_short(self.name, split, len(stream), length - 1))
         starts = torch.randint(len(stream) - length, (n,), generator=generator)
         starts += stream[starts] == self.bos  # documents are not empty, so the next one is ordinary
         # Indexing this view copies n contiguous rows: faster than an (n, length) table of indices.
         windows = stream.unfold(0, length, 1)[starts].long()
         if repeat:
-            passage = torch.randint(8, max(9, length // 2 + 1), (n, 1), generator=generator)
+            longest = max(9, length // 2 + 1)
+            passage = torch.randint(8, longest, (n, 1), generator=generator)
             passage[torch.rand(n, 1, generator=generator) >= repeat] = length
             windows = windows.gather(1, torch.arange(length) % passage)
         return windows
 
     def fingerprint(self) -> dict:
-        """Sizes and checksum: what tells whether a text is still the one that a run was trained on."""
+        """Sizes and checksums: tells whether a text is still the one that a run was trained on."""
         if self.task:
             return {"vocab_size": self.vocab_size}
-        return {"vocab_size": self.vocab_size, "train_tokens": len(self.train), "val_tokens": len(self.val),
-                "crc32": zlib.crc32(self.train.numpy())}
+        return {"vocab_size": self.vocab_size,
+                "train_tokens": len(self.train), "val_tokens": len(self.val),
+                "crc32": zlib.crc32(self.train.numpy()), "val_crc32": zlib.crc32(self.val.numpy())}
 
     def optimal_loss(self, seq_len: int, bos: float = 0.5) -> float | None:
         """The loss in nats of a perfect predictor on such batches, computed; None for text."""
@@ -96,7 +93,7 @@ class Corpus:
         return float(bos * loss[:-1].mean() + (1 - bos) * loss[1:].mean())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of any text, without <|bos|>. DataError for a symbol that a task does not have."""
+        """Token ids of any text, without <|bos|>. UserError for a symbol that a task lacks."""
         return self.task.encode(text) if self.task else self.encoding.encode_ordinary(text)
 
     def decode(self, ids) -> str:
@@ -106,26 +103,23 @@ class Corpus:
 
 
 def load(name: str | Path = "stdlib", *, seq_len: int = 128, vocab_size: int = 1024,
-         encoding: str | None = None, cache: str | Path = CACHE) -> Corpus:
+         cache: str | Path = CACHE) -> Corpus:
     """Open a corpus by name, or the reader's own file or folder of text.
 
-    name        `stdlib` (the source text of the running Python's standard library), a task (`copy`,
-                `bigram`), a download (`shakespeare`, `tinystories`), or a path: one file, whose last
+    name        `stdlib` (the source text of the running Python's standard library), a task
+                (`copy`), a download (`shakespeare`, `tinystories`), or a path: one file, whose last
                 tenth is for validation, or a folder, whose text files (`text.SUFFIXES`) are
                 documents and are held out whole (`text.split`)
     seq_len     the length T of the windows to come: a text too short for one is told now
     vocab_size  tokens of our own BPE, <|bos|> included; a short text may support fewer
-    encoding    None for our own BPE, trained on the training part; "gpt2" for that of GPT-2
     cache       the folder for token streams and downloads
 
-    Raises DataError, with one line for the reader, for whatever is wrong with these.
+    Raises UserError for whatever is wrong with these.
     """
     name, cache = str(name), Path(cache)
-    if name in tasks.TASKS:
-        task = tasks.TASKS[name]()
+    if name in TASKS:
+        task = TASKS[name]()
         return Corpus(name, len(task.symbols) + 1, len(task.symbols), task=task)
-    if vocab_size < 257:
-        raise DataError(f"vocab_size is {vocab_size}, but 256 bytes and <|bos|> need at least 257")
     options = {}
     if name == "stdlib":
         (root, files), options = text.stdlib_files(), {"skip_undecodable": True}
@@ -136,31 +130,20 @@ def load(name: str | Path = "stdlib", *, seq_len: int = 128, vocab_size: int = 1
     elif os.path.exists(name) or Path(name).name != name or Path(name).suffix:
         root, files = text.own_files(Path(name))
     else:
-        raise DataError(f"unknown data {name!r}: give one of {', '.join(NAMES)}, or a file or folder of text")
-
-    ready = _gpt2() if encoding == "gpt2" else None
-    if encoding not in (None, "gpt2"):
-        raise DataError(f"unknown encoding {encoding!r}: leave it out, or give 'gpt2'")
-    key = text.fingerprint(root, files, vocab_size=vocab_size, encoding=encoding, **options)
+        raise UserError(f"unknown data {show(name)!r}: give one of {', '.join(NAMES)}, "
+                        "or a file or folder of text")
+    key = text.fingerprint(root, files, vocab_size=vocab_size, **options)
     label = name if name in NAMES else Path(name).resolve().stem[:40] or "text"
-    ready, train, val, bytes_per_token = text.tokenise(
-        label, key, lambda: text.documents(root, files, **options), vocab_size, ready, cache)
+    encoding, train, val, bytes_per_token = text.tokenise(
+        label, key, lambda: text.documents(root, files, **options), vocab_size, cache)
     for part, stream in (("train", train), ("val", val)):
         if len(stream) <= seq_len + 1:
-            raise DataError(_too_short(name, part, len(stream), seq_len))
-    return Corpus(name, ready.n_vocab, ready.n_vocab - 1, ready, torch.from_numpy(train),
-                  torch.from_numpy(val), bytes_per_token)
+            raise UserError(_too_short(name, part, len(stream), seq_len))
+    return Corpus(name, encoding.n_vocab, encoding.n_vocab - 1, encoding,
+                  torch.from_numpy(train), torch.from_numpy(val), bytes_per_token)
 
 
 def _too_short(name: str, part: str, tokens: int, seq_len: int) -> str:
     part = "training" if part == "train" else "validation"
-    return (f"{name} is too short for windows of {seq_len} tokens: its {part} part has {tokens}, "
-            f"and needs {seq_len + 2}; give more text or a smaller seq_len")
-
-
-def _gpt2() -> tiktoken.Encoding:
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # tiktoken passes on whatever its HTTP library raises
-        raise DataError(f"cannot get the gpt2 encoding ({type(error).__name__}): it is downloaded once; go online, "
-                        "or leave the encoding out to train our own") from None
+    return (f"{show(name)} is too short for windows of {seq_len} tokens: its {part} part has "
+            f"{tokens}, and needs {seq_len + 2}; give more text or a smaller seq_len")

@@ -7,9 +7,13 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import signal
 import stat
 import sys
 import tempfile
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -33,7 +37,8 @@ def open_regular(path, most=MOST):
     and a file of more than `most` bytes raise UserError, as whatever cannot be opened does."""
     try:
         # without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        handle = os.open(path, flags)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UserError(f"cannot open {show(path)}: {reason(error)}") from None
     found = os.fstat(handle)
@@ -68,7 +73,8 @@ def read_json(path, most=2**26) -> dict:
 
 def show(path) -> str:
     """A path for a message: what is not UTF-8 in it is escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    path = os.fsdecode(path) if isinstance(path, (bytes, os.PathLike)) else str(path)
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------- writing
@@ -134,14 +140,19 @@ def one_writer(folder):
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise UserError(f"cannot write to {show(folder)} ({reason(error)}); choose another --out") from None
+        raise UserError(f"cannot write to {show(folder)} ({reason(error)}); "
+                        "choose another --out") from None
     try:
         try:
             lock(handle)
-        except OSError:
-            holder = os.pread(handle, 20, 1).decode("ascii", "replace").strip() if hasattr(os, "pread") else ""
-            raise UserError(f"{show(folder)} is being written by another training (process {holder or '?'}); "
-                            "wait for it, stop it, or choose another --out") from None
+        except (BlockingIOError, PermissionError):
+            os.lseek(handle, 1, os.SEEK_SET)
+            holder = os.read(handle, 20).decode("ascii", "replace").strip()
+            raise UserError(f"{show(folder)} is being written by another training (process "
+                            f"{holder or '?'}); wait for it, stop it, or choose another "
+                            "--out") from None
+        except OSError:  # a disk that knows no locks
+            pass
         os.lseek(handle, 0, os.SEEK_SET)
         os.ftruncate(handle, 0)
         os.write(handle, f" {os.getpid()}\n".encode())
@@ -179,11 +190,54 @@ def say(*words, end="\n", to=None) -> None:
     try:
         print(*words, end=end, file=stream, flush=True)
     except (OSError, ValueError):  # the reader is gone, the disk is full, the stream is closed
-        quiet = open(os.devnull, "w")
-        if stream is sys.stdout:
-            sys.stdout = quiet
-        elif stream is sys.stderr:
-            sys.stderr = quiet
+        hush(stream)
+
+
+def hush(stream) -> None:
+    """Let what is printed to a stream, and what still waits in it, vanish."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, stream.fileno())
+    except (OSError, ValueError, AttributeError):  # it has no file of the system any more
+        name = "stdout" if stream is sys.stdout else "stderr"
+        setattr(sys, name, open(os.devnull, "w"))
+    os.close(nowhere)
+
+
+def watched(stream) -> bool:
+    """Whether somebody sees a line change: a terminal or a notebook, and no file or pipe."""
+    try:
+        return stream.isatty() or "ipykernel" in sys.modules
+    except (ValueError, AttributeError):
+        return False
+
+
+class Live:
+    """One line that is written over and over where somebody watches, and nothing elsewhere."""
+
+    def __init__(self, to=None):
+        self.stream = to or sys.stdout
+        self.watched = watched(self.stream)
+        self.shown = 0  # letters of the line that stands there
+        self.next = 0.0  # seconds: not more often than one can read
+
+    def show(self, text: str) -> None:
+        if not self.watched or time.monotonic() < self.next:
+            return
+        self.next = time.monotonic() + 0.2
+        text = text[:shutil.get_terminal_size().columns - 1]
+        say(f"\r{text:<{self.shown}}", end="", to=self.stream)
+        self.shown = len(text)
+
+    def clear(self) -> None:
+        if self.shown:
+            say("\r" + " " * self.shown + "\r", end="", to=self.stream)
+        self.shown, self.next = 0, 0.0
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the live one."""
+        self.clear()
+        say(text, to=self.stream)
 
 
 def program(name: str, main) -> int:
@@ -192,8 +246,11 @@ def program(name: str, main) -> int:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by whoever started us
             setattr(sys, stream, open(os.devnull, "w"))
-        getattr(sys, stream).reconfigure(errors="backslashreplace")  # a terminal may lack a letter
+        with contextlib.suppress(AttributeError):  # a terminal may lack a letter
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
+    before = None
     try:
+        before = take_interrupts()
         code = main()
         say(end="")  # flush, while an error can still be told
         return code
@@ -202,12 +259,31 @@ def program(name: str, main) -> int:
     except KeyboardInterrupt:
         message, code = "stopped", 130
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
+        hush(sys.stdout)
         return 0
     except MemoryError:
         message, code = "not enough memory; ask for less", 2
     except OSError as error:
         where = f"{show(error.filename)}: " if error.filename else ""
         message, code = f"{where}{reason(error)}", 2
+    except RuntimeError as error:
+        if "memory" not in str(error):  # torch's way to say MemoryError
+            raise
+        message, code = "not enough memory; ask for less", 2
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
     say(f"{name}:", " ".join(message.split()), to=sys.stderr)
     return code
+
+
+def take_interrupts():
+    """Let Ctrl-C raise KeyboardInterrupt, whatever a program did with it while it was starting.
+    Returns the handler for afterwards, or None where nothing was changed."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None):  # whoever started us wants no Ctrl-C
+        return None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return before

@@ -8,13 +8,14 @@ Text is first cut into words, and no merge crosses a word. So it is enough to co
 word once and to merge inside those: minutes become seconds.
 """
 import base64
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import regex
 import tiktoken
 
-from .errors import DataError
+from .border import Live, UserError
 
 # A word is: letters, up to three digits, or punctuation, each with the blank before it; or white
 # space, whose last blank is left to the word that follows. A line end and the indentation after it
@@ -23,6 +24,21 @@ from .errors import DataError
 # without the limit, tiktoken dies of a few million of them.
 PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s{1,128}(?!\S)|\s+"
 BOS = "<|bos|>"
+LONGEST = 4096  # letters; what is longer is no word to learn from: it would take hours
+
+
+def pieces(text: str, size: int = 2**20) -> Iterator[str]:
+    """A long text in pieces of about `size` letters, cut between two words: before a blank or line
+    end that follows neither. Only a word of more than `size` letters is cut itself."""
+    start = 0
+    while start < len(text):
+        cut = start + size
+        while cut < len(text) and (text[cut] not in " \n" or text[cut - 1].isspace()):
+            cut += 1
+            if cut > start + 2 * size:
+                break
+        yield text[start:cut]
+        start = cut
 
 
 def train(texts: Iterable[str], vocab_size: int) -> list[bytes]:
@@ -31,14 +47,16 @@ def train(texts: Iterable[str], vocab_size: int) -> list[bytes]:
     The list has vocab_size - 1 entries (the last id is kept for <|bos|>): the 256 bytes, then the
     merges in the order in which they were learned. It is shorter when no pair is left that occurs
     twice. The result depends on the text only: of equally frequent pairs the one with the smaller
-    ids wins. Raises DataError when vocab_size < 257, which has no room for the bytes and <|bos|>.
+    ids wins. Raises UserError when vocab_size < 257, which has no room for the bytes and <|bos|>.
     """
     if vocab_size < 257:
-        raise DataError(f"vocab_size is {vocab_size}, but 256 bytes and {BOS} need at least 257")
-    counts = Counter()
+        raise UserError(f"vocab_size is {vocab_size}, but 256 bytes and {BOS} need at least 257")
+    counts, live = Counter(), Live(sys.stderr)
     find = regex.compile(PATTERN).findall
-    for text in texts:
-        counts.update(find(text))
+    for i, text in enumerate(texts if vocab_size > 257 else ()):
+        for piece in pieces(text):
+            counts.update(word for word in find(piece) if len(word) <= LONGEST)
+            live.show(f"data: counting the words of document {i + 1:,}")
     words = [list(word.encode()) for word in counts]  # each distinct word as a list of token ids
     times = list(counts.values())  # and how often it occurs
 
@@ -55,6 +73,7 @@ def train(texts: Iterable[str], vocab_size: int) -> list[bytes]:
         most = max(pairs.values())
         if most < 2:
             break
+        live.show(f"data: {len(tokens):,} of {vocab_size:,} tokens are learned")
         best = min(pair for pair, count in pairs.items() if count == most)
         merged = tokens[best[0]] + tokens[best[1]]
         # Two pairs can spell the same bytes (a+bc, ab+c). tiktoken knows tokens by their bytes, so
@@ -70,6 +89,7 @@ def train(texts: Iterable[str], vocab_size: int) -> list[bytes]:
                 pairs[pair] += times[w]
                 where[pair].add(w)
         del pairs[best], where[best]  # not one is left
+    live.clear()
     return tokens
 
 

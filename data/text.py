@@ -1,10 +1,9 @@
-"""From text on disk to token streams: find the files, split them, tokenise them, remember the result.
+"""From text on disk to token streams: find the files, split them, tokenise, remember the result.
 
-A corpus is a list of documents, pairs (name, text). Its files are listed with their size and time of
-change, and that list is the key of the cache: the text itself is read only when it has changed.
+A corpus is a list of documents, pairs (name, text). Its files are listed with their size and time
+of change, and that list is the key of the cache: a text is read only when it has changed.
 """
 import hashlib
-import io
 import json
 import os
 import sys
@@ -16,9 +15,10 @@ import numpy as np
 import tiktoken
 
 from . import bpe
-from .errors import DataError
+from .border import Live, UserError, read_bytes, reason, say, show, write_atomically
 
 Document = tuple[str, str]
+MOST = 2**27  # bytes of text; with all its copies, and tokens of one byte, this takes 2 GB
 
 # What counts as text when a folder is given. A single file may have any name.
 SUFFIXES = {".txt", ".md", ".rst", ".tex", ".org", ".html", ".py", ".c", ".h", ".cpp", ".rs", ".go",
@@ -42,7 +42,7 @@ def stdlib_files() -> tuple[Path, list[Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = walk(root, {".py"}, NOT_LIBRARY)
     if not files:
-        raise DataError(f"no source files of the standard library in {root}; "
+        raise UserError(f"no source files of the standard library in {root}; "
                         "give a file or a folder of text instead")
     return root, files
 
@@ -52,27 +52,25 @@ def own_files(path: Path) -> tuple[Path, list[Path]]:
     try:
         path.stat()
     except (OSError, ValueError):
-        raise DataError(f"{path} does not exist or cannot be opened; give a file or a folder of text") from None
+        raise UserError(f"{show(path)} does not exist or cannot be opened; "
+                        "give a file or a folder of text") from None
     if not path.is_dir():
         return path.parent, [path]
     files = walk(path, SUFFIXES, {"__pycache__"})
     if not files:
-        raise DataError(f"{path} holds no text: no file ends in {' '.join(sorted(SUFFIXES))}")
+        raise UserError(f"{show(path)} holds no text: no file ends in {' '.join(sorted(SUFFIXES))}")
     return path, files
 
 
 def read(path: Path) -> str:
-    """The text of a UTF-8 file, with plain line ends. DataError if it is unreadable or not text."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    """The text of a UTF-8 file, with plain line ends. UserError if it is unreadable or not text."""
+    raw = read_bytes(path)
     if (at := raw.find(b"\0")) >= 0:
-        raise DataError(f"{path} is binary (zero byte at offset {at}); give UTF-8 text")
+        raise UserError(f"{show(path)} is binary (zero byte at offset {at}); give UTF-8 text")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte 0x{raw[error.start]:02x} at offset "
+        raise UserError(f"{show(path)} is not UTF-8 text (byte 0x{raw[error.start]:02x} at offset "
                         f"{error.start}); convert it to UTF-8") from None
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
@@ -88,16 +86,19 @@ def documents(root: Path, files: list[Path], separator: str | None = None,
     for path in files:
         try:
             text = read(path)
-        except DataError:
+        except UserError:
             if skip_undecodable:
                 continue
             raise
         name = path.relative_to(root).as_posix()
         parts = text.split(separator) if separator else [text]
-        found += [(f"{name}#{i}" if separator else name, part.strip("\n") + "\n" if separator else part)
-                  for i, part in enumerate(parts) if part.strip()]
+        for i, part in enumerate(parts):
+            if not part.strip():
+                continue
+            found.append((f"{name}#{i}", part.strip("\n") + "\n") if separator else (name, part))
     if not found:
-        raise DataError(f"{files[0] if len(files) == 1 else root} is empty; give a text with words in it")
+        which = show(files[0] if len(files) == 1 else root)
+        raise UserError(f"{which} is empty; give a text with words in it")
     return found
 
 
@@ -110,7 +111,7 @@ def split(docs: list[Document]) -> tuple[list[Document], list[Document]]:
     """
     total = sum(len(text) for _, text in docs)
     held, size = set(), 0
-    for name, text in sorted(docs, key=lambda doc: hashlib.sha256(doc[0].encode()).digest()):
+    for name, text in sorted(docs, key=lambda doc: hashlib.sha256(os.fsencode(doc[0])).digest()):
         if size < 0.05 * total and size + len(text) <= 0.2 * total:
             held.add(name)
             size += len(text)
@@ -128,78 +129,75 @@ def split(docs: list[Document]) -> tuple[list[Document], list[Document]]:
 def fingerprint(root: Path, files: list[Path], **params) -> str:
     """A key that changes when a file is added, removed, resized or rewritten, or a parameter does."""
     try:
-        stats = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        found = [(path.relative_to(root).as_posix(), path.stat()) for path in files]
     except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
-    # The rules of this package are part of the key, so that an edit here is never met by an old file.
+        raise UserError(f"cannot read {show(error.filename)}: {reason(error)}") from None
+    size = sum(stat.st_size for _, stat in found)
+    if size > MOST:
+        raise UserError(f"{show(files[0] if len(files) == 1 else root)} is {size / 1e6:,.0f} MB of "
+                        f"text, more than the {MOST / 1e6:.0f} MB that fit in 2 GB of memory; give "
+                        "a part of it: head -c 100000000 BIG.txt > part.txt")
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    # The rules of this package are part of the key: an edit here is never met by an old file.
     rules = [bpe.PATTERN, sys.version, Path(__file__).read_text(), Path(bpe.__file__).read_text()]
-    return hashlib.sha256(json.dumps([str(root.resolve()), stats, params, rules]).encode()).hexdigest()[:16]
+    whole = json.dumps([str(root.resolve()), stats, params, rules])
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def tokenise(name: str, key: str, read_documents: Callable[[], list[Document]], vocab_size: int,
-             encoding: tiktoken.Encoding | None, cache: Path):
+             cache: Path):
     """Token streams of a corpus: (encoding, train, val, bytes_per_token), from the cache if it can.
 
     train, val: (N,) int16 (int32 beyond 32,767 tokens), every document preceded by the id of the
-    encoding's last token. `encoding=None` trains our own BPE on the training part. The cache is two
-    files: the tokens as .npz, and the BPE as .tiktoken text, which the other file knows by its hash.
+    encoding's last token. Our own BPE is trained on the training part. The cache is two files: the
+    tokens as .npz, and the BPE as .tiktoken text, which the other file knows by its hash.
     """
     tokens_file, ranks_file = cache / f"{name}-{key}.npz", cache / f"{name}-{key}.tiktoken"
     try:
         with np.load(tokens_file) as saved:  # a zip: every array is checked by its CRC
-            train, val, bytes_per_token = saved["train"], saved["val"], float(saved["bytes_per_token"])
-            ranks_hash = str(saved["ranks_hash"])
-        if encoding is None:
-            text = ranks_file.read_text()
-            if hashlib.sha256(text.encode()).hexdigest() != ranks_hash:
-                raise ValueError("not the BPE of these tokens")
-            encoding = bpe.encoding(bpe.from_text(text), name)
-        return encoding, train, val, bytes_per_token
+            train, val = saved["train"], saved["val"]
+            bytes_per_token, ranks_hash = float(saved["bytes_per_token"]), str(saved["ranks_hash"])
+        text = ranks_file.read_text()
+        if hashlib.sha256(text.encode()).hexdigest() != ranks_hash:
+            raise ValueError("not the BPE of these tokens")
+        return bpe.encoding(bpe.from_text(text), name), train, val, bytes_per_token
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except Exception as error:  # a damaged file can fail in any way; the remedy is always the same
-        print(f"data: {tokens_file.name} is damaged ({type(error).__name__}), building it again", file=sys.stderr)
+    except Exception as error:  # a damaged file can fail in any way; the remedy is the same
+        say(f"data: {show(tokens_file.name)} is damaged ({type(error).__name__}), "
+            "building it again", to=sys.stderr)
 
+    say(f"data: building the tokens of {show(name)}, once ...", to=sys.stderr)
     train_docs, val_docs = split(read_documents())
-    ranks = ""
-    if encoding is None:
-        print(f"data: learning the tokens of {name}, once ...", file=sys.stderr, flush=True)
-        tokens = bpe.train((text for _, text in train_docs), vocab_size)
-        ranks = bpe.to_text(tokens)
-        encoding = bpe.encoding(tokens, name)
+    tokens = bpe.train((text for _, text in train_docs), vocab_size)
+    ranks, encoding = bpe.to_text(tokens), bpe.encoding(tokens, name)
     train, val = stream(train_docs, encoding), stream(val_docs, encoding)
     size = sum(len(text.encode()) for _, text in val_docs)
     bytes_per_token = size / max(1, len(val) - len(val_docs))
 
-    packed = io.BytesIO()
-    np.savez(packed, train=train, val=val, bytes_per_token=bytes_per_token,
-             ranks_hash=hashlib.sha256(ranks.encode()).hexdigest())
+    def pack(part):
+        with part.open("wb") as file:
+            np.savez(file, train=train, val=val, bytes_per_token=bytes_per_token,
+                     ranks_hash=hashlib.sha256(ranks.encode()).hexdigest())
     try:
-        if ranks:
-            write(ranks_file, ranks.encode())
-        write(tokens_file, packed.getvalue())
-    except OSError as error:  # a full or read-only disk costs the next start some seconds, no more
-        print(f"data: cannot keep {tokens_file}: {error.strerror}", file=sys.stderr)
+        write_atomically(ranks_file, lambda part: part.write_text(ranks))
+        write_atomically(tokens_file, pack)
+    except UserError as error:  # a full or read-only disk costs the next start some seconds
+        say(f"data: {error}", to=sys.stderr)
     return encoding, train, val, bytes_per_token
 
 
 def stream(docs: list[Document], encoding: tiktoken.Encoding) -> np.ndarray:
-    """(N,) the tokens of all documents one after another, each preceded by the last id, the <|bos|>.
-
-    `<|bos|>` written inside a text is ordinary text.
-    """
-    bos = encoding.n_vocab - 1
+    """(N,) the tokens of all documents one after another, each preceded by the last id, the
+    `<|bos|>`. Where a text says `<|bos|>`, that is ordinary text."""
+    bos, live = encoding.n_vocab - 1, Live(sys.stderr)
     dtype = np.int16 if encoding.n_vocab <= 2**15 else np.int32
-    parts = [np.array([bos, *encoding.encode_ordinary(text)], dtype) for _, text in docs]
+    total, done, parts = sum(len(text) for _, text in docs), 0, []
+    for _, text in docs:
+        parts.append(np.array([bos], dtype))
+        for piece in bpe.pieces(text):  # a list of all tokens would take 20 times the text
+            parts.append(np.array(encoding.encode_ordinary(piece), dtype))
+            done += len(piece)
+            live.show(f"data: {done / 1e6:.1f} of {total / 1e6:.1f} million letters are tokens")
+    live.clear()
     return np.concatenate([np.zeros(0, dtype), *parts])
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file so that nobody ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
