@@ -2,27 +2,35 @@
 
 settings -> corpus -> model -> loop -> out/<run>/ with
     config.json   every setting, the model's shape, versions, hardware
-    log.jsonl     a header line, then one JSON object per evaluation: losses and every link of the chain
-    model.pt      the last state: weights, optimiser, generator (for --resume)
-    best.pt       the weights with the lowest validation loss
-    curve.png     loss and the live sink numbers over the steps
+    log.jsonl     the same as its first line, then one JSON object per evaluation: losses and every
+                  number of the chain
+    model.pt      the last state: weights, optimiser, generator of the batches
+    curve.png     losses and the birth of the sink over the steps
+
+The order of this file: settings, machine, measuring, the loop, the folder of a run, several runs
+at once, sampling, command line.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # the imports below take seconds, and Ctrl-C ends them in one line too
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"train.py: stopped\n"), os._exit(130)))
+
 import argparse
+import contextlib
 import json
 import math
-import os
 import platform
-import shlex
-import signal
+import re
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -30,29 +38,93 @@ import torch
 
 import data
 import probe
-from model import ATTENTIONS, GPT, Config, ModelError
+from data.border import (Live, UserError, crc_is_right, finite, one_writer, open_regular, parts,
+                         program, read_bytes, read_json, reason, remove_parts, show,
+                         write_atomically, write_json)
+from model import ATTENTIONS, GPT, Config
 
-SIZES = {  # model and schedule that fit together; every one of these can be overridden by its flag
-    "tiny": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=6, num_attention_heads=2, vocab_size=257,
-                 seq_len=64, batch_size=8, steps=4000, threads=1, lr=dict(softmax=2.5e-3, headnorm=2.5e-3, sigmoid=5e-3)),  # tests/recipe.py
-    "micro": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4, vocab_size=25,
-                  seq_len=64, batch_size=16, steps=3000, threads=1, lr=dict(softmax=5e-3, headnorm=5e-3, sigmoid=1e-2),
-                  data="copy", bos=0.0, weight_decay=0.1, initializer_range=0.08),
-    "small": dict(hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5, vocab_size=1024,
-                  seq_len=256, batch_size=64, steps=10000, lr=2e-3),
-    "base": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=1024,
-                 seq_len=1024, batch_size=16, steps=20000, lr=6e-4),
+# ---------------------------------------------------------------- settings
+
+SIZES = {  # model and schedule that fit together; each of these can be overridden by its flag
+    "tiny": dict(  # its learning rates, and those of micro: tests/recipe.py
+        hidden_size=64, intermediate_size=172, num_hidden_layers=6, num_attention_heads=2,
+        vocab_size=257, seq_len=64, batch_size=8, steps=4000, threads=1,
+        lr=dict(softmax=2.5e-3, headnorm=2.5e-3, sigmoid=5e-3, gated=2.5e-3)),
+    "micro": dict(
+        hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=25, seq_len=64, batch_size=16, steps=6000, threads=1,
+        lr=dict(softmax=5e-3, headnorm=1e-2, sigmoid=5e-3, gated=5e-3),
+        data="copy", bos=0.0, weight_decay=0.1, initializer_range=0.08),
+    "small": dict(
+        hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5,
+        vocab_size=1024, seq_len=256, batch_size=64, steps=10000, lr=2e-3),
+    "base": dict(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+        vocab_size=1024, seq_len=1024, batch_size=16, steps=20000, lr=6e-4),
 }
-COMMON = dict(data="stdlib", bos=1.0, weight_decay=0.3)  # of every size that does not say otherwise
-EVAL_TOKENS, PROBE_TOKENS = 16384, 4096  # per evaluation; fixed windows, whatever is trained
-
-
-class TrainError(ValueError):
-    """A setting or file that cannot be used. The message is one line for the user."""
+COMMON = dict(data="stdlib", bos=1.0, weight_decay=0.3)  # of each size that does not say otherwise
+MINUTES = {"tiny": 2, "micro": 4}  # of a training, about, on one core of a laptop
+LIMITS = dict(  # smallest and largest value; a window of three tokens is the least that has a chain
+    steps=(1, 2**31 - 1), batch_size=(1, 2**16), seq_len=(3, 2**16), warmup=(0, 2**31 - 1),
+    lr=(1e-30, 1e30), weight_decay=(0, 1e30), bos=(0, 1), repeat=(0, 1), seed=(0, 2**31 - 1),
+    vocab_size=(25, 2**16), hidden_size=(8, 2**16), intermediate_size=(8, 2**18),
+    num_hidden_layers=(1, 1000), num_attention_heads=(1, 2**14), num_key_value_heads=(1, 2**14),
+    initializer_range=(1e-30, 1e30), evals=(1, 10_000), threads=(1, 1024))
+MACHINE = ("device", "threads", "dtype", "compile")  # how a run computes, and not what
 
 
 def setting(default, text, choices=None):
     return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass
+class Run:
+    """All settings of a training. None means: what `size` or the machine suggests (`resolve`)."""
+
+    attn: str = setting("softmax", "how to attend", ATTENTIONS)
+    data: str | None = setting(None, f"{', '.join(data.NAMES)}, or a file or folder of your own "
+                               "text (default: stdlib; copy for micro)")
+    size: str = setting("tiny", "tiny (laptop CPU, two minutes), micro (the copying task, where "
+                        "first tokens are ordinary: about four minutes), small (meant for a laptop "
+                        "GPU, not measured), base (one large GPU, not measured)", tuple(SIZES))
+    steps: int | None = setting(None, "optimiser steps")
+    batch_size: int | None = setting(None, "windows per step")
+    seq_len: int | None = setting(None, "tokens per window, T")
+    lr: float | None = setting(None, "peak learning rate; after the warm-up a cosine to a tenth")
+    warmup: int = setting(100, "steps of linear warm-up")
+    weight_decay: float | None = setting(None, "AdamW weight decay of the matrices "
+                                         "(default: 0.3; 0.1 for micro)")
+    bos: float | None = setting(None, "share of the windows that start with <|bos|>; the others "
+                                "start with an ordinary token (default: 1; 0 for micro)")
+    repeat: float = setting(0.8, "share of the training windows of text that show one passage over "
+                            "and over: heads learn to copy, and to rest")
+    seed: int = setting(0, "of initial weights and of batches: the same for every --attn")
+    vocab_size: int | None = setting(None, "tokens of the vocabulary that is built from the text; "
+                                     "257 is bytes and <|bos|>")
+    hidden_size: int | None = setting(None, "model width, C")
+    intermediate_size: int | None = setting(None, "FFN width, F")
+    num_hidden_layers: int | None = setting(None, "layers")
+    num_attention_heads: int | None = setting(None, "query heads, H")
+    num_key_value_heads: int | None = setting(None, "key/value heads (default: as many as query "
+                                              "heads)")
+    initializer_range: float | None = setting(None, "std of the initial weights (default: "
+                                              "1/sqrt(hidden_size); 0.08 for micro)")
+    tie_word_embeddings: bool = setting(False, "use the embedding as output matrix too")
+    evals: int = setting(16, "evaluations: half of them evenly spaced, half log-spaced to see the "
+                         "sink's birth")
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    threads: int | None = setting(None, "CPU threads (default: 1 for tiny and micro, which gain "
+                                  "nothing from more; else the cores, at most 4)")
+    dtype: str = setting("auto", "auto (bf16 on CUDA that has it, else fp32), fp32, or bf16 "
+                         "autocast", ("auto", "fp32", "bf16"))
+    compile: bool = setting(False, "torch.compile the layers: faster after half a minute; needs a "
+                            "C++ compiler")
+    out: str | None = setting(None, "folder of the run (default: out/<attn>, with the size and "
+                              "whatever else was changed: out/micro-softmax-seed1)")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def type_of(f) -> type:
@@ -60,123 +132,89 @@ def type_of(f) -> type:
     return f.type if isinstance(f.type, type) else f.type.__args__[0]
 
 
-@dataclass
-class Run:
-    """All settings of a training run. None means: what `size` or the machine suggests (`resolve`)."""
-
-    attn: str = setting("softmax", "how to attend", ATTENTIONS)
-    data: str | None = setting(None, f"{', '.join(data.NAMES)}, or a file or folder of your own text (default: stdlib; copy for micro)")
-    size: str = setting("tiny", "tiny (laptop CPU, minutes), micro (the copying task, where first tokens are ordinary: two minutes), "
-                        "small (laptop GPU), base (one large GPU)", tuple(SIZES))
-    steps: int | None = setting(None, "optimiser steps")
-    batch_size: int | None = setting(None, "windows per step")
-    seq_len: int | None = setting(None, "tokens per window, T")
-    lr: float | None = setting(None, "peak learning rate; cosine to a tenth of it after the warm-up")
-    warmup: int = setting(100, "steps of linear warm-up")
-    weight_decay: float | None = setting(None, "AdamW weight decay of the matrices (default: 0.3; 0.1 for micro)")
-    bos: float | None = setting(None, "share of the windows that start with <|bos|>; the others start with an ordinary token (default: 1; 0 for micro)")
-    repeat: float = setting(0.8, "share of the training windows of text that show one passage over and over: heads learn to copy, and to rest")
-    seed: int = setting(0, "of initial weights and of batches: the same for every --attn")
-    vocab_size: int | None = setting(None, "tokens of the vocabulary that is built from the text; 257 is bytes and <|bos|>")
-    encoding: str | None = setting(None, "gpt2: use GPT-2's vocabulary instead (downloaded once)", ("gpt2",))
-    hidden_size: int | None = setting(None, "model width, C")
-    intermediate_size: int | None = setting(None, "FFN width, F")
-    num_hidden_layers: int | None = setting(None, "layers")
-    num_attention_heads: int | None = setting(None, "query heads, H")
-    num_key_value_heads: int | None = setting(None, "key/value heads (default: as many as query heads)")
-    initializer_range: float | None = setting(None, "std of the initial weights (default: 1/sqrt(hidden_size); 0.08 for micro)")
-    tie_word_embeddings: bool = setting(False, "use the embedding as output matrix too")
-    evals: int = setting(16, "evaluations: half of them evenly spaced, half log-spaced to see the sink's birth")
-    device: str = setting("auto", "auto, cpu, cuda or mps")
-    threads: int | None = setting(None, "CPU threads (default: 1 for tiny and micro, which gain nothing from more; else the cores, at most 4)")
-    dtype: str = setting("auto", "auto (bf16 on CUDA that has it, else fp32), fp32, or bf16 autocast", ("auto", "fp32", "bf16"))
-    compile: bool = setting(False, "torch.compile the model: faster after half a minute; needs a C++ compiler")
-    out: str | None = setting(None, "folder of the run (default: out/<attn>, or out/<size>-<attn> if not tiny)")
-    resume: bool = setting(False, "go on where the run in --out was stopped")
-    overwrite: bool = setting(False, "throw away the run in --out and start anew")
-
-
-@dataclass
-class Result:
-    """What `train` leaves: the folder, the last evaluation (as in log.jsonl), seconds of training, and
-    what it trained. `optimal_loss` is that of a perfect predictor, known only for synthetic tasks."""
-
-    folder: Path
-    final: dict
-    seconds: float
-    finished: bool
-    optimal_loss: float | None
-    model: GPT = field(repr=False)
-    corpus: data.Corpus = field(repr=False)
-
-
-# Where and how a run computes may change when it is resumed; what it computes may not.
-MACHINE = ("device", "threads", "dtype", "compile", "out", "resume", "overwrite")
-
-
 def resolve(run: Run) -> Run:
-    """Fill in what depends on the size, and check what can be checked without data. Raises TrainError."""
+    """Fill in what depends on the size, and check all that can be checked without the data. Raises
+    UserError, naming the flag."""
     for f in fields(Run):
-        value, kind = getattr(run, f.name), type_of(f)
-        right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-        if not right and value is not f.default:
-            raise TrainError(f"--{f.name.replace('_', '-')} must be of type {kind.__name__}, not {value!r}")
-        if f.metadata["choices"] and value is not None and value not in f.metadata["choices"]:
-            raise TrainError(f"--{f.name} must be one of {', '.join(f.metadata['choices'])}, not {value!r}")
-    full = asdict(run)
-    for name, value in (COMMON | SIZES[run.size]).items():
-        value = value[run.attn] if isinstance(value, dict) else value  # tuned for each attention
-        full[name] = value if full[name] is None else full[name]
-    full["out"] = full["out"] or (f"out/{run.attn}" if run.size == "tiny" else f"out/{run.size}-{run.attn}")
-    at_least = dict(steps=1, batch_size=1, seq_len=3, hidden_size=8, intermediate_size=8, evals=1)  # `probe` needs so much
-    for name, least in at_least.items():
-        if not least <= full[name] < 2**31:
-            raise TrainError(f"--{name.replace('_', '-')} must be at least {least}, not {full[name]}")
-    if full["threads"] is None:
-        full["threads"] = min(os.cpu_count() or 1, 4)
-    if not 1 <= full["threads"] <= 1024:
-        raise TrainError(f"--threads must be from 1 to 1024, not {full['threads']}")
+        check(f, getattr(run, f.name))
+    usual = {f.name: f.default for f in fields(Run)} | COMMON | SIZES[run.size]
+    if isinstance(usual["lr"], dict):  # tuned for each attention
+        usual["lr"] = usual["lr"][run.attn]
+    if run.data not in (None, *data.TASKS):  # a text needs all bytes
+        usual["vocab_size"] = max(257, usual["vocab_size"])
+    full = {n: usual[n] if value is None else value for n, value in asdict(run).items()}
     if full["initializer_range"] is None:
         full["initializer_range"] = full["hidden_size"] ** -0.5
-    if not 0 < full["lr"] < math.inf:
-        raise TrainError(f"--lr must be a positive number, not {full['lr']}")
-    for name in ("bos", "repeat"):
-        if not 0 <= full[name] <= 1:
-            raise TrainError(f"--{name} is a share of the windows, from 0 to 1, not {full[name]}")
-    if full["warmup"] < 0 or not 0 <= full["weight_decay"] < math.inf:
-        raise TrainError("--warmup and --weight-decay must not be negative")
-    if not 0 <= full["seed"] < 2**31:
-        raise TrainError(f"--seed must be from 0 to {2**31 - 1}, not {full['seed']}")
-    if full["resume"] and full["overwrite"]:
-        raise TrainError("--resume keeps the old run and --overwrite throws it away: give one of them")
+    if full["threads"] is None:
+        full["threads"] = min(os.cpu_count() or 1, 4)
+    if run.out is None:
+        full["out"] = usual_folder(run, usual)
+    C, H, K = (full[n] for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    if C % (2 * H):
+        raise UserError(f"--hidden-size {C} must be a multiple of twice --num-attention-heads {H}: "
+                        "each head gets an even share of it")
+    if K is not None and H % K:
+        raise UserError(f"--num-key-value-heads {K} must divide --num-attention-heads {H}")
     return Run(**full)
+
+
+def check(f, value) -> None:
+    """Raise UserError if this is no value for a field of Run."""
+    kind, choices = type_of(f), f.metadata["choices"]
+    if value is None and f.default is None:
+        return
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise UserError(f"{flag(f.name)} must be of type {kind.__name__}, not {value!r:.60}")
+    if choices and value not in choices:
+        raise UserError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r:.60}")
+    least, most = LIMITS.get(f.name, (value, value))
+    if f.name in LIMITS and not least <= value <= most:
+        raise UserError(f"{flag(f.name)} must be from {least} to {most}, not {value!r:.60}")
+    if value == "" and f.name in ("out", "data"):
+        raise UserError(f"{flag(f.name)} is empty; give a name, or leave the flag out")
+
+
+def usual_folder(run: Run, usual: dict) -> str:
+    """out/<attn>, with the size and whatever else was changed: out/micro-softmax-seed1."""
+    name = run.attn if run.size == "tiny" else f"{run.size}-{run.attn}"
+    for f in fields(Run):
+        value = getattr(run, f.name)
+        if f.name in ("attn", "size", "out", *MACHINE) or value in (None, usual[f.name]):
+            continue
+        value = Path(value).stem if f.name == "data" else value
+        name += f"-{f.name}" if value is True else f"-{f.name}{value}"
+    return "out/" + re.sub(r"[^\w.+-]", "_", name)[:100]
 
 
 # ---------------------------------------------------------------- the machine
 
 def pick_device(name: str) -> tuple[torch.device, str]:
-    """The device and the reason for it. Raises TrainError when the wanted one is absent."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device and the reason for it. Raises UserError when the wanted one is absent."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    why = {"cuda": "a CUDA GPU is here", "mps": "an Apple GPU is here", "cpu": "no GPU is here"}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
-        return torch.device(name), {"cuda": "a CUDA GPU is here", "mps": "an Apple GPU is here", "cpu": "no GPU is here"}[name]
-    if name.split(":")[0] not in there:
-        raise TrainError(f"--device must be auto, cpu, cuda or mps, not {name!r}")
-    if not there[name.split(":")[0]]:
-        raise TrainError(f"--device {name}: torch finds no such device here; leave the flag out or use --device cpu")
+        return torch.device(name), why[name]
+    kind = name.split(":")[0]
+    if kind not in there:
+        raise UserError(f"--device must be auto, cpu, cuda or mps, not {show(name)!r:.60}")
+    if not there[kind]:
+        raise UserError(f"--device {name}: torch finds no such device here; leave the flag out")
     try:
         torch.empty(1, device=name)
     except Exception:
-        raise TrainError(f"--device {name}: torch cannot use it; leave the flag out") from None
+        raise UserError(f"--device {name}: torch cannot use it; leave the flag out") from None
     return torch.device(name), "asked for"
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """fp32, or bf16 autocast where the hardware has it: without the instructions it is far slower."""
+    """fp32, or bf16 autocast where the hardware has it: without, it is far slower."""
     has = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
            "cpu": torch.cpu._is_avx512_bf16_supported, "mps": lambda: False}[device.type]()
     if name == "bf16" and not has:
-        raise TrainError(f"--dtype bf16: this {device.type} has no bf16 instructions and would be far slower; use --dtype fp32")
+        raise UserError(f"--dtype bf16: this {device.type} has no bf16 instructions and would be "
+                        "far slower; use --dtype fp32")
     if name == "bf16" or (name == "auto" and device.type == "cuda" and has):
         return torch.bfloat16, "asked for" if name == "bf16" else "this GPU has it"
     return torch.float32, "asked for" if name == "fp32" else "exact, and fast enough"
@@ -184,89 +222,47 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 def environment(device: torch.device, threads: int) -> dict:
     """Versions and hardware, for config.json. Names no user, host or path."""
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    here, git = Path(__file__).parent, None
+    with contextlib.suppress(OSError):  # no git on this machine
+        words = ["git", "-C", here, "rev-parse", "HEAD"]
+        found = subprocess.run(words, capture_output=True, text=True).stdout.strip()
         git = found if (here / ".git").exists() and found else None
-    except OSError:  # no git on this machine
-        git = None
-    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-            "system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(), "threads": threads,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "git": git}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"torch": torch.__version__, "numpy": np.__version__,
+            "python": platform.python_version(), "system": platform.system(),
+            "machine": platform.machine(), "cores": os.cpu_count(), "threads": threads,
+            "device": name, "git": git}
 
 
-# ---------------------------------------------------------------- files
-
-def write_atomically(path: Path, write) -> None:
-    """Call `write(temporary path)`, then rename: a reader finds the old file or the new one, never a half."""
-    temporary = path.with_name(path.name + ".tmp")
+def check_memory(run: Run, cfg: Config, device: torch.device) -> None:
+    """Raise UserError for a training that cannot fit: the system would stop it, or the machine."""
+    B, T, C, F = run.batch_size, run.seq_len, cfg.hidden_size, cfg.intermediate_size
+    layer = 4 * C * C + 3 * C * F  # weights; each has a gradient and two moments beside it
+    weights = 16 * (cfg.num_hidden_layers * layer + 2 * cfg.vocab_size * C)
+    states = 4 * B * T * (cfg.num_hidden_layers * (8 * C + 4 * F) + 2 * cfg.vocab_size)
+    seen = max(8, PROBE_TOKENS // T) * cfg.num_attention_heads * T * T * 12  # patterns of a layer
     try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise TrainError(f"could not write {path} ({reason}); what was saved before is still there") from None
-
-
-def write_json(path: Path, value) -> None:
-    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
-
-
-FILES = ("model.pt", "best.pt", "curve.png", "log.jsonl", "config.json")  # in the order in which --overwrite removes them
-
-
-def check_folder(run: Run, folder: Path) -> tuple[dict, dict | None] | None:
-    """(config.json, checkpoint) of the run to resume, None for a new one. Writes nothing.
-
-    Raises TrainError where the folder cannot be used. A run that was killed before its first
-    save has a config.json but no checkpoint: it is resumed at step 0.
-    """
-    try:
-        names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}  # a killed write leaves a .tmp
-    except FileNotFoundError:
-        names = set()
-    except (OSError, ValueError) as error:
-        raise TrainError(f"{folder} cannot be a run's folder ({getattr(error, 'strerror', error)}); choose another --out") from None
-    ours = "config.json" in names and ("log.jsonl" in names or names <= set(FILES))
-    if names and not ours:
-        raise TrainError(f"{folder} holds files that are no run of train.py; choose another --out")
-    if names and not (run.resume or run.overwrite):
-        raise TrainError(f"{folder} already holds a run; add --resume to go on, --overwrite to start anew, or choose another --out")
-    if run.resume and not names:
-        raise TrainError(f"{folder} holds no run to resume; leave --resume out to start one")
-    if not run.resume:
-        return None
-    try:
-        old = json.loads((folder / "config.json").read_text())
-        differs = [name for name, value in asdict(run).items() if name not in MACHINE and old["run"][name] != value]
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise TrainError(f"{folder}/config.json cannot be read ({error}); start anew with --overwrite") from None
-    if differs:
-        name = differs[0]
-        raise TrainError(f"{folder} was trained with --{name.replace('_', '-')} {old['run'][name]}, not {getattr(run, name)}; "
-                         "resume with its own settings or choose another --out")
-    return old, probe.load_checkpoint(folder / "model.pt") if "model.pt" in names else None
-
-
-def clear_folder(run: Run, folder: Path) -> None:
-    """Make the folder, and with --overwrite empty it of its old run. From here on things are written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in [*folder.glob("*.tmp"), *(folder / name for name in FILES if not run.resume)]:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise TrainError(f"cannot write to {folder} ({error.strerror}); choose another --out") from None
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        there = 2**40
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    if weights + states + seen > there:
+        need, has = (weights + states + seen) / 1e9, there / 1e9
+        raise UserError(f"this training needs about {need:,.0f} GB of memory, and here are "
+                        f"{has:,.0f}; use a smaller --batch-size, --seq-len or --hidden-size")
 
 
 # ---------------------------------------------------------------- measuring
 
+EVAL_TOKENS, PROBE_TOKENS = 16384, 4096  # per evaluation; fixed windows, whatever is trained
+FIRST = {"links_bos": "<|bos|>", "links_rest": "first token, nothing to copy",
+         "links": "first token"}  # what the windows of each entry of log.jsonl begin with
+
+
 def evaluation_steps(steps: int, evals: int) -> list[int]:
-    """Step 0, the last step, and between them half the evaluations evenly, half log-spaced (but none
-    that is within a tenth of an even one)."""
+    """Step 0, the last step, and between them half the evaluations evenly, half log-spaced (but
+    none that is within a tenth of an even one)."""
     even = np.linspace(0, steps, evals // 2 + 2).round()
     log = np.geomspace(min(10, steps), steps, evals // 2 + 1).round()
     return sorted({*map(int, even), *(int(s) for s in log if np.abs(even - s).min() > s / 10)})
@@ -277,62 +273,87 @@ class Evaluation:
 
     def __init__(self, corpus, seq_len: int, bos: float, device):
         fixed = torch.Generator().manual_seed(20260511)
-        n, few = max(1, EVAL_TOKENS // seq_len), max(8, PROBE_TOKENS // seq_len)
-        draw = lambda count, share: [t.to(device) for t in corpus.batch(count, seq_len, fixed, split="val", bos=share)]
-        self.x, self.y = draw(n, bos)
+        few = max(8, PROBE_TOKENS // seq_len)
+
+        def draw(count, share):
+            x, y = corpus.batch(count, seq_len, fixed, split="val", bos=share)
+            return x.to(device), y.to(device)
+
+        self.x, self.y = draw(max(1, EVAL_TOKENS // seq_len), bos)
         self.windows = {"links": draw(few, 0.0)[0]}
         if bos > 0:
             self.windows["links_bos"] = draw(few, 1.0)[0]
         if corpus.name == "copy":  # random symbols: nothing to copy, so that every query rests
-            self.windows["links_rest"] = torch.randint(corpus.bos, (few, seq_len), generator=fixed).to(device)
+            random = torch.randint(corpus.bos, (few, seq_len), generator=fixed)
+            self.windows["links_rest"] = random.to(device)
         self.bytes_per_token = corpus.bytes_per_token
 
     @torch.no_grad()
     def __call__(self, model) -> dict:
         """val_loss in nats per token, bpb in bits per byte (text), and the numbers of `probe.chain`
-        for windows that start with an ordinary token (`links`), with <|bos|> (`links_bos`, if it was trained with
-        some) and, for the copying task, of random symbols where there is nothing to copy (`links_rest`). Of a model that has
-        diverged only val_loss, which is then nan or infinite."""
-        total, count = 0.0, 0
-        few = max(1, 4096 // self.x.shape[1])  # the logits of more tokens would fill a small GPU
+        for windows that start with an ordinary token (`links`), with <|bos|> (`links_bos`, if it
+        was trained with some) and, for the copying task, of random symbols (`links_rest`). Of a
+        model that has diverged only val_loss, which is then nan or infinite."""
+        total = 0.0
+        few = max(1, 4096 // self.x.shape[1])  # the logits of more would fill a small GPU
         for x, y in zip(self.x.split(few), self.y.split(few)):
-            n = (y != -100).sum().item()
-            total, count = total + model(x, y)[1].item() * n, count + n
-        loss = total / count
+            total += model(x, y)[1].item() * y.numel()
+        loss = total / self.y.numel()
         numbers = {"val_loss": loss}
         if not math.isfinite(loss):
             return numbers
         if self.bytes_per_token:
             numbers["bpb"] = loss / math.log(2) / self.bytes_per_token
         try:
-            for name, idx in self.windows.items():  # JSON has no nan: a number that does not exist is null
-                numbers[name] = {k: v if math.isfinite(v) else None for k, v in probe.chain(model, idx).items()}
+            for name, idx in self.windows.items():
+                numbers[name] = probe.chain(model, idx)
         except torch.linalg.LinAlgError:  # states so large that their squares overflow
             return {"val_loss": math.nan}
-        return numbers
+        return finite(numbers)
 
 
-def draw_curve(folder: Path, log: list[dict], optimum: float | None) -> None:
-    """curve.png: losses and the strongest head's attention to position 0 over the steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    steps = [row["step"] for row in log]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot(steps, [row["val_loss"] for row in log], "k-", label="validation")
-    left.plot(steps, [row["train_loss"] for row in log], color="0.6", label="training, smoothed (repeats are easy)")
-    if optimum is not None:
-        left.axhline(optimum, color="0.6", linestyle=":", label="perfect predictor")
-    left.set(xlabel="step", ylabel="loss (nats per token)")
-    left.legend()
-    for key, style, name in (("links", "k-", "first token ordinary"), ("links_bos", "k--", "first token <|bos|>"),
-                             ("links_rest", "k:", "ordinary, nothing to copy")):
-        if key in log[-1]:
-            right.plot(steps, [row[key]["sink_alpha_max"] for row in log], style, label=name)
-    right.set(xlabel="step", ylabel="mean attention to position 0,\nstrongest head", ylim=(0, 1))
-    right.legend()
-    write_atomically(folder / "curve.png", lambda p: figure.savefig(p, dpi=120, format="png"))
-    plt.close(figure)
+class Pace:
+    """An honest guess of the time to go: steps and evaluations are measured by themselves."""
+
+    def __init__(self, run: Run, at: list[int]):
+        self.run, self.at = run, at
+        self.steps, self.stepping, self.evaluating = 0, 0.0, 0.0
+
+    def stepped(self, seconds: float) -> None:
+        self.steps += 1
+        if self.steps > 5:  # the first ones warm up
+            self.stepping += seconds
+
+    def rate(self) -> float | None:
+        """Tokens per second of training."""
+        count = self.steps - 5
+        tokens = self.run.batch_size * self.run.seq_len
+        return count * tokens / self.stepping if count > 0 and self.stepping else None
+
+    def left(self, step: int) -> float | None:
+        """Seconds to go from here."""
+        rate = self.rate()
+        if rate is None:
+            return None
+        tokens = (self.run.steps - step) * self.run.batch_size * self.run.seq_len
+        return tokens / rate + sum(s > step for s in self.at) * self.evaluating
+
+
+def live_line(run: Run, step: int, loss: float | None, rate: float | None, left: float | None):
+    """step, loss, speed and time to go of a training, while it goes on."""
+    speed = f"  {rate:,.0f} tok/s, {timedelta(seconds=round(left))} to go" if rate else ""
+    loss = f"  loss {loss:.3f}" if loss is not None else ""
+    return f"step {step:,} of {run.steps:,} {step / run.steps:4.0%}{loss}{speed}"
+
+
+def row_line(run: Run, row: dict, rate: float | None, left: float | None) -> str:
+    """The line of an evaluation: losses, speed and time to go, and the head of each link."""
+    bpb = f" ({row['bpb']:.3f} bits/byte)" if "bpb" in row else ""
+    loss = f"loss {row['train_loss']:.3f} " if row["train_loss"] is not None else ""
+    speed = f" | {rate:,.0f} tok/s, {timedelta(seconds=round(left))} to go" if rate else ""
+    kind = next(kind for kind in FIRST if kind in row)
+    return (f"step {row['step']:>6,} {row['step'] / run.steps:4.0%} | {loss}val "
+            f"{row['val_loss']:.3f}{bpb}{speed} | {FIRST[kind]}: {probe.headlines(row[kind])}")
 
 
 # ---------------------------------------------------------------- the loop
@@ -347,298 +368,611 @@ def make_optimizer(model: GPT, run: Run, device) -> torch.optim.AdamW:
     """AdamW (betas 0.9, 0.95); weight decay on matrices only, not on the gains of the norms."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": run.weight_decay}, {"params": gains, "weight_decay": 0.0}],
-                             lr=run.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
+    groups = [{"params": matrices, "weight_decay": run.weight_decay},
+              {"params": gains, "weight_decay": 0.0}]
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=fused)
 
 
-def restore(run: Run, saved: dict, model: GPT, optimizer, batches: torch.Generator) -> dict:
-    """Put a checkpoint back; returns its counters. Raises TrainError where it is not one of this run."""
+@dataclass
+class Result:
+    """What `train` leaves: the folder, its evaluations (rows of log.jsonl), and what it trained."""
+
+    folder: Path
+    log: list[dict] = field(repr=False)
+    finished: bool
+    seconds: float  # of training, evaluations included
+    model: GPT = field(repr=False)
+    corpus: data.Corpus = field(repr=False)
+
+    @property
+    def final(self) -> dict:
+        return self.log[-1] if self.log else {}
+
+
+class State:
+    """All that changes while a model is trained: what a checkpoint holds, and the log."""
+
+    def __init__(self, run: Run, cfg: Config, device, saved: dict | None = None):
+        self.run, self.folder = run, Path(run.out)
+        if saved is None:
+            model = GPT(cfg, seed=run.seed)
+        else:
+            model = GPT.from_weights(cfg, saved["model"], show(self.folder / "model.pt"))
+        self.model = model.to(device)
+        self.optimizer = make_optimizer(self.model, run, device)
+        self.batches = torch.Generator().manual_seed(run.seed + 1)
+        self.step, self.smooth, self.seconds, self.log = 0, None, 0.0, []
+        if saved is not None:
+            self.restore(saved)
+
+    def restore(self, saved: dict) -> None:
+        """Everything but the weights. The optimiser writes into its moments without looking, so
+        they must fit; its learning rates and all the like come from the run. Raises UserError."""
+        path = self.folder / "model.pt"
+        groups = self.optimizer.state_dict()["param_groups"]
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = saved["optimizer"] if saved["step"] else {}
+        if saved["step"] > self.run.steps or len(moments) not in (0, len(params)):
+            raise bad_checkpoint(path, "it is not of this run")
+        for i, moment in moments.items():
+            wanted = {"step": (), "exp_avg": params[i].shape, "exp_avg_sq": params[i].shape}
+            if {name: tuple(t.shape) for name, t in moment.items()} != wanted:
+                raise bad_checkpoint(path, f"the moments of parameter {i} have the wrong shape")
+            if not all(t.isfinite().all() for t in moment.values()):
+                raise bad_checkpoint(path, f"the moments of parameter {i} are not finite")
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.batches.set_state(saved["batches"])
+        self.step, self.smooth, self.seconds = (saved[n] for n in ("step", "smooth", "seconds"))
+        self.log = [row for row in read_log(self.folder) if row["step"] <= self.step]
+
+    def save(self, header: dict) -> None:
+        """log.jsonl, then model.pt: a kill between them costs the log nothing."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise self.diverged("model")
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "batches": self.batches.get_state(), "step": self.step, "smooth": self.smooth,
+                 "seconds": self.seconds}
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in (header, *self.log))
+        write_atomically(self.folder / "log.jsonl", lambda part: part.write_text(lines))
+        write_atomically(self.folder / "model.pt", lambda part: torch.save(state, part))
+
+    def diverged(self, what: str) -> UserError:
+        return UserError(
+            f"the {what} is no longer finite at step {self.step}; {show(self.folder)}/model.pt "
+            f"keeps the last good state: try a smaller --lr (it was {self.run.lr}) or a longer "
+            "--warmup, with --overwrite")
+
+
+@contextlib.contextmanager
+def interrupts():
+    """An event that Ctrl-C sets: it is obeyed between two steps, where the state is whole."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        batches.set_state(saved["batches"])
-        counters = {name: saved[name] for name in ("step", "best", "smooth", "seconds")}
-        if not 0 <= counters["step"] <= run.steps or math.isnan(counters["best"] + (counters["smooth"] or 0) + counters["seconds"]):
-            raise ValueError(f"it is at step {counters['step']}")
-        return counters
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise TrainError(f"the checkpoint model.pt does not fit this run ({str(error).splitlines()[0]}); "
-                         "start anew with --overwrite") from None
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def train(run: Run, say=partial(print, flush=True)) -> Result:
-    """Train as `run` says; every step depends on nothing but the settings, so a resumed run ends
-    in the same weights (bit for bit on CPU with equal threads). `say` gets the progress lines.
+def train(run: Run, resume=False, overwrite=False, say=None, live=None) -> Result:
+    """Train as `run` says, in the folder run.out; `resume` goes on there, `overwrite` starts anew.
 
-    Raises TrainError, data.DataError, ModelError or probe.ProbeError with one line for the user;
-    Ctrl-C saves and returns.
+    Every step depends on nothing but the settings: a resumed run ends in the same weights, bit for
+    bit on the same machine with as many threads. `say` gets the lines that stay, `live` the numbers
+    of each step (those of `live_line`). Ctrl-C saves and returns. Raises UserError.
     """
-    run = resolve(run)
+    run, line = resolve(run), Live()
+    say = say or line.say
+    live = live or (lambda *numbers: line.show(live_line(run, *numbers)))
     folder = Path(run.out)
     device, why_device = pick_device(run.device)
     dtype, why_dtype = pick_dtype(run.dtype, device)
+    check_folder(folder, resume, overwrite)
     torch.set_num_threads(run.threads)
-    found = check_folder(run, folder)
-    corpus = data.load(run.data, seq_len=run.seq_len, vocab_size=run.vocab_size, encoding=run.encoding)
-    cfg = Config(vocab_size=corpus.vocab_size, max_position_embeddings=run.seq_len, attn=run.attn,
-                 **{name: getattr(run, name) for name in (
-                     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "initializer_range", "tie_word_embeddings")})
-    model = GPT(cfg, seed=run.seed).to(device)
-    optimizer = make_optimizer(model, run, device)
-    batches = torch.Generator().manual_seed(run.seed + 1)
-    evaluation, evaluate_at = Evaluation(corpus, run.seq_len, run.bos, device), set(evaluation_steps(run.steps, run.evals))
-    step, best, smooth, seconds, log = 0, math.inf, None, 0.0, []
-    if found:
-        old, saved = found
-        if old.get("corpus", corpus.fingerprint()) != corpus.fingerprint():
-            raise TrainError(f"the text of {run.data} is no longer the one that {folder} was trained on; choose another --out")
-        if saved is not None:
-            step, best, smooth, seconds = restore(run, saved, model, optimizer, batches).values()
-            log = [row for row in read_log(folder) if row["step"] <= step]  # without lines written after the last save
+    corpus = load_corpus(run)
+    cfg = shape(run, corpus.vocab_size)
+    check_memory(run, cfg, device)
+    old = read_config(folder)[1] if resume else None
+    if old:
+        check_corpus(folder, old, corpus)
+    make_folder(folder)
+    with one_writer(folder), interrupts() as stop:
+        check_folder(folder, resume, overwrite)  # from here on nobody else changes it
+        there = resume and (folder / "model.pt").exists()  # no: killed before its first save
+        saved = load_checkpoint(folder / "model.pt") if there else None
+        state = State(run, cfg, device, saved)
+        header = make_header(run, cfg, corpus, device, old)
 
-    clear_folder(run, folder)  # before this line nothing has been written or removed
-    header = {"run": asdict(run), "model": asdict(cfg), "parameters": sum(p.numel() for p in model.parameters()),
-              "corpus": corpus.fingerprint(), "optimal_loss": corpus.optimal_loss(run.seq_len, run.bos),
-              "environment": environment(device, run.threads)}
-    write_json(folder / "config.json", header)
-    say(f"{run.attn} attention, {header['parameters']:,} parameters, {run.steps:,} steps of {run.batch_size} x {run.seq_len} tokens of {run.data}")
-    say(f"device {device} ({why_device}), {str(dtype)[6:]} ({why_dtype}), {run.threads} threads, seed {run.seed} -> {folder}/")
-    if header["optimal_loss"] is not None:
-        say(f"a perfect predictor, who knows the rules of {run.data}, would reach a loss of {header['optimal_loss']:.4f}")
-    if step:
-        say(f"resuming at step {step:,}")
+        say(f"{run.attn} attention, {header['parameters']:,} parameters, {run.steps:,} steps of "
+            f"{run.batch_size} x {run.seq_len} tokens of {show(run.data)}")
+        say(f"device {device} ({why_device}), {str(dtype)[6:]} ({why_dtype}), threads "
+            f"{run.threads}, seed {run.seed} -> {show(folder)}/")
+        if header["optimal_loss"] is not None:
+            say(f"a perfect predictor, who knows the rules of {run.data}, would reach a loss of "
+                f"{header['optimal_loss']:.4f}")
+        if old:
+            say(f"resuming at step {state.step:,}" + new_machine(old, header))
 
-    forward = torch.compile(model) if run.compile else model
-    cast = torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
+        clear_folder(folder, resume)  # before this line nothing has been written or removed
+        if state.step < run.steps:
+            write_json(folder / "config.json", header)
+        loop(state, corpus, header, dtype, stop, say, live)
+        line.clear()
+        if state.step < run.steps:
+            say(f"stopped at step {state.step:,} and saved; go on with: "
+                f"python train.py --resume {show(folder)}")
+    draw_curve(folder, state.log, header["optimal_loss"], say)
+    finished = state.step >= run.steps
+    return Result(folder, state.log, finished, state.seconds, state.model, corpus)
 
-    def save():
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise TrainError(not_finite("model", step, folder, run))
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "batches": batches.get_state(),
-                 "step": step, "best": best, "smooth": smooth, "seconds": seconds}
-        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in (header, *log))
-        write_atomically(folder / "log.jsonl", lambda p: p.write_text(lines))
-        write_atomically(folder / "model.pt", lambda p: torch.save(state, p))
 
-    stop = threading.Event()  # Ctrl-C is obeyed between two steps, where the state is whole
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set()) if on_main_thread else None
-    clock = time.perf_counter()
+def loop(state: State, corpus, header: dict, dtype, stop, say, live) -> None:
+    """From state.step to the last one, or to Ctrl-C; the state is saved at each evaluation."""
+    run, model, optimizer = state.run, state.model, state.optimizer
+    device = model.lm_head.weight.device
+    evaluation = Evaluation(corpus, run.seq_len, run.bos, device)
+    at = evaluation_steps(run.steps, run.evals)
+    pace = Pace(run, at)
+    cast = contextlib.nullcontext()
+    if dtype == torch.bfloat16:
+        cast = torch.autocast(device.type, torch.bfloat16)
+    if run.compile:
+        for block in model.layers:  # they are alike: what is compiled for one serves all
+            block.compile()
+
+    while True:
+        begin = time.perf_counter()
+        if state.step in at and not (state.log and state.log[-1]["step"] == state.step):
+            row = {"step": state.step, "tokens": state.step * run.batch_size * run.seq_len,
+                   "seconds": round(state.seconds, 2), "train_loss": state.smooth}
+            row |= evaluation(model)
+            if not math.isfinite(row["val_loss"]):
+                raise state.diverged("validation loss")
+            state.log.append(row)
+            state.save(header)
+            pace.evaluating = time.perf_counter() - begin
+            state.seconds += pace.evaluating
+            say(row_line(run, row, pace.rate(), pace.left(state.step)))
+        if state.step >= run.steps:
+            return
+        if stop.is_set():
+            return state.save(header)
+
+        begin = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(state.step, run)
+        x, y = corpus.batch(run.batch_size, run.seq_len, state.batches,
+                            bos=run.bos, repeat=run.repeat)
+        with cast:
+            loss = model(x.to(device), y.to(device))[1]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        state.step += 1
+        if state.step % 10 == 0 or state.step in at:  # .item() waits for a GPU: not at each step
+            value = loss.item()
+            if not math.isfinite(value):
+                raise state.diverged("loss")
+            old = state.smooth
+            state.smooth = value if old is None else 0.9 * old + 0.1 * value
+        seconds = time.perf_counter() - begin
+        state.seconds += seconds
+        pace.stepped(seconds)
+        live(state.step, state.smooth, pace.rate(), pace.left(state.step))
+
+
+# ---------------------------------------------------------------- the folder of a run
+
+FILES = ("model.pt", "curve.png", "log.jsonl", "config.json")  # --overwrite removes them so
+
+
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise UserError where no run can be started (or gone on with). Writes nothing."""
     try:
-        while True:
-            if step in evaluate_at and not (log and log[-1]["step"] == step):
-                seconds += time.perf_counter() - clock
-                row = {"step": step, "tokens": step * run.batch_size * run.seq_len, "seconds": round(seconds, 2),
-                       "train_loss": smooth, **evaluation(model)}
-                if not math.isfinite(row["val_loss"]):
-                    raise TrainError(not_finite("validation loss", step, folder, run))
-                log.append(row)
-                if row["val_loss"] < best:
-                    best = row["val_loss"]
-                    write_atomically(folder / "best.pt", lambda p: torch.save({"model": model.state_dict(), "step": step}, p))
-                save()
-                clock = time.perf_counter()
-                say(progress(row, run, seconds))
-            if step >= run.steps or stop.is_set():
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, run)
-            x, y = (t.to(device) for t in corpus.batch(run.batch_size, run.seq_len, batches, bos=run.bos, repeat=run.repeat))
-            with cast:
-                loss = forward(x, y)[1]
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-            if step % 10 == 0 or step in evaluate_at:  # .item() waits for a GPU: not at every step
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise TrainError(not_finite("loss", step, folder, run))
-                smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
-        if step < run.steps:
-            seconds += time.perf_counter() - clock
-            save()
-            say(f"stopped at step {step:,} and saved; go on with: python train.py {as_flags(run)} --resume")
-    finally:
-        if on_main_thread:
-            signal.signal(signal.SIGINT, before)
-    if log:
-        draw_curve(folder, log, header["optimal_loss"])
-    return Result(folder, log[-1] if log else {}, seconds, step >= run.steps, header["optimal_loss"], model, corpus)
+        left = [path.name for path in parts(folder, FILES)]  # of a killed run
+        names = {path.name for path in folder.iterdir()} - {".lock", *left}
+    except FileNotFoundError:
+        names = set()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{show(folder)} cannot be a run's folder ({reason(error)}); "
+                        "choose another --out") from None
+    if resume and "config.json" not in names:
+        raise UserError(f"{show(folder)} holds no run to resume; "
+                        "start one without --resume") from None
+    if resume or not names:
+        return
+    try:
+        ours = read_json(folder / "config.json").keys() >= {"run", "model", "environment"}
+    except UserError:
+        ours = False
+    if not ours:
+        raise UserError(f"{show(folder)} holds files that are no run of train.py; "
+                        "choose another --out")
+    if not overwrite:
+        raise UserError(f"{show(folder)} already holds a run; go on with --resume {show(folder)}, "
+                        "start anew with --overwrite, or choose another --out")
 
 
-def not_finite(what: str, step: int, folder: Path, run: Run) -> str:
-    return (f"the {what} is no longer finite at step {step}; {folder}/model.pt keeps the last good state: "
-            f"try a smaller --lr (it was {run.lr}) or a longer --warmup, with --overwrite")
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {show(folder)} ({reason(error)}); "
+                        "choose another --out") from None
 
 
-def progress(row: dict, run: Run, seconds: float) -> str:
-    """One line: step, share done, losses, bits per byte, speed, time to go, and the two live numbers."""
-    rate = row["tokens"] / seconds if row["step"] else 0.0
-    left = (run.steps * run.batch_size * run.seq_len - row["tokens"]) / rate if rate else 0.0
-    bpb = f" {row['bpb']:.3f} bits/byte" if "bpb" in row else ""
-    train_loss = f"{row['train_loss']:.3f}" if row["train_loss"] is not None else "  -  "
-    kind, first = next((kind, first) for kind, first in (
-        ("links_bos", "<|bos|>"), ("links_rest", "first token, nothing to copy"), ("links", "first token")) if kind in row)
-    return (f"step {row['step']:>6,} {row['step'] / run.steps:4.0%} | loss {train_loss} val {row['val_loss']:.3f}{bpb} | "
-            f"{rate:7,.0f} tok/s, {left:4.0f} s left | {first}: attention {row[kind]['sink_alpha_max']:.2f}, "
-            f"norm {row[kind]['norm_ratio']:.1f} x median")
+def clear_folder(folder: Path, resume: bool) -> None:
+    """Remove what a killed run has left and, unless it is resumed, the old run."""
+    remove_parts(folder, FILES)
+    for name in () if resume else FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
-def read_log(folder: Path) -> list[dict]:
-    """The evaluations of a run, in order of steps, without the header line."""
+def shape(run: Run, vocab_size: int) -> Config:
+    same = ("attn", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "initializer_range", "tie_word_embeddings")
+    return Config(vocab_size=vocab_size, max_position_embeddings=run.seq_len,
+                  **{name: getattr(run, name) for name in same})
+
+
+def make_header(run: Run, cfg: Config, corpus, device, old: dict | None) -> dict:
+    """config.json. A run that goes on elsewhere keeps what is known of where it was before."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in GPT(cfg).parameters())
+    now = environment(device, run.threads)
+    earlier = list((old or {}).get("earlier_environments", []))
+    if old and old["environment"] not in (now, *earlier):
+        earlier.append(old["environment"])
+    return {"run": asdict(run), "model": asdict(cfg), "parameters": count,
+            "corpus": corpus.fingerprint(),
+            "optimal_loss": corpus.optimal_loss(run.seq_len, run.bos),
+            "environment": now, "earlier_environments": earlier}
+
+
+def new_machine(old: dict, header: dict) -> str:
+    """Why the last bits of a resumed run may differ from those of one that was never stopped."""
+    was, now = old["environment"], header["environment"]
+    changed = [f"{key} {show(str(was.get(key)))} before, now {now[key]}"
+               for key in ("torch", "device", "machine", "threads") if was.get(key) != now[key]]
+    return f" ({'; '.join(changed)}: the last bits of the weights may differ)" if changed else ""
+
+
+def read_config(folder) -> tuple[Run, dict]:
+    """The settings of a run and its whole config.json. Raises UserError."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise UserError(f"{show(folder)} holds no run of train.py (no config.json)")
+    raw = read_json(path)
+    try:
+        known = {f.name: raw["run"][f.name] for f in fields(Run)}
+        run = resolve(Run(**known | {"out": str(folder)}))
+        if not isinstance(raw["environment"], dict) or not isinstance(raw["corpus"], dict):
+            raise UserError("it lacks the environment or the corpus")
+        return run, raw
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{show(path)} is not that of a run of train.py ({reason(error)}); "
+                        "train it anew") from None
+
+
+def load_corpus(run: Run) -> data.Corpus:
+    return data.load(run.data, seq_len=run.seq_len, vocab_size=run.vocab_size)
+
+
+def check_corpus(folder, raw: dict, corpus) -> None:
+    """Raise UserError if the text is not the one that a run was trained on."""
+    if not raw["corpus"].items() <= corpus.fingerprint().items():
+        raise UserError(f"the text of {show(raw['run']['data'])} is no longer the one that "
+                        f"{show(folder)} was trained on (another Python has another standard "
+                        "library); train it anew")
+
+
+def bad_checkpoint(path, why: str) -> UserError:
+    return UserError(f"{show(path)} cannot be used: {why}; start anew with --overwrite")
+
+
+def load_checkpoint(path) -> dict:
+    """What `State.save` wrote: model {name: (...) float32}, optimizer {index: {name: tensor}},
+    batches (a generator's state), step, smooth, seconds. The one door for such files: checked for
+    damage, and no code in them runs. Whether the tensors fit a model, `GPT.from_weights` and
+    `State.restore` find out, who need it. Raises UserError.
+    """
+    with open_regular(path, most=2**36) as file:
+        size = os.fstat(file.fileno()).st_size
+    if not crc_is_right(path):  # torch does not look
+        raise bad_checkpoint(path, "it is damaged, or no checkpoint")
+    try:  # mapped, because only then are sizes that the file states compared with its own
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = {"model": dict(saved["model"]), "optimizer": dict(saved["optimizer"]["state"]),
+                 **{name: saved[name] for name in ("batches", "step", "smooth", "seconds")}}
+        weights = [found["model"], *found["optimizer"].values()]
+        tensors = [t for group in weights for t in group.values()]
+        keys = {*map(type, found["model"]), *map(type, found["optimizer"])}
+    except Exception as error:  # torch has a dozen ways to say that this is no checkpoint
+        raise bad_checkpoint(path, f"it is no checkpoint ({type(error).__name__})") from None
+    plain = all(isinstance(t, torch.Tensor) and t.dtype == torch.float32 and
+                t.layout == torch.strided and t.device.type == "cpu" for t in tensors)
+    if not plain or sum(t.numel() for t in tensors) > size or not keys <= {str, int}:
+        raise bad_checkpoint(path, "a weight or moment is not a plain float32 tensor")
+    state = torch.Generator().get_state()
+    right = isinstance(found["batches"], torch.Tensor) and found["batches"].dtype == state.dtype
+    if not right or found["batches"].shape != state.shape:
+        raise bad_checkpoint(path, "the generator's state has the wrong size")
+    number = all(type(n) is float and math.isfinite(n) for n in
+                 (found["smooth"] or 0.0, found["seconds"]))
+    if type(found["step"]) is not int or found["step"] < 0 or not number:
+        raise bad_checkpoint(path, "step, loss or seconds is no number")
+    for group in weights:  # let go of the file
+        for name, tensor in group.items():
+            group[name] = tensor.clone(memory_format=torch.contiguous_format)
+    return found
+
+
+def load_run(folder, untrained=False) -> tuple[GPT, data.Corpus, dict]:
+    """A folder of `train` -> (model, corpus, settings); untrained: with the weights it started
+    from. Raises UserError."""
+    run, raw = read_config(folder)
+    path = Path(folder) / "model.pt"
+    if not untrained and not path.exists():
+        raise UserError(f"{show(folder)} has no model.pt: its training never saved; go on with: "
+                        f"python train.py --resume {show(folder)}")
+    corpus = load_corpus(run)
+    if corpus.vocab_size != 257:  # bytes are bytes, whatever the text
+        check_corpus(folder, raw, corpus)
+    cfg = shape(run, corpus.vocab_size)
+    if untrained:
+        check_memory(run, cfg, torch.device("cpu"))
+        return GPT(cfg, seed=run.seed).eval(), corpus, asdict(run)
+    model = GPT.from_weights(cfg, load_checkpoint(path)["model"], show(path))
+    return model.eval(), corpus, asdict(run)
+
+
+def read_log(folder) -> list[dict]:
+    """The evaluations of a run, in order of steps; [] without a log. Numbers that were not finite
+    are None. Raises UserError."""
     path = Path(folder) / "log.jsonl"
+    if not path.exists():
+        return []
     try:
-        log = [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
-        if not all(isinstance(row["step"], int) and {"val_loss", "train_loss", "links"} <= row.keys() for row in log):
-            raise ValueError("a line is no evaluation")
-        return log
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise TrainError(f"{path} cannot be read ({error}); remove it to go on without the old evaluations") from None
+        rows = [json.loads(line) for line in read_bytes(path).decode().splitlines()[1:]]
+        for row in rows:
+            if type(row["step"]) is not int or not isinstance(row["links"], dict):
+                raise ValueError("a line is no evaluation")
+            float(row["val_loss"])
+        return rows
+    except (UserError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{show(path)} cannot be read ({reason(error)}); remove it to go on "
+                        "without the old evaluations") from None
+
+
+def draw_curve(folder: Path, log: list[dict], optimum: float | None, say) -> None:
+    """curve.png: losses, and the numbers of the chain over the steps."""
+    try:
+        from chapters import figures  # only here: training needs no matplotlib
+    except ImportError as error:
+        return say(f"no curve.png ({reason(error)})")
+    if log:
+        figures.curve(folder, log, optimum)
+
+
+# ---------------------------------------------------------------- several runs at once
+
+WORKER = """import sys
+sys.path.insert(0, sys.argv[1])
+import train
+sys.exit(train.work(sys.argv[2]))"""
+
+
+def work(settings: str) -> int:
+    """One training of `trained`, in a process of its own. Its lines are step and seconds to go."""
+    run, last = Run(**json.loads(settings)), 0.0
+
+    def tell(step, loss, rate, left):
+        nonlocal last
+        if time.monotonic() > last + 0.5:
+            last = time.monotonic()
+            print(json.dumps([step, left]), flush=True)
+
+    def main():
+        resume = (Path(run.out) / "config.json").exists()
+        result = train(run, resume=resume, say=lambda line: None, live=tell)
+        return 0 if result.finished else 130
+    return program("train.py", main)
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the folder of this run holds it, trained to its last step. Raises TrainError where it holds another."""
-    run = resolve(replace(run, resume=True, overwrite=False))
-    try:
-        found = check_folder(run, Path(run.out))
-    except TrainError:
-        if (Path(run.out) / "config.json").exists():
-            raise
-        return False  # nothing there yet
-    return found[1] is not None and found[1].get("step") == run.steps
+    """Whether the folder of this run holds it, trained to its last step. Raises UserError where it
+    holds a run of other settings."""
+    if not (Path(run.out) / "config.json").exists():
+        return False
+    there = read_config(run.out)[0]
+    for name, value in asdict(run).items():
+        if name not in (*MACHINE, "out") and getattr(there, name) != value:
+            raise UserError(f"{show(run.out)} holds a run with {flag(name)} {getattr(there, name)}"
+                            f", not {value}; move that folder out of the way")
+    path = Path(run.out) / "model.pt"
+    return path.exists() and load_checkpoint(path)["step"] == run.steps
 
 
-def trained(*runs: Run, jobs: int = 2, say=partial(print, flush=True)) -> list[Path]:
-    """The folders of these runs. What is missing is trained, what was stopped goes on: `jobs` at a time, each in a
-    process and thread of its own, as models this small gain nothing from a second thread. Raises TrainError."""
-    started = []
+def trained(*runs: Run, jobs: int = 2) -> list[Path]:
+    """The folders of these runs. What is missing is trained and what was stopped goes on, `jobs` at
+    a time, each in a process of its own: models this small gain nothing from a second thread. Says
+    first what it trains and for how long, then shows how far each one is. Raises UserError."""
+    runs = [resolve(run) for run in runs]
+    missing = [run for run in runs if not is_finished(run)]
+    if missing:
+        train_together(missing, jobs, Live())
+    return [Path(run.out) for run in runs]
+
+
+def train_together(runs: list[Run], jobs: int, line: Live) -> None:
+    minutes = sum(MINUTES.get(run.size, 0) * run.steps / SIZES[run.size]["steps"] for run in runs)
+    about = f", about {math.ceil(minutes / jobs)} minutes" if minutes else ""
+    line.say(f"training {len(runs)} models{about}: {', '.join(show(run.out) for run in runs)}")
+    for run in runs:  # built once, and not by two processes at the same time
+        load_corpus(run)
+    started, news = [], {}
 
     def one(run):
-        if not is_finished(run):
-            again = ["--resume"] if (Path(run.out) / "config.json").exists() else []
-            words = [sys.executable, __file__, *shlex.split(as_flags(run)), "--threads", "1", *again]
-            with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-                started.append(process)
-                for line in process.stdout:
-                    if line.startswith("step "):
-                        say(f"{run.out}: {line.rstrip()}")
-                error = process.stderr.read().strip()
-            if process.returncode:
-                raise TrainError(f"{run.out}: {error or 'training was stopped'}")
-        return Path(run.out)
+        settings = json.dumps(asdict(run))
+        words = [sys.executable, "-c", WORKER, str(Path(__file__).parent), settings]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as process:
+            started.append(process)
+            for text in process.stdout:
+                step, left = json.loads(text)
+                news[run.out] = bar(run, step, left)
+                line.show("   ".join(news.values()))
+            error = process.stderr.read().strip()
+        news.pop(run.out, None)
+        if process.returncode:
+            raise UserError(f"{show(run.out)}: {error or 'training was stopped'}")
+
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(one, resolve(run)) for run in runs]
+        waiting = [pool.submit(one, run) for run in runs]
         try:
-            return [future.result() for future in waiting]
-        except BaseException:  # one failed, or Ctrl-C: the others save and stop
+            for future in waiting:
+                future.result()
+        except BaseException as error:  # one failed, or Ctrl-C: the others save and stop
             pool.shutdown(wait=False, cancel_futures=True)
             for process in started:
                 if process.poll() is None:
                     process.send_signal(signal.SIGINT)
+            if isinstance(error, KeyboardInterrupt):
+                raise UserError("stopped and saved; run this again to go on") from None
             raise
+        finally:
+            line.clear()
+
+
+def bar(run: Run, step: int, left: float | None) -> str:
+    share = step / run.steps
+    to_go = f" {timedelta(seconds=round(left))} to go" if left is not None else ""
+    return f"{Path(run.out).name} {'#' * round(10 * share):.<10} {share:4.0%}{to_go}"
+
+
+# ---------------------------------------------------------------- sampling
+
+def write_text(model: GPT, corpus, prompt: str, tokens=200, temperature=0.8, seed=0) -> str:
+    """The prompt and what the model writes after it, each token one of the 40 likeliest. Any text
+    can be a prompt, of a task any of its symbols. Raises UserError."""
+    if not 1 <= tokens <= 100_000:
+        raise UserError(f"--tokens must be from 1 to 100000, not {tokens!r:.60}")
+    if temperature != 0 and not 0.01 <= temperature <= 100:
+        raise UserError(f"--temperature must be 0 or from 0.01 to 100, not {temperature}")
+    device = model.lm_head.weight.device
+    idx = torch.tensor([[corpus.bos, *corpus.encode(prompt)]], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return corpus.decode(model.generate(idx, tokens, temperature, 40, generator)[0, 1:])
+
+
+def sample(folder, prompt: str | None = None, **how) -> str:
+    """`write_text` with the model of a run."""
+    model, corpus, _ = load_run(folder)
+    return write_text(model, corpus, first_words(corpus) if prompt is None else prompt, **how)
+
+
+def first_words(corpus) -> str:
+    return "import " if corpus.name == "stdlib" else ""
+
+
+def story(run: Run, result: Result) -> str:
+    """What a training has shown, in plain sentences."""
+    first, last, corpus = result.log[0], result.final, result.corpus
+    text = (f"\nvalidation loss {last['val_loss']:.4f} nats per token after "
+            f"{result.seconds:.0f} s; files in {show(result.folder)}/\n")
+    best = corpus.optimal_loss(run.seq_len, run.bos)
+    if best is not None:
+        text += (f"a perfect predictor would reach {best:.4f} on average; the fixed windows of the "
+                 "evaluation can be a little easier or harder\n")
+    kind = next(kind for kind in FIRST if kind in last)
+    before, after = (row[kind]["sink"] or 0.0 for row in (first, last))
+    text += (f"{FIRST[kind]}: the strongest head gives it {after:.2f} of its attention, "
+             f"{before:.2f} before training ({probe.uniform_sink(run.seq_len):.2f} is what a head "
+             "gives that looks everywhere alike)\n")
+    if run.bos:
+        text += ("a sink on <|bos|> knows its token by name, so this run is no test of a cure; "
+                 "--size micro is\n")
+    text += f"a sample:\n{write_text(result.model, corpus, first_words(corpus))}\n"
+    if corpus.task or run.repeat:
+        share = 1.0 if corpus.task else run.repeat
+        text += (f"(it repeats itself where it can, because {share:.0%} of the training windows "
+                 "show one passage over and over)\n")
+    return text + f"\nnext: python probe.py {show(result.folder)}"
 
 
 # ---------------------------------------------------------------- the command line
 
-def as_flags(run: Run) -> str:
-    """The flags that give this run again (where they differ from the defaults)."""
-    plain, words = resolve(Run(attn=run.attn, size=run.size)), []
-    usual = asdict(plain) | {"attn": Run.attn, "size": Run.size}
-    for f in fields(Run):
-        value = getattr(run, f.name)
-        if value not in (usual[f.name], f.default) and f.name not in ("resume", "overwrite"):
-            words += [f"--{f.name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return shlex.join(words)
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"train.py: {message}; see python train.py --help\n")
+        raise UserError(f"{message}; see python train.py --help")
 
 
-def parse(words=None):
-    parser = Parser(description=__doc__.splitlines()[0], epilog="Sizes: " + "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in s.items())}" for name, s in SIZES.items()))
+def parse(words=None) -> dict:
+    """The flags that were given, by name."""
+    sizes = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in s.items())}"
+                      for name, s in SIZES.items())
+    parser = Parser(description="Train one decoder and watch its attention sink being born.",
+                    epilog=f"Sizes: {sizes}", argument_default=argparse.SUPPRESS,
+                    allow_abbrev=False)
     for f in fields(Run):
-        flag, text = f"--{f.name.replace('_', '-')}", f.metadata["help"].replace("%", "%%")
-        if isinstance(f.default, bool):
-            parser.add_argument(flag, action="store_true", help=text)
-        else:
-            text += " (default: by size)" if f.default is None and "default" not in text and f.name != "encoding" else ""
-            text += f" (default: {f.default})" if f.default is not None else ""
-            parser.add_argument(flag, type=type_of(f), default=f.default, choices=f.metadata["choices"], help=text)
-    parser.add_argument("--sample", metavar="RUN", help="do not train: write text with the model in this folder")
-    parser.add_argument("--prompt", default="import ", help="what --sample goes on from (default: 'import ')")
-    parser.add_argument("--tokens", type=int, default=200, help="how many tokens --sample writes (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of --sample; 0 takes the likeliest token (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=40, help="--sample draws from the k likeliest tokens (default: 40)")
-    return parser.parse_args(words)
+        text = f.metadata["help"].replace("%", "%%")
+        if f.default is None and "default" not in text:
+            text += " (default: by size)"
+        if f.default not in (None, False):
+            text += f" (default: {f.default})"
+        how = dict(action="store_true") if f.default is False else dict(
+            type=type_of(f), choices=f.metadata["choices"])
+        parser.add_argument(flag(f.name), help=text, **how)
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, "
+                        f"with its settings; only {', '.join(map(flag, MACHINE))} can be given too")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="throw away the run in --out and start anew")
+    parser.add_argument("--sample", metavar="FOLDER",
+                        help="do not train: write text with the model in this folder")
+    parser.add_argument("--prompt", help="what --sample goes on from")
+    parser.add_argument("--tokens", type=int, help="how many --sample writes (default: 200)")
+    parser.add_argument("--temperature", type=float,
+                        help="of --sample; 0 takes the likeliest token (default: 0.8)")
+    return vars(parser.parse_args(words))
 
 
-def check_sampling(tokens: int, temperature: float, top_k: int | None) -> None:
-    if tokens < 1 or (top_k is not None and top_k < 1):
-        raise TrainError("--tokens and --top-k must be at least 1")
-    if temperature != 0 and not 0.01 <= temperature <= 100:
-        raise TrainError(f"--temperature must be 0 or from 0.01 to 100, not {temperature}")
+SAMPLING = ("prompt", "tokens", "temperature", "seed")
 
 
-def write_text(model: GPT, corpus: data.Corpus, prompt: str, tokens=200, temperature=0.8, top_k: int | None = 40, seed=0) -> str:
-    """The prompt and what the model writes after it. Any text can be a prompt, of a task any of its symbols."""
-    check_sampling(tokens, temperature, top_k)
-    device = model.lm_head.weight.device
-    idx = torch.tensor([[corpus.bos, *corpus.encode(prompt)]], device=device)
-    out = model.generate(idx, tokens, temperature, top_k, torch.Generator(device).manual_seed(seed))
-    return corpus.decode(out[0, 1:])
-
-
-def sample(folder, prompt: str, **how) -> str:
-    """`write_text` with the model of a run. Raises TrainError, data.DataError or probe.ProbeError."""
-    try:
-        model, corpus, _ = probe.load_run(folder)
-    except OSError as error:
-        raise TrainError(f"cannot open {folder} ({error.strerror})") from None
-    return write_text(model, corpus, prompt, **how)
+def command(words) -> int:
+    given = parse(words)
+    for mode, allowed in (("sample", SAMPLING), ("resume", MACHINE)):
+        other = [name for name in given if name not in (mode, *allowed)]
+        if mode in given and other:
+            raise UserError(f"{flag(mode)} takes all else from the folder's config.json: leave "
+                            f"{flag(other[0])} out (it goes with {', '.join(map(flag, allowed))})")
+    if "sample" in given:
+        folder = given.pop("sample")
+        check(next(f for f in fields(Run) if f.name == "seed"), given.get("seed", 0))
+        print(sample(folder, **given))
+        return 0
+    for name in SAMPLING[:3]:
+        if name in given:
+            raise UserError(f"{flag(name)} goes with --sample FOLDER only")
+    folder, overwrite = given.pop("resume", None), given.pop("overwrite", False)
+    run = Run(**given)
+    if folder is not None:
+        run = replace(read_config(folder)[0], **given)
+    result = train(run, resume=folder is not None, overwrite=overwrite)
+    if not result.finished:
+        return 130
+    print(story(resolve(run), result))
+    return 0
 
 
 def main(words=None) -> int:
-    args = vars(parse(words))
-    how = {name: args.pop(name) for name in ("tokens", "temperature", "top_k")}
-    folder, prompt = args.pop("sample"), args.pop("prompt")
-    try:
-        check_sampling(**how)
-        if folder is not None:
-            resolve(Run(**args))
-            print(sample(folder, prompt, **how, seed=args["seed"]))
-            return 0
-        result = train(Run(**args))
-        if not result.finished:
-            return 130
-        print(f"\nvalidation loss {result.final['val_loss']:.4f} nats per token after {result.seconds:.0f} s; files in {result.folder}/")
-        if result.optimal_loss is not None:
-            print(f"a perfect predictor, who knows the rules of {result.corpus.name}, would reach {result.optimal_loss:.4f} on average; "
-                  "the fixed windows of the evaluation can be a little easier or harder")
-        prompt = prompt if result.corpus.encoding else ""
-        print(f"a sample:\n{write_text(result.model, result.corpus, prompt, **how)}\n")
-        print(f"next: python probe.py {result.folder}")
-        return 0
-    except (TrainError, ModelError, data.DataError, probe.ProbeError) as error:
-        message, code = str(error), 2
-    except RuntimeError as error:
-        if "memory" in str(error):
-            message = "not enough memory; try a smaller --batch-size or --seq-len"
-        elif args["compile"] and "torch._" in type(error).__module__:
-            message = f"--compile failed ({type(error).__name__}); it needs a C++ compiler: leave it out"
-        else:
-            raise
-        code = 2
-    except KeyboardInterrupt:
-        message, code = "stopped before the first step; nothing is lost", 130
-    print("train.py:", " ".join(message.split()), file=sys.stderr)
-    return code
+    return program("train.py", lambda: command(words))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter that the model writes
     sys.exit(main())

@@ -124,12 +124,15 @@ def finite(value):
     return value
 
 
-def remove_parts(folder, names) -> None:
-    """Remove what a killed `write_atomically` of these files left behind, and nothing else."""
+def parts(folder, names) -> list[Path]:
+    """What killed calls of `write_atomically` for these files have left in a folder."""
     ours = re.compile(rf"({'|'.join(map(re.escape, names))})\.[a-z0-9_]{{8}}\.part")
-    for path in Path(folder).iterdir():
-        if ours.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    return [path for path in Path(folder).iterdir() if ours.fullmatch(path.name)]
+
+
+def remove_parts(folder, names) -> None:
+    for path in parts(folder, names):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
