@@ -6,14 +6,14 @@
 
 Letters in shapes: B batch, T position, H query head, K key/value head, D head width, C model
 width, F FFN width, V vocabulary. Module names are those of Hugging Face's Llama, names of
-activations those of TransformerLens (see `tap_names`). The only thing that `attn` changes is
-`Attention.mix`. What a user can mend raises UserError, one line.
+activations those of TransformerLens (`tap_names`). The one thing that `attn` changes is
+`Attention.mix`. UserError is what a user can mend: one line.
 """
 
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path, PureWindowsPath
-from typing import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -22,10 +22,38 @@ import torch.nn.functional as F
 from data.border import UserError, open_regular, read_json
 
 ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what weights may be
 Tap = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 # ---------------------------------------------------------------- config
+
+def require(right: bool, name: str, value, wanted: str):
+    if not right:
+        raise UserError(f"{name} must be {wanted}, not {value!r:.60}")
+
+
+def require_whole(name, value):
+    right = type(value) is int and 0 < value < 2**24  # isinstance would take True for a number
+    require(right, name, value, "a whole number from 1 to 2**24 - 1")
+
+
+def require_positive(name, value):
+    right = type(value) in (int, float) and 1e-30 < value < 1e30  # fp32 can compute with it
+    require(right, name, value, "a positive number")
+
+
+HF_WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+HF_SIZES = (*HF_WHOLE, "head_dim", "rms_norm_eps")
+# Keys that change the forward pass, and the one value of each that we compute. Whatever else a
+# config.json holds (token ids, dtype, cache, dropout, versions) changes nothing and is dropped.
+HF_FIXED = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+    "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+    "partial_rotary_factor": 1.0, "rope_interleaved": False, "quantization_config": None,
+}
+
 
 @dataclass
 class Config:
@@ -53,19 +81,22 @@ class Config:
     def __post_init__(self):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        for names, is_right, wanted in CHECKS:
-            for name in names:
-                _check(name, getattr(self, name), is_right, wanted)
+        for name in HF_WHOLE:
+            require_whole(name, getattr(self, name))
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            require_positive(name, getattr(self, name))
+        tie, attn = self.tie_word_embeddings, self.attn
+        require(type(tie) is bool, "tie_word_embeddings", tie, "true or false")
+        require(attn in ATTENTIONS, "attn", attn, f"one of {', '.join(ATTENTIONS)}")
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if H % K:
-            raise UserError(f"num_key_value_heads {K} does not divide num_attention_heads {H}")
+        require(H % K == 0, "num_key_value_heads", K, f"a divisor of num_attention_heads {H}")
         if self.head_dim is None:
-            if C % H:
-                raise UserError(f"hidden_size {C} is not a multiple of num_attention_heads {H}; "
-                                "change one of them or set head_dim")
+            wanted = f"a multiple of num_attention_heads {H} (or set head_dim)"
+            require(C % H == 0, "hidden_size", C, wanted)
             self.head_dim = C // H
-        _check("head_dim", self.head_dim, lambda D: _is_whole(D) and D % 2 == 0 and _is_whole(H * D),
-               "an even whole number (rotary positions turn pairs of dimensions) below 2**24 / heads")
+        require_whole("head_dim", self.head_dim)
+        require_whole("num_attention_heads * head_dim", H * self.head_dim)
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even: rotation turns pairs")
         rope_frequencies(self)  # raises for a scaling that we do not have
 
     @classmethod
@@ -74,50 +105,15 @@ class Config:
         or the new one (`rope_parameters`). Raises UserError for a key that asks for another model.
         """
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        _check("rope_scaling", rope, lambda value: isinstance(value, dict), "an object")
+        require(isinstance(rope, dict), "rope_scaling", rope, "an object")
         flat = {**raw, **rope}
         for key, ours in HF_FIXED.items():
-            if flat.get(key) is not None:
-                _check(key, flat[key], lambda value: value == ours, f"{ours!r} for this model")
-        scaling = {key: rope[key] for key in rope if key not in HF_ROPE_PLAIN}
-        return cls(
-            **{key: raw.get(key) for key in HF_SIZES},
-            rope_theta=flat.get("rope_theta", 10000.0),
-            rope_scaling=scaling or None,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        )
-
-
-def _is_whole(value) -> bool:
-    return type(value) is int and 0 < value < 2**24  # True is no number here
-
-
-def _is_positive(value) -> bool:
-    return type(value) in (int, float) and 1e-30 < value < 1e30  # what fp32 can compute with
-
-
-def _check(name, value, is_right, wanted):
-    if not is_right(value):
-        raise UserError(f"{name} must be {wanted}, not {value!r:.60}")
-
-
-WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-CHECKS = (
-    (WHOLE, _is_whole, "a whole number from 1 to 2**24 - 1"),
-    (("rms_norm_eps", "rope_theta", "initializer_range"), _is_positive, "a positive number"),
-    (("tie_word_embeddings",), lambda value: type(value) is bool, "true or false"),
-    (("attn",), lambda value: value in ATTENTIONS, f"one of {', '.join(ATTENTIONS)}"),
-)
-HF_SIZES = (*WHOLE, "head_dim", "rms_norm_eps")
-HF_ROPE_PLAIN = ("rope_theta", "partial_rotary_factor")  # among rope_parameters, but no scaling
-# Keys that change the forward pass, and the one value of each that we compute. Whatever else a
-# config.json holds (token ids, dtype, cache, dropout, versions) changes nothing and is dropped.
-HF_FIXED = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-    "attention_bias": False, "mlp_bias": False, "sliding_window": None,
-    "partial_rotary_factor": 1.0, "rope_interleaved": False, "quantization_config": None,
-}
+            require(flat.get(key) in (None, ours), key, flat.get(key), f"{ours!r} for this model")
+        sizes = {key: raw.get(key) for key in HF_SIZES}
+        theta, tie = flat.get("rope_theta", 10000.0), raw.get("tie_word_embeddings", False)
+        plain = ("rope_theta", "partial_rotary_factor")  # in rope_parameters, but no scaling
+        scaling = {key: rope[key] for key in rope if key not in plain} or None
+        return cls(**sizes, rope_theta=theta, rope_scaling=scaling, tie_word_embeddings=tie)
 
 
 # ---------------------------------------------------------------- positions
@@ -131,18 +127,19 @@ def rope_frequencies(cfg: Config) -> torch.Tensor:
     # 1 / theta^x and not theta^-x: keep the reference's last bit, 0.01 rad at position 100,000
     pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu")
     freq = 1.0 / cfg.rope_theta ** (pairs / cfg.head_dim)
-    scaling = cfg.rope_scaling
-    if scaling is None:
+    if cfg.rope_scaling is None:
         return freq
-    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else scaling
+    scaling = cfg.rope_scaling
+    require(isinstance(scaling, dict), "rope_scaling", scaling, "an object")
+    kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "default":
         return freq
-    _check("rope_scaling", kind, lambda value: value == "llama3", "none or of type 'llama3'")
+    require(kind == "llama3", "rope_scaling's type", kind, "'llama3'")
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     for key in keys:
-        _check(f"rope_scaling's {key}", scaling.get(key), _is_positive, "a positive number")
+        require_positive(f"rope_scaling's {key}", scaling.get(key))
     factor, low, high, context = (scaling[key] for key in keys)
-    _check("rope_scaling's low_freq_factor", low, lambda low: low < high, "below high_freq_factor")
+    require(low < high, "rope_scaling's low_freq_factor", low, "below high_freq_factor")
     turns = context * freq / (2 * math.pi)  # full turns within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretch, 1: keep
     return (1 - keep) * freq / factor + keep * freq
@@ -156,7 +153,7 @@ def rope_turns(freq, T):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (a, b) = (x_i, x_{i+D/2}) of x (B, H, T, D): (a cos - b sin, b cos + a sin)."""
+    """x (B, H, T, D) with its pairs (a, b) = (x_i, x_{i+D/2}) turned: (a c - b s, b c + a s)."""
     y = x.float()  # rolled by half its width, every element meets its partner
     return (y * cos + y.roll(y.shape[-1] // 2, dims=-1) * sin).type_as(x)
 
@@ -267,8 +264,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The decoder. `GPT(cfg, seed)` draws its weights from `seed` alone, the same for every `attn`:
-    what only one attention has is drawn last."""
+    """The decoder. `GPT(cfg, seed)` draws its weights from `seed` alone, the same for every `attn`.
+    """
 
     def __init__(self, cfg: Config, seed: int = 0):
         super().__init__()
@@ -281,13 +278,13 @@ class GPT(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("rope_freq", rope_frequencies(cfg), persistent=False)
         generator = torch.Generator().manual_seed(seed)
-        matrices = [(n, p) for n, p in self.named_parameters() if p.dim() == 2 and not p.is_meta]
-        for _, p in sorted(matrices, key=lambda named: "z_gate" in named[0]):
-            nn.init.normal_(p, std=cfg.initializer_range, generator=generator)
+        # gates like every other matrix, as published, but last: so the others do not depend on attn
+        for _, p in sorted(self.named_parameters(), key=lambda named: "z_gate" in named[0]):
+            if p.dim() == 2 and not p.is_meta:
+                nn.init.normal_(p, std=cfg.initializer_range, generator=generator)
 
     def _apply(self, fn, *args, **kwargs):
-        """`.to(bfloat16)` converts the weights; the frequencies stay exact, or far positions would
-        turn the wrong way."""
+        """`.to(bfloat16)` converts all but the frequencies: far positions would turn wrong."""
         super()._apply(fn, *args, **kwargs)
         self.rope_freq = rope_frequencies(self.cfg).to(self.rope_freq.device)
         return self
@@ -300,14 +297,15 @@ class GPT(nn.Module):
         """
         T = idx.shape[1]
         rope = rope_turns(self.rope_freq, T)
-        bias = None
-        if self.cfg.attn == "sigmoid" or tap is not None or mask is not None:
-            bias = self.attention_bias(T, mask, idx.device)
+        fused = tap is None and mask is None and self.cfg.attn != "sigmoid"
+        bias = None if fused else self.attention_bias(T, mask, idx.device)
 
-        x = (tap or untapped)("embed", self.embed_tokens(idx))
+        call = tap or untapped
+        x = call("embed", self.embed_tokens(idx))
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, bias, in_layer(i, tap))
-        logits = self.lm_head((tap or untapped)("final", self.norm(x)))
+            inner = (lambda name, y, i=i: tap(f"{i}.{name}", y)) if tap else untapped
+            x = layer(x, rope, bias, inner)
+        logits = self.lm_head(call("final", self.norm(x)))
         if targets is None:
             return logits, None
         flat = logits.flatten(0, 1).float()
@@ -318,9 +316,8 @@ class GPT(nn.Module):
         -log of the training length, so that T open gates start at a total weight near 1)."""
         allowed = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != (T, T):
-                raise UserError(f"mask must be boolean of shape ({T}, {T}), "
-                                f"not {mask.dtype} {tuple(mask.shape)}")
+            given = (mask.dtype, *mask.shape)
+            require(given == (torch.bool, T, T), "mask", given, f"boolean of shape ({T}, {T})")
             allowed = allowed & mask
             if not allowed.any(-1).all():
                 raise UserError("mask leaves a query without any key; allow at least itself")
@@ -346,14 +343,42 @@ class GPT(nn.Module):
         return idx
 
     @classmethod
-    def from_llama(cls, folder, dtype: torch.dtype | None = None) -> "GPT":
-        """Open a folder in the format of Hugging Face's `LlamaForCausalLM`: Llama 2, 3, 3.1, 3.2,
-        SmolLM2, ... Needs the safetensors package. Nothing is unpickled.
+    def from_weights(cls, cfg: Config, weights: dict, where) -> "GPT":
+        """The model whose state_dict is `weights`: these very tensors, each read once to be sure
+        that it is finite. What cfg asks for costs nothing until the weights are known to fit it.
+        Raises UserError naming `where` and the tensor.
+        """
+        L = cfg.num_hidden_layers
+        if 9 * L > len(weights):  # a layer has nine tensors or ten
+            raise UserError(f"{where}: {len(weights)} tensors are too few for {L} layers")
+        with torch.device("meta"):  # shapes without memory
+            model = cls(cfg)
+        wanted = model.state_dict()
+        for name in {**wanted, **weights}:
+            ours, found = wanted.get(name), weights.get(name)
+            tensor = f"{where}: tensor {name!r:.99}"
+            if ours is None:
+                raise UserError(f"{tensor} has no place in this model")
+            if not isinstance(found, torch.Tensor):
+                raise UserError(f"{tensor} is missing")
+            if found.shape != ours.shape or found.dtype not in FLOATS:
+                raise UserError(f"{tensor} is {found.dtype} of shape {tuple(found.shape)}, "
+                                f"config.json asks for floats of shape {tuple(ours.shape)}")
+        for name, found in weights.items():
+            if not all(map(math.isfinite, found.aminmax())):  # nan comes through; no copy is made
+                raise UserError(f"{where}: tensor {name!r} holds numbers that are not finite")
+        model.load_state_dict(weights, assign=True)
+        if cfg.tie_word_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight
+        return model
 
-        Reads config.json and model.safetensors, or the shards that its index names. Weights stay
-        mapped to the file (read once here, to be sure that they are finite, never copied), so do
-        not change it meanwhile. `dtype` other than the file's makes a converted copy instead.
-        Raises UserError naming file and tensor.
+    @classmethod
+    def from_llama(cls, folder, dtype: torch.dtype | None = None) -> "GPT":
+        """Open a folder in the format of Hugging Face's `LlamaForCausalLM` (Llama 2 and 3, SmolLM2
+        ...): config.json and model.safetensors, or its shards model-*.safetensors.
+
+        Nothing is unpickled. Weights stay mapped to the file, so do not change it meanwhile; a
+        `dtype` other than the file's makes a converted copy. Raises UserError naming the file.
         """
         folder = Path(folder)
         raw = read_json(folder / "config.json")
@@ -361,101 +386,38 @@ class GPT(nn.Module):
             cfg = Config.from_hf(raw)
         except UserError as error:
             raise UserError(f"{folder / 'config.json'}: {error}") from None
-        weights = _map_weights(folder)
+        weights = map_weights(folder)
         cfg.tie_word_embeddings = "lm_head.weight" not in weights  # the file knows best
-        if cfg.tie_word_embeddings and "embed_tokens.weight" in weights:
-            weights["lm_head.weight"] = weights["embed_tokens.weight"]
-        check_weights(cfg, weights, folder)
-        with torch.device("meta"):
-            model = cls(cfg)
-        model.load_state_dict(weights, assign=True)
         if cfg.tie_word_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight
+            weights["lm_head.weight"] = weights.get("embed_tokens.weight")
+        model = cls.from_weights(cfg, weights, folder)
         return model.to(dtype or model.lm_head.weight.dtype)  # one for all, where a file mixes them
 
 
-# ---------------------------------------------------------------- reading weights
-
-def shapes(cfg: Config) -> Iterator[tuple[str, tuple]]:
-    """(name, shape) of every entry of `GPT(cfg).state_dict()`, without building that model."""
-    with torch.device("meta"):
-        small = GPT(replace(cfg, num_hidden_layers=1)).state_dict()
-    first = "layers.0."
-    for name, p in small.items():
-        if not name.startswith(first):
-            yield name, tuple(p.shape)
-    for i in range(cfg.num_hidden_layers):
-        for name, p in small.items():
-            if name.startswith(first):
-                yield f"layers.{i}.{name.removeprefix(first)}", tuple(p.shape)
-
-
-def check_weights(cfg: Config, weights: dict, where) -> None:
-    """Raises UserError, naming `where` and the tensor, unless `weights` are a state_dict of
-    `GPT(cfg)`: the same names and shapes, finite, of 16 or 32 bits. Whatever sizes cfg asks for,
-    this costs no more than reading `weights` once."""
-    expected = set()
-    for name, shape in shapes(cfg):
-        found = weights.get(name)
-        if not isinstance(found, torch.Tensor):
-            raise UserError(f"{where}: tensor {name!r} is missing")
-        if found.shape != shape:
-            raise UserError(f"{where}: tensor {name!r} has shape {tuple(found.shape)}, "
-                            f"config.json asks for {shape}")
-        if found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(f"{where}: tensor {name!r} is {found.dtype}; "
-                            "only float32, float16 and bfloat16 are read")
-        expected.add(name)
-    for name in weights:
-        if name not in expected:
-            raise UserError(f"{where}: tensor {name!r:.99} has no place in this model")
-    for name, weight in weights.items():
-        least, most = weight.detach().aminmax()  # no copy; nan and infinity come through
-        if not math.isfinite(most - least):
-            raise UserError(f"{where}: tensor {name!r} holds numbers that are not finite")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        raise UserError(f"{folder} has neither {single.name} nor {index.name}" + (
-            f"; {pickled[0]} is pickled and could run code: convert it" if pickled else ""))
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map")
-    for name, shard in weight_map.items():
-        # a Windows path splits at both slashes and knows drives
-        inside = isinstance(shard, str) and PureWindowsPath(shard).name == shard
-        if not inside or not shard.endswith(".safetensors"):
-            raise UserError(f"{index}: tensor {name!r:.99} is said to be in {shard!r:.99}, "
-                            "which is no .safetensors file of this folder")
-    return [folder / shard for shard in dict.fromkeys(weight_map.values())]
-
-
-def _map_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, by our names, as views of the mapped files."""
+def map_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a Llama's safetensors files, by our names, as views of the mapped files."""
     try:
         from safetensors import safe_open
     except ImportError:
-        raise UserError("reading a Llama checkpoint needs the safetensors package: "
-                        "pip install safetensors") from None
+        raise UserError("a Llama needs the safetensors package: pip install safetensors") from None
+    single, shards = folder.glob("model.safetensors"), folder.glob("model-*.safetensors")
+    paths = list(single) or sorted(shards)  # the names that Hugging Face gives
+    if not paths:
+        raise UserError(f"{folder} has neither model.safetensors nor model-*.safetensors "
+                        "(pickled weights could run code and are not read: convert them)")
     weights = {}
-    for path in _weight_files(folder):
+    for path in paths:
         open_regular(path, most=2**50).close()  # mapping a pipe or a device could wait for ever
         try:
             with safe_open(path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}
-        except Exception as error:  # the package and torch raise many kinds for a damaged file
+        except Exception as error:  # damaged files raise many kinds, in the package and in torch
             raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
         for name, weight in found.items():
             ours = name.removeprefix("model.")
             if ours in weights:
                 raise UserError(f"{path}: tensor {name!r:.99} is there twice")
-            if not name.endswith("rotary_emb.inv_freq"):  # old files store `rope_frequencies`
+            if not ours.endswith("rotary_emb.inv_freq"):  # old files hold `rope_frequencies`
                 weights[ours] = weight
     return weights
 
@@ -464,13 +426,6 @@ def _map_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def untapped(name, x):
     return x
-
-
-def in_layer(i: int, tap: Tap | None) -> Tap:
-    """The tap of layer i, which knows its activations by their names within the layer."""
-    if tap is None:
-        return untapped
-    return lambda name, x: tap(f"{i}.{name}", x)
 
 
 def tap_names(cfg: Config) -> list[str]:
