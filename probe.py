@@ -511,19 +511,20 @@ def intervene(model, edit, story, other, k, T, control=None):
     return make_tap(model.cfg, edits)
 
 
-def planned():
-    """Every edit of LINKS and its controls, in order: (link, kind, Edit, what it says, control)."""
+def planned(*names):
+    """Every edit of LINKS and its controls, in order: (link, kind, Edit, what it says, control);
+    or only those of `names`, such as "cut neurons" or "forge variance"."""
     for kind in ("cut", "forge"):
         for link in LINKS:
             edit = getattr(link, kind)
-            if edit:
+            if edit and (not names or f"{kind} {link.name}" in names):
                 yield link, kind, edit, edit.says, None
                 for says, control in edit.controls:
                     yield link, kind, edit, says, control
 
 
-def cuts(model, x, y, k=10, seed=0, step=lambda: None) -> list[dict]:
-    """Every edit of LINKS and its controls on windows x, y (N, T), one dict each:
+def cuts(model, x, y, k=10, seed=0, names=(), step=lambda: None) -> list[dict]:
+    """Every edit of LINKS (or of `names`) and its controls on windows x, y (N, T), one dict each:
 
         link, kind, control (bool), says, token    what is done, and where
         before, after                              [numbers of token 0, numbers of token k]
@@ -549,7 +550,7 @@ def cuts(model, x, y, k=10, seed=0, step=lambda: None) -> list[dict]:
                 for f in found]
 
     before, rows = measure(), []
-    for link, kind, edit, says, control in planned():
+    for link, kind, edit, says, control in planned(*names):
         tap = intervene(model, edit, story, other, k, T, control)
         rows.append({"link": link.name, "kind": kind, "control": control is not None, "says": says,
                      "token": 0 if kind == "cut" else k, "before": before, "after": measure(tap)})
@@ -562,7 +563,7 @@ What counts is the attention of the heads that have a sink in the untouched mode
 by the share that it takes of what they give token 0 above chance; a forgery by its share of two
 sinks: what token k gains, over that plus what token 0 keeps. Two equal sinks have half each. A cut
 holds from 50 % on, a forgery from 25 %, partly from half of that, and only if no control does half
-as much. Without a sink at token 0 (strongest head below 0.3) there is nothing to explain: absent."""
+as much. Without a sink at token 0 (strongest head below 0.3) nothing is to explain: absent."""
 
 
 def share(row, T) -> float:
@@ -575,8 +576,9 @@ def share(row, T) -> float:
 
 
 def verdicts(tables, T) -> list[dict]:
-    """By RULE, from one table of `cuts` for each disjoint batch of windows, or for each seed
-    -> [{link, kind, says, word, share, spread (standard deviation), controls: [(share, spread)]}]"""
+    """By RULE, from one table of `cuts` for each disjoint batch of windows, or for each seed ->
+    [{link, kind, says, word, share, spread, controls: [(share, spread)]}], spread being the
+    standard deviation."""
     found = []
     sink = statistics.fmean(table[0]["before"][0]["sink"] for table in tables)
     for same in zip(*tables):
@@ -693,15 +695,15 @@ def tell_cuts(found):
 def open_llama(args):
     """SmolLM2, or another checkpoint: the same on random tokens and on English text."""
     from data import smollm2
-    from data.windows import llama_encoder, random_windows, text_windows
+    from data.windows import english, llama_encoder, random_windows, text_windows
     folder = Path(args.llama) if args.llama else smollm2.fetch(args.file)
     model, each = GPT.from_llama(folder).eval(), range(args.batches)
     encode = llama_encoder(folder) if args.llama else smollm2.encoding(folder).encode_ordinary
     kinds = {"random tokens": [random_windows(args.windows, 64, model.cfg.vocab_size, args.seed + b)
                                for b in each]}
     if encode:
-        english = encode(smollm2.english())
-        kinds["English text"] = text_windows(english, args.batches, args.windows, 64)
+        ids = encode(english())
+        kinds["English text"] = text_windows(ids, args.batches, args.windows, 64)
     return {folder.resolve().name: (model, kinds, None)}
 
 
@@ -770,7 +772,8 @@ def show_cuts(models, out, args):
         T = batches[0][0].shape[1]
         steps = len(batches) * len(list(planned()))
         with tqdm(total=steps, desc=name, leave=False, disable=None) as bar:
-            tables = [cuts(model, x, y, args.position, args.seed, bar.update) for x, y in batches]
+            tables = [cuts(model, x, y, args.position, args.seed, step=bar.update)
+                      for x, y in batches]
         say(f"\n{name}, {kind}")
         print_cuts(tables, T)
         found = verdicts(tables, T)

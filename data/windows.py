@@ -12,6 +12,11 @@ def random_windows(N: int, T: int, vocab_size: int, seed: int = 0):
     return tokens[:, :-1], tokens[:, 1:]
 
 
+def english() -> str:
+    """A text of 6,000 words, written for this repository (CC0): no model was trained on it."""
+    return (Path(__file__).parent / "english.txt").read_text(encoding="utf-8")
+
+
 def text_windows(ids, batches: int, N: int, T: int):
     """[(x, y)] of each batch, (N, T) int64: disjoint windows of one text, evenly spaced, and dealt
     out so that every batch has some of all its parts. UserError for a text that is too short."""
