@@ -137,10 +137,11 @@ def remove_parts(folder, names) -> None:
 
 @contextlib.contextmanager
 def one_writer(folder):
-    """Hold a folder for writing, or raise UserError naming the process that does. The system lets
-    go of the lock when that process ends, however it ends; the small file `.lock` stays."""
+    """Make a folder and hold it for writing, or raise UserError naming the process that does. The
+    system lets go of the lock when that process ends, however it ends; the file `.lock` stays."""
     path = Path(folder) / ".lock"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"cannot write to {show(folder)} ({reason(error)}); "
