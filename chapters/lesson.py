@@ -1,77 +1,241 @@
-"""What the chapters share: the models they look at, figures, a table beside the paper's numbers, exercises.
+"""What the chapters share. A chapter begins with
 
-Importing it finds the repository and works in it, from wherever a chapter was started.
+    from lesson import beside, check, english, models, plt, random_tokens, real, show, windows
+    import probe
+
+(a notebook or script in chapters/ finds this file by itself, and this file finds the rest).
+
+    model, encoding = real()            SmolLM2-135M and its tokenizer, fetched if absent
+    x, y = random_tokens()              (8, 64) random tokens for it, the paper's control
+    x, y = english(batch=1)             (8, 64) held-out English; batches are disjoint
+    small = models("softmax", "headnorm")    {name: GPT} of RUNS, trained if absent
+    untrained("softmax"), log("softmax")     the same before training; its evaluations
+    x, y = windows("bos")               (64, 64) for the small ones: bos, text, copy, rest
+    figure, axis = plt.subplots(...)    at most 8.8 inches wide: then points are points
+    show(figure, "05_lock", "what a reader who cannot see it should know")
+    beside(("quantity", "what the paper reports", 0.32))
+    check("05.lock_gap", lock_gap)      the check of exercise lock_gap in checks/05.py
+
+A check is a function of checks/NN.py with the name of its exercise: it takes the answer and
+asserts, with a message that says what is missing. It may call `written_without(answer,
+"sink_score")`. An answer is a function or a value; `...` stands for none. A prediction is
+asked for in text, above `prediction = ...`, and checked below the run.
 """
 
+import contextlib
+import dis
+import functools
+import importlib.util
 import os
 import sys
+import sysconfig
+import traceback
 from pathlib import Path
+from types import CodeType, FunctionType
 
 ROOT = Path(__file__).resolve().parent.parent
-os.chdir(ROOT)
-sys.path.insert(0, str(ROOT))
+if str(ROOT) not in sys.path:  # so that a chapter, in its own folder, can import model.py
+    sys.path.insert(0, str(ROOT))
 
+import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
 import probe  # noqa: E402
-from train import Run, TrainError, trained  # noqa: E402
+import train  # noqa: E402
+from chapters import figures  # noqa: E402
+from data import smollm2  # noqa: E402
+from data.border import UserError  # noqa: E402
+from data.windows import random_windows  # noqa: E402
+from model import GPT  # noqa: E402
 
-torch.set_num_threads(1)  # models this small gain nothing from a second thread
-plt = probe.pyplot()
+torch.set_num_threads(min(os.cpu_count() or 1, 4))
+plt.rcParams.update(figures.STYLE)
 
-# The models of all chapters. Each is trained once and kept in out/: `python train.py --attn headnorm` makes the second.
-RUNS = {"softmax": Run(), "headnorm": Run(attn="headnorm"), "sigmoid": Run(attn="sigmoid"),
-        "micro-softmax": Run(size="micro"), "micro-headnorm": Run(size="micro", attn="headnorm")}
+# Each is trained once and kept in out/: `python train.py --size micro` makes micro-softmax.
+RUNS = {
+    "softmax": train.Run(), "headnorm": train.Run(attn="headnorm"),
+    "sigmoid": train.Run(attn="sigmoid"), "gated": train.Run(attn="gated"),
+    "micro-softmax": train.Run(size="micro"),
+    "micro-headnorm": train.Run(size="micro", attn="headnorm"),
+    "micro-sigmoid": train.Run(size="micro", attn="sigmoid"),
+    "micro-gated": train.Run(size="micro", attn="gated"),
+}
+
+
+# ---------------------------------------------------------------- models
+
+class Stop(Exception):
+    """Ends a cell in one line."""
+
+    def _render_traceback_(self):  # what a notebook shows instead of the way through the code
+        return [str(self)]
+
+
+def notebook():
+    """Whether this runs in a Jupyter kernel, and not as a script."""
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    return hasattr(shell, "kernel")
+
+
+@contextlib.contextmanager
+def in_one_line():
+    """What a user can mend, and an interrupt, end the cell or the script in one line."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt) as error:
+        line = str(error) or "stopped; run this cell again to go on"
+        if notebook():
+            raise Stop(line) from None
+        sys.exit(line)
+
+
+@functools.cache
+def real():
+    """SmolLM2-135M, a real Llama, and its tokenizer: (GPT, tiktoken.Encoding). The first call
+    on a machine fetches it, 93 MB."""
+    with in_one_line():
+        folder = smollm2.fetch()
+        return GPT.from_llama(folder).eval(), smollm2.encoding(folder)
+
+
+def random_tokens(N=8, T=64, seed=0):
+    """x, y (N, T): windows of random tokens for `real`. Nothing can be predicted there."""
+    return random_windows(N, T, real()[0].cfg.vocab_size, seed)
+
+
+def english(N=8, T=64, batch=0):
+    """x, y (N, T): windows of a text that no model was trained on, for `real`."""
+    real()
+    with in_one_line():
+        return smollm2.english(count=N, T=T, batch=batch)
+
+
+def placed(name):
+    """The Run of a name, in out/ of the repository, wherever the chapter runs."""
+    run = train.resolve(RUNS[name])
+    run.out = os.path.relpath(ROOT / run.out)
+    return run
 
 
 def models(*names):
-    """The trained models of these names, {name: GPT}. What is missing is trained first, two at a time."""
-    try:
-        folders = trained(*(RUNS[name] for name in names))
-    except TrainError as error:
-        sys.exit(f"{error}\nThe chapters use the default settings. Move a run of other settings out of the way.")
-    return {name: probe.load_run(folder)[0] for name, folder in zip(names, folders)}
+    """{name: GPT} of these RUNS, on the CPU. What is missing is trained first, two at a time;
+    what was interrupted goes on."""
+    with in_one_line():
+        folders = train.trained(*(placed(name) for name in names))
+        return {n: train.load_run(folder)[0] for n, folder in zip(names, folders)}
 
 
-def windows(kind, count=64, seed=0):
-    """x, y (count, 64): held-out windows of the standard library after `<|bos|>` ("bos") or from any place
-    ("text"), or of the copying task ("copy"); "random bytes" and "random symbols" have nothing to predict."""
+def untrained(name):
+    """The model of a RUN with the weights that its training starts from."""
+    with in_one_line():
+        run = placed(name)
+        return GPT(train.shape(run, train.load_corpus(run)), seed=run.seed).eval()
+
+
+def log(name):
+    """The evaluations of a RUN, as `figures.birth` draws them."""
+    models(name)
+    return train.read_log(placed(name).out)
+
+
+def windows(kind, N=64, seed=0):
+    """x, y (N, 64) held out, for the small models: text of the standard library after <|bos|>
+    ("bos") or from any place ("text"), the copying task ("copy") or symbols that never repeat
+    a passage ("rest"), so that there is nothing to copy."""
     generator = torch.Generator().manual_seed(seed)
     if kind in ("bos", "text"):
-        return data.load("stdlib", vocab_size=257, seq_len=64).batch(count, 64, generator, split="val", bos=float(kind == "bos"))
+        corpus = data.load("stdlib", vocab_size=257, seq_len=64)
+        return corpus.batch(N, 64, generator, "val", bos=float(kind == "bos"))
+    corpus = data.load("copy")
     if kind == "copy":
-        return data.load("copy").batch(count, 64, generator, bos=0.0)
-    vocab_size = {"random bytes": 257, "random symbols": 25}[kind]
-    return probe.draw_windows(count, 64, vocab_size, vocab_size - 1, False, seed)
+        return corpus.batch(N, 64, generator, "val", bos=0.0)
+    return random_windows(N, 64, corpus.bos, seed)
 
 
-def show(figure, name):
-    """Keep a figure as out/chapters/<name>.png, and show it where this is a notebook."""
-    path = Path("out/chapters") / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    if "ipykernel" in sys.modules:
-        from IPython.display import Image, display
-        display(Image(filename=str(path)))
-    else:
-        print(f"figure: {path}")
+# ---------------------------------------------------------------- what a reader sees
+
+def show(figure, name, alt):
+    """A figure in the notebook, below its cell; from a script, out/chapters/<name>.png. `alt`
+    is for readers who do not see it."""
+    if not notebook():
+        path = ROOT / "out" / "chapters" / f"{name}.png"
+        figures.save(path, figure)
+        print(f"figure {os.path.relpath(path)}: {alt}")
+        return
+    from IPython.display import display
+    width = round(96 * figure.get_figwidth())  # CSS pixels: type as large as its points say
+    picture = {"image/png": figures.png(figure), "text/plain": f"figure: {alt}"}
+    display(picture, metadata={"image/png": {"alt": alt, "width": width}, "name": name},
+            raw=True)
 
 
 def beside(*rows):
     """Print a table of (quantity, what the paper reports, what this run shows)."""
-    rows = [("", "the paper", "this run"), *((a, b, probe.number(c) if isinstance(c, float) else str(c)) for a, b, c in rows)]
-    wide = [max(len(row[i]) for row in rows) for i in range(3)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, wide)).rstrip())
+    rows = [("", "the paper", "this run"), *rows]
+    cells = [[probe.digits(c) if isinstance(c, float) else str(c) for c in r] for r in rows]
+    wide = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print("  ".join(c.ljust(w) for c, w in zip(row, wide)).rstrip())
 
 
-def attempt(check, answer):
-    """Try a check on your answer, and say what is missing instead of stopping the chapter."""
+# ---------------------------------------------------------------- exercises
+
+def check(name, answer):
+    """Try your answer to an exercise, such as "05.lock_gap", and say what is missing."""
+    chapter, _, exercise = name.partition(".")
+    if unsolved(answer):
+        return print(f"{exercise}: not yet. Put your answer in place of `...`")
+    path = Path(__file__).with_name("checks") / f"{chapter}.py"
+    spec = importlib.util.spec_from_file_location(f"checks_{chapter}", path)
+    checks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(checks)
     try:
-        check(answer)
-    except Exception as error:  # whatever an unfinished answer raises
-        print(f"{check.__name__.removeprefix('check_')}: not yet. {error}")
+        getattr(checks, exercise)(answer)
+    except Exception as error:  # whatever an answer raises
+        ours = {str(path), __file__}
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [f for f in frames if f.filename not in ours and not of_a_library(f)]
+        if not theirs:  # the check itself says what is wrong
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            return print(f"{exercise}: not right. {kind}{error}")
+        print(f"{exercise}: a mistake in your code\n", *traceback.format_list(theirs),
+              *traceback.format_exception_only(error), sep="", end="")
     else:
-        print(f"{check.__name__.removeprefix('check_')}: solved")
+        print(f"{exercise}: solved")
+
+
+def of_a_library(frame):
+    places = sysconfig.get_paths()
+    return frame.filename.startswith((places["stdlib"], places["purelib"], places["platlib"]))
+
+
+def unsolved(answer):
+    """Whether an answer is still `...`, as a value, inside a list, or as a function's body."""
+    if isinstance(answer, (list, tuple, set)):
+        return any(unsolved(a) for a in answer)
+    if isinstance(answer, dict):
+        return unsolved(list(answer.values()))
+    if not isinstance(answer, FunctionType):
+        return answer is ... or answer is None
+    steps = [s for s in dis.get_instructions(answer) if s.opname not in ("RESUME", "NOP")]
+    return len(steps) <= 2 and steps[0].argval is None
+
+
+def written_without(answer, *names):
+    """For checks: refuse a function that calls one of these, itself or through a helper."""
+    used, waiting = set(), [answer]
+    while waiting:
+        function = waiting.pop()
+        codes = [function.__code__]
+        for code in codes:  # grows: functions inside functions
+            codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+            for name in set(code.co_names) - used:
+                used.add(name)
+                value = function.__globals__.get(name)
+                if isinstance(value, FunctionType):
+                    used.add(value.__name__)
+                    if value.__globals__ is function.__globals__:
+                        waiting.append(value)
+    found = sorted(used & set(names))
+    assert not found, f"Write it yourself: your answer calls {', '.join(found)}."
