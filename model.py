@@ -46,13 +46,6 @@ def require_positive(name, value):
 HF_WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 HF_SIZES = (*HF_WHOLE, "head_dim", "rms_norm_eps")
-# Keys that change the forward pass, and the one value of each that we compute. Whatever else a
-# config.json holds (token ids, dtype, cache, dropout, versions) changes nothing and is dropped.
-HF_FIXED = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-    "attention_bias": False, "mlp_bias": False, "sliding_window": None,
-    "partial_rotary_factor": 1.0, "rope_interleaved": False, "quantization_config": None,
-}
 
 
 @dataclass
@@ -127,9 +120,9 @@ def rope_frequencies(cfg: Config) -> torch.Tensor:
     # 1 / theta^x and not theta^-x: keep the reference's last bit, 0.01 rad at position 100,000
     pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu")
     freq = 1.0 / cfg.rope_theta ** (pairs / cfg.head_dim)
-    if cfg.rope_scaling is None:
-        return freq
     scaling = cfg.rope_scaling
+    if scaling is None:
+        return freq
     require(isinstance(scaling, dict), "rope_scaling", scaling, "an object")
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "default":
@@ -264,8 +257,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The decoder. `GPT(cfg, seed)` draws its weights from `seed` alone, the same for every `attn`.
-    """
+    """The decoder. Its weights are drawn from `seed` alone, the same for every `attn`."""
 
     def __init__(self, cfg: Config, seed: int = 0):
         super().__init__()
@@ -278,7 +270,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("rope_freq", rope_frequencies(cfg), persistent=False)
         generator = torch.Generator().manual_seed(seed)
-        # gates like every other matrix, as published, but last: so the others do not depend on attn
+        # gates are drawn like the other matrices, as published, but last: those keep their draws
         for _, p in sorted(self.named_parameters(), key=lambda named: "z_gate" in named[0]):
             if p.dim() == 2 and not p.is_meta:
                 nn.init.normal_(p, std=cfg.initializer_range, generator=generator)
@@ -359,8 +351,9 @@ class GPT(nn.Module):
             tensor = f"{where}: tensor {name!r:.99}"
             if ours is None:
                 raise UserError(f"{tensor} has no place in this model")
-            if not isinstance(found, torch.Tensor):
-                raise UserError(f"{tensor} is missing")
+            plain = isinstance(found, torch.Tensor) and found.layout == torch.strided
+            if not plain or found.is_meta or not found.is_contiguous():
+                raise UserError(f"{tensor} is missing or no ordinary tensor")
             if found.shape != ours.shape or found.dtype not in FLOATS:
                 raise UserError(f"{tensor} is {found.dtype} of shape {tuple(found.shape)}, "
                                 f"config.json asks for floats of shape {tuple(ours.shape)}")
@@ -392,6 +385,17 @@ class GPT(nn.Module):
             weights["lm_head.weight"] = weights.get("embed_tokens.weight")
         model = cls.from_weights(cfg, weights, folder)
         return model.to(dtype or model.lm_head.weight.dtype)  # one for all, where a file mixes them
+
+
+# ---------------------------------------------------------------- a Llama's files
+
+# Keys that change the forward pass, and the one value of each that we compute. Whatever else a
+# config.json holds (token ids, dtype, cache, dropout, versions) changes nothing and is dropped.
+HF_FIXED = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+    "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+    "partial_rotary_factor": 1.0, "rope_interleaved": False, "quantization_config": None,
+}
 
 
 def map_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -270,7 +270,7 @@ BROKEN = [  # what is done to the folder, and what the line must name
     (text("[" * 10**5), "config.json is not JSON"),
     (text('{"vocab_size": %s}' % ("9" * 5000)), "config.json is not JSON"),
     (config(hidden_size=None), "config.json: hidden_size"),
-    (config(hidden_act="relu"), "config.json: hidden_act must be 'silu' for this model, not 'relu'"),
+    (config(hidden_act="relu"), "config.json: hidden_act must be 'silu' for this model, not 're"),
     (config(hidden_size=10**400), "config.json: hidden_size"),
     (config(rope_theta=10**400), "config.json: rope_theta"),
     (config(hidden_size=2**20, head_dim=8), "config.json asks for floats of shape (50, 1048576)"),
@@ -391,8 +391,19 @@ def test_from_weights_is_the_door_for_runs_too(attn):
     assert all(p.requires_grad for p in again.parameters())
     assert torch.equal(logits(again), logits(gpt))
     other = tiny_config(attn="softmax" if attn in ("headnorm", "gated") else "gated")
-    with pytest.raises(UserError, match="^here: tensor .* (is missing|has no place in this model)$"):
-        GPT.from_weights(other, tiny_model(attn).state_dict(), "here")
+    with pytest.raises(UserError, match="^here: tensor .* (is missing|has no place)"):
+        GPT.from_weights(other, gpt.state_dict(), "here")
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse", "one number 32 times", "text"])
+def test_from_weights_takes_ordinary_tensors_only(kind):
+    """A crafted file can hold the others, even where nothing is unpickled."""
+    ones = torch.ones(32)
+    odd = {"meta": ones.to("meta"), "sparse": ones.to_sparse(), "text": "ones"}
+    gpt = tiny_model()
+    weights = {**gpt.state_dict(), "norm.weight": odd.get(kind, torch.ones(1).expand(32))}
+    with pytest.raises(UserError, match="^here: tensor 'norm.weight' is missing or no ordinary"):
+        GPT.from_weights(gpt.cfg, weights, "here")
 
 
 # ---------------------------------------------------------------- fuzz
