@@ -624,7 +624,7 @@ def print_chain(title, columns, cfg, T):
     width = max(16, 2 + max(map(len, columns)))
 
     def line(link, text, cells, null=""):
-        say(f"{link:11}{text:44}" + "".join(f"{c:>{width}}" for c in cells) + f"{null:>8}")
+        say(f"{link:11}{text:48}" + "".join(f"{c:>{width}}" for c in cells) + f"{null:>8}")
 
     say(f"\n{title}")
     line("link", "number", columns, "chance")
@@ -814,13 +814,15 @@ def check(args):
     if bool(args.runs) == bool(args.llama) or args.file and args.runs != ["smollm2"]:
         raise UserError("give smollm2 (with --file, if you have it), or the folders of one or more "
                         "runs, or --llama FOLDER")
-    args.windows = args.windows or (8 if llama else 32)
-    args.batches = args.batches or (4 if not llama else 2 if args.cut else 1)
+    usual = {"windows": 8 if llama else 32, "batches": 4 if not llama else 2 if args.cut else 1}
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     for name, least, most in (("windows", 2, 4096), ("batches", 1, 1024), ("position", 1, 2**20),
                               ("seed", 0, 2**31), ("threads", 1, 1024)):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
-            raise UserError(f"--{name} must be from {least} to {most}, not {value:.6g}")
+            raise UserError(f"--{name} must be from {least} to {most}, not {value!r:.40}")
     if args.threads or not llama:
         torch.set_num_threads(args.threads or 1)  # a small model gains nothing from a second one
     if args.out is None:
