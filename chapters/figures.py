@@ -8,7 +8,7 @@ anybody; chapters use pyplot as everybody does and pass its axes to the small fu
 
 import io
 import math
-import statistics
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -18,6 +18,8 @@ import torch
 from cycler import cycler
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 import probe
@@ -69,16 +71,22 @@ def dress(ax, title, legend=None, **labels):
     """Title (wrapped to the axes), labels, and a legend for a dict of its settings. A log axis of
     few decades gets plain numbers instead of one crowded power of ten."""
     ax.set(**labels)
-    inches = ax.get_position().width * ax.figure.get_figwidth()
-    ax.set_title(textwrap.fill(title, max(18, round(inches / 0.078))))
+    if title is not None:
+        inches = ax.get_position().width * ax.figure.get_figwidth()
+        ax.set_title(textwrap.fill(title, max(18, round(inches / 0.085))))
     for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
         if axis.get_scale() == "log" and high / low < 1000:
             axis.set_major_locator(LogLocator(10, subs=(1, 3) if high / low > 30 else (1, 2, 5)))
             axis.set_minor_locator(NullLocator())
-        if axis.get_scale() == "log" and high / low < 1e5:
+        if axis.get_scale() == "log" and high / low < 1e4:
             axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     if legend is not None:
         ax.legend(**legend)
+
+
+def tex(text, font=""):
+    """V_k, W_O, x_0 in plain text, with a real index."""
+    return re.sub(r"\b([A-Za-z])_([A-Za-z0-9])\b", rf"${font}{{\1_\2}}$", text)
 
 
 def lines(ax, curves, x=None, hot=(), **how):
@@ -140,6 +148,9 @@ def attention(ax, pattern, title, sink=(0,)):
     ax.imshow(image.numpy(), interpolation="nearest")
     ax.spines[:].set_visible(False)  # a frame would hide column 0
     ax.grid(False)
+    ticks = range(0, len(a), max(1, len(a) // 4))
+    ax.set(xticks=ticks, yticks=ticks)
+    ax.tick_params(length=0)
     dress(ax, title, xlabel="key", ylabel="query")
 
 
@@ -186,33 +197,220 @@ def chain(portraits, kind) -> Figure:
     panel for each link with its headline by layer. `kind` says which windows they saw."""
     shown = dict(list(portraits.items())[:3])
     panels = len(shown) + len(probe.LINKS)
-    columns = 4 if panels in (7, 8) else 3
-    rows = -(-panels // columns)
-    figure, axes = new(2.75 * rows + 0.6, rows, columns, squeeze=False)
+    rows = -(-panels // 4)
+    figure, axes = new(2.75 * rows + 0.8, rows, 4, squeeze=False)
     axes = list(axes.flat)
     for name, p in shown.items():
-        attention(axes.pop(0), p["map"], f"{name}: layer {p['layer']}, head {p['head']}")
+        claim(axes[0], name, f"layer {p['layer']}, head {p['head']}: darker is more attention")
+        attention(axes.pop(0), p["map"], None)
     for link in probe.LINKS:
         headline(axes.pop(0), link, shown)
     for ax in axes:
         ax.axis("off")
+    figure.suptitle(f"From the first token to the sink: every link, by layer ({kind})")
+    middle = next(iter(shown.values()))["T"] // 2
+    entries = {"token 0": {"color": ACCENT}, f"token {middle}": {"color": GREY},
+               "chance": {"color": "black", "ls": ":", "lw": 0.9},
+               "the number in the table": {"color": "black", "marker": "o", "ls": ""}}
+    if len(shown) > 1:
+        entries |= {name: {"color": "black", "ls": s["ls"]} for s, name in zip(STYLES, shown)}
+    handles = [Line2D([], [], label=name, **style) for name, style in entries.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles),
+                  columnspacing=1.2, handlelength=1.8)
     return figure
 
 
+def claim(ax, name, says):
+    """The title of a narrow panel: the name of a link in bold, and below it what it says."""
+    text = textwrap.fill(says, 24)
+    ax.set_title(tex(text), x=-0.3, fontsize=9, fontweight="normal", pad=5)
+    ax.annotate(tex(name, r"\mathbf"), (-0.3, 1), (0, 8 + 11 * (text.count("\n") + 1)), fontweight="bold",
+                fontsize=10, xycoords="axes fraction", textcoords="offset points", va="bottom")
+
+
 def headline(ax, link, portraits):
-    """The first number of a link by layer. The dot is what the table of probe.py reads."""
-    number, values = link.numbers[0], []
+    """The first number of a link by layer; of numbers by head, the largest of each layer."""
+    number, seen = link.numbers[0], []
     for style, (name, p) in zip(STYLES, portraits.items()):
         for token, color in (("ordinary", GREY), ("first", ACCENT)):
             v = p[token][number.key].float()
             y = v.amax(1) if v.dim() == 2 else v
-            values += y[y.isfinite()].tolist()
-            ax.plot(y.tolist(), color=color, ls=style["ls"], label=f"{name}, {token}")
-        null = probe.chance(number, p["cfg"], p["T"])
+            seen += y[y.isfinite()].tolist()
+            ax.plot(y.tolist(), color=color, ls=style["ls"])
+        where = {"first": 0, "largest": y.nan_to_num().argmax().item(), "sink head": p["layer"]}
+        if number.read in where:
+            value = probe.summary(p["first"])[number.key]
+            ax.plot(where[number.read], value, color=ACCENT, marker="o", clip_on=False)
+    null = probe.chance(number, p["cfg"], p["T"])
     if null is not None:
-        ax.axhline(null, color="black", lw=0.9, ls=":", label="chance")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    if values and min(values) > 0 and max(values) / min(values) > 30:
+        ax.axhline(null, color="black", lw=0.9, ls=":")
+    if seen and max(seen) > max(3, 30 * min(seen)) and min(seen) > 1e-6:  # less is rounding
         ax.set_yscale("log")
-    dress(ax, f"{link.name}: {link.says}", xlabel="layer",
-          ylabel=textwrap.fill(number.says, 26))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    dress(ax, None, xlabel="layer", ylabel=tex(textwrap.fill(number.says, 26)))
+    claim(ax, link.name, link.says)
+
+
+# ---------------------------------------------------------------- cut and forge
+
+WHOLE = {"cut": 0.5, "forge": 0.25}  # from where on probe.RULE says "holds"; half of it: partly
+
+
+@styled
+def cut(found) -> Figure:
+    """cut.png: model -> `probe.verdicts`, a column of panels each. Above, the share of the sink
+    that a cut takes; below, the share of the two sinks that a forgery has; grey, their controls."""
+    some = next(iter(found.values()))
+    heights = [sum(1.15 + len(v["controls"]) / 2 for v in some if v["kind"] == kind) + 0.2
+               for kind in WHOLE]
+    figure, axes = new(0.21 * sum(heights) + 2, 2, len(found), squeeze=False, sharey="row",
+                       height_ratios=heights)
+    for column, (name, verdicts) in zip(axes.T, found.items()):
+        for ax, kind in zip(column, WHOLE):
+            effects(ax, [v for v in verdicts if v["kind"] == kind], WHOLE[kind])
+        column[0].set_title(name)
+        column[0].set_xlabel("share of the sink that the cut takes")
+        column[1].set_xlabel("share of the two sinks that is forged")
+    figure.suptitle("Each link cut at token 0, and forged at an ordinary token")
+    entries = [Patch(color=ACCENT, label="the link"), Patch(color="0.7", label="its controls"),
+               Line2D([], [], color="black", ls="--", label="from here on it holds"),
+               Line2D([], [], color="black", ls=":", label="partly")]
+    figure.legend(handles=entries, loc="outside lower center", ncols=4)
+    return figure
+
+
+def effects(ax, verdicts, whole):
+    """A bar for each verdict, and a thinner grey one below it for each of its controls."""
+    y, ticks = 0.0, []
+
+    def bar(at, height, share, spread, color):
+        shown = max(-0.2, min(share, 1.1))  # more is seen in models without a sink to cut
+        ax.barh(at, shown, height, color=color, xerr=spread or None, ecolor="black")
+
+    for v in verdicts:
+        bar(y, 0.8, v["share"], v["spread"], ACCENT)
+        for i, (share, spread) in enumerate(v["controls"]):
+            bar(y + 0.65 + i / 2, 0.4, share, spread, "0.7")
+        ax.text(1.46, y, v["word"], ha="right", va="center")
+        ticks.append(y)
+        y += 1.15 + len(v["controls"]) / 2
+    ax.axvline(0, color="black", lw=0.9)
+    ax.axvline(whole, color="black", ls="--", lw=0.9)
+    ax.axvline(whole / 2, color="black", ls=":", lw=0.9)
+    ax.set_yticks(ticks, [tex(f"{v['link']}: {v['says']}") for v in verdicts])
+    ax.set(xlim=(-0.22, 1.48), ylim=(y - 0.4, -0.6), xticks=(0, 0.5, 1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.grid(False, axis="y")
+
+
+@styled
+def matrix(tables, T) -> Figure:
+    """The whole of `probe.cuts`, means over `tables` (batches or seeds): each edit and its controls
+    against the headline of each link. Number: after the edit. Shade: by how much it changed."""
+    keys = {link.name: link.numbers[0].key for link in probe.LINKS} | {"loss": "loss"}
+    rows = []  # what it says, numbers before, numbers after
+    for same in zip(*tables):
+        row, at = same[0], int(same[0]["token"] != 0)
+        before, after = (probe.average([r[when][at] for r in same])[0]
+                         for when in ("before", "after"))
+        if not rows or rows[-1][3] != row["token"]:
+            rows.append((f"token {row['token']}, untouched", before, before, row["token"]))
+        says = f"      {row['says']}" if row["control"] else f"{row['link']}: {row['says']}"
+        rows.append((says, before, after, row["token"]))
+    figure, ax = new(0.21 * len(rows) + 1.2)
+    image = torch.ones(len(rows), len(keys), 3)
+    for i, (says, before, after, _) in enumerate(rows):
+        for j, (name, key) in enumerate(keys.items()):
+            depth = 0.85 * min(1.0, abs(after[key] - before[key]) / max(abs(before[key]), 0.02))
+            color = ACCENT if name == probe.LINKS[-1].name else "black"
+            image[i, j] = 1 - depth * (1 - torch.tensor(to_rgb(color)))
+            ax.text(j, i, probe.digits(after[key]), ha="center", va="center",
+                    color="white" if depth > (0.75 if color == ACCENT else 0.5) else "black")
+    ax.imshow(image.numpy(), aspect="auto", interpolation="nearest")
+    ax.set_xticks(range(len(keys)), [tex(name) for name in keys])
+    ax.set_yticks(range(len(rows)), [tex(says) for says, *_ in rows], ha="left")
+    for i, (label, row) in enumerate(zip(ax.get_yticklabels(), rows)):
+        label.set_color("0.4" if row[0].startswith(" ") else "black")
+        if row[1] is row[2]:  # untouched
+            ax.axhline(i - 0.5, color="black", lw=1.2)
+            label.set_fontweight("bold")
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.tick_params(axis="y", pad=210)  # points: the longest label, which begins there
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+    ax.set_xlabel("shade: change over the untouched number, full from 100 % on")
+    figure.suptitle("Every edit (grey: its controls) against every link: the number after it")
+    return figure
+
+
+# ---------------------------------------------------------------- training
+
+@styled
+def birth(rows, links="links", title="How a sink is born: each link on its way") -> Figure:
+    """rows of log.jsonl: the headline of every link over the steps, as share of the way from its
+    least to its greatest value. What is null there is left out."""
+    figure, ax = new(3.4)
+    rows = [row for row in rows if links in row]
+    styles = iter(STYLES)
+    for link in probe.LINKS:
+        key = link.numbers[0].key
+        last = link is probe.LINKS[-1]
+        points = [(max(row["step"], 1), row[links][key]) for row in rows
+                  if row[links].get(key) is not None]
+        low, high = (f((v for _, v in points), default=0) for f in (min, max))
+        label = f"{tex(link.name)} ({probe.digits(low)} to {probe.digits(high)})"
+        if high - low < 1e-6:  # rounding: with a fixed first token, its variance
+            label, points = f"{tex(link.name)} (always {low:.2g})", []
+        style = dict(color=ACCENT, lw=2.2, zorder=3) if last else next(styles)
+        ax.plot([step for step, _ in points],
+                [(v - low) / (high - low) for _, v in points], label=label, **style)
+    ax.set(xscale="log", ylim=(-0.03, 1.03))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    dress(ax, title, dict(loc="center left", bbox_to_anchor=(1, 0.5), title="link (least to most)"),
+          xlabel="step of training (log; step 0 is drawn at 1)", ylabel="way from least to most")
+    return figure
+
+
+@styled
+def curve(folder, log, optimum=None) -> None:
+    """curve.png of a training: its losses, and the sink for each kind of windows with chance."""
+    from train import FIRST, read_config  # here, because train.py imports this file
+    run, _ = read_config(folder)
+    number = probe.LINKS[-1].numbers[0]
+    figure, (left, right) = new(3.2, 1, 2)
+    track(left, log, lambda row: row["train_loss"], color=GREY, ls="--", label="training")
+    track(left, log, lambda row: row["val_loss"], color="black", label="validation")
+    if optimum is not None:
+        left.axhline(optimum, color="black", lw=0.9, ls=":", label="a perfect predictor")
+    dress(left, f"{Path(folder).name}: loss", {}, xlabel="step", ylabel="nats per token")
+    kinds = (kind for kind in FIRST if any(kind in row for row in log))
+    for style, kind in zip(STYLES, kinds):
+        track(right, log, lambda row, kind=kind: row.get(kind, {}).get(number.key),
+              color=ACCENT, ls=style["ls"], label=FIRST[kind])
+    null = probe.chance(number, run, run.seq_len)  # a Run has the fields of Config
+    if null is not None:
+        right.axhline(null, color="black", lw=0.9, ls=":", label="chance")
+    dress(right, number.key, {}, xlabel="step", ylabel=tex(textwrap.fill(number.says, 30)))
+    right.set_ylim(0)
+    save(Path(folder) / "curve.png", figure)
+
+
+def track(ax, log, value, **style):
+    """A value of each evaluation over the steps; what is null is left out."""
+    points = [(row["step"], value(row)) for row in log]
+    ax.plot(*zip(*((s, v) for s, v in points if v is not None)), **style)
+
+
+@styled
+def maps(patterns, sinks, title=None) -> Figure:
+    """Attention maps in one row, title -> (T, T), with the sinks of each: ((0,), (), (0, 10))."""
+    figure, axes = new(3.4, 1, len(patterns) + 1, width_ratios=[12] * len(patterns) + [1])
+    for ax, (name, pattern), sink in zip(axes, patterns.items(), sinks):
+        attention(ax, pattern, name, sink)
+    shades(axes[-1])
+    if title:
+        figure.suptitle(title)
+    return figure
