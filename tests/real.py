@@ -1,0 +1,17 @@
+"""SmolLM2 for the tests that need the real model: `model = GPT.from_llama(real.folder())`."""
+
+import os
+
+import pytest
+
+from data import CACHE
+from data.smollm2 import is_whole
+
+
+def folder():
+    """data/cache/smollm2, which `python -m data.smollm2` fetches. Where it is absent the test is
+    skipped, but in CI it fails: there nobody would see what a skipped test does not show."""
+    if is_whole(CACHE / "smollm2"):
+        return CACHE / "smollm2"
+    line = "SmolLM2 is not there; fetch it once: python -m data.smollm2"
+    pytest.fail(line) if os.environ.get("CI") else pytest.skip(line)
