@@ -31,6 +31,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -429,13 +430,16 @@ def loop(state: State, corpus, header: dict, stop, say, live) -> None:
     cast = contextlib.nullcontext()
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         cast = torch.autocast("cuda", torch.bfloat16)
-    for block in model.layers if run.compile else ():
-        block.compile()  # they are alike: what is compiled for one serves all
-    step_seconds, evaluation_seconds, count = 0.0, 0.0, 0  # what one costs, measured here
+    measured = contextlib.nullcontext
+    if run.compile:
+        for block in model.layers:
+            block.compile()  # they are alike: what is compiled for one serves all
+        measured = partial(torch.compiler.set_stance, "force_eager")  # taps are for plain layers
+    step_seconds, evaluation_seconds, count = 0.0, 0.0, -5  # what one costs; the first warm up
 
     def speed() -> str:
         """Tokens a second, and the time to go, evaluations included."""
-        if count < 5:  # the first ones say nothing
+        if count < 1:
             return ""
         evaluations = len(evaluate_at) - bisect.bisect(evaluate_at, state.step)
         left = (run.steps - state.step) * step_seconds + evaluations * evaluation_seconds
@@ -446,7 +450,8 @@ def loop(state: State, corpus, header: dict, stop, say, live) -> None:
         if state.step in evaluate_at and not (state.log and state.log[-1]["step"] == state.step):
             row = {"step": state.step, "tokens": state.step * tokens,
                    "seconds": round(state.seconds, 2), "train_loss": state.smooth}
-            row |= evaluation(model)
+            with measured():
+                row |= evaluation(model)
             if not math.isfinite(row["val_loss"]):
                 raise state.diverged("validation loss")
             state.log.append(row)
@@ -478,7 +483,8 @@ def loop(state: State, corpus, header: dict, stop, say, live) -> None:
             state.smooth = value if before is None else 0.9 * before + 0.1 * value
         seconds = time.perf_counter() - begin
         state.seconds, count = state.seconds + seconds, count + 1
-        step_seconds += (seconds - step_seconds) / min(count, 200)  # a mean that forgets the start
+        if count > 0:
+            step_seconds += (seconds - step_seconds) / min(count, 200)  # a mean of the last steps
         share = state.step / run.steps
         live(f"{'#' * int(10 * share):.<10} {share:4.0%} | loss {state.smooth or 0:.3f}{speed()}")
 
@@ -754,9 +760,9 @@ def story(run: Run, result: Result) -> str:
     if run.bos:
         lines.append("a sink on <|bos|> knows it by name, so this run is no test of a cure; "
                      "--size micro is")
-    lines.append(f"a sample:\n{write_text(result.model, corpus)}\n")
-    share = 1.0 if corpus.task else run.repeat
-    if share:
+    text, share = write_text(result.model, corpus), 1.0 if corpus.task else run.repeat
+    lines.append(f"a sample:\n{text}\n")
+    if share and any(text.find(text[i:i + 12], i + 1) > 0 for i in range(len(text) - 12)):
         lines.append(f"(it repeats itself, because {share:.0%} of the training windows show one "
                      "passage over and over)")
     return "\n".join(["", *lines, "", f"next: python probe.py {shlex.quote(show(result.folder))}"])
@@ -817,7 +823,13 @@ def command(words) -> int:
             raise UserError(f"{flag(name)} goes with --sample FOLDER only")
     folder, overwrite = given.pop("resume", None), given.pop("overwrite", False)
     run = replace(read_config(folder)[0], **given) if folder is not None else Run(**given)
-    result = train(run, folder is not None, overwrite)
+    try:
+        result = train(run, folder is not None, overwrite)
+    except RuntimeError as error:  # of the compiler, which has many
+        if not run.compile or "torch._" not in type(error).__module__:
+            raise
+        raise UserError(f"--compile failed ({type(error).__name__}): it needs a C++ compiler; "
+                        "leave it out") from None
     if not result.finished:
         return 130
     print(story(resolve(run), result))

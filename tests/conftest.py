@@ -1,13 +1,25 @@
-"""`pytest` runs the fast suite, `pytest -m slow` the rest; neither may reach the network."""
+"""`pytest` runs the fast suite, `pytest -m slow` the rest; neither may reach the network.
+
+`tiny_run(folder, **changes)` trains a model of two layers for twelve steps, in half a second.
+"""
 
 import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import train
+
+TINY = dict(data="copy", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, seq_len=16, batch_size=4, steps=12, evals=2, warmup=4, lr=1e-2,
+            threads=1, bos=0.5)
+
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes rather than seconds; run with pytest -m slow")
+    config.addinivalue_line("markers", "slow: minutes, not seconds; run with pytest -m slow")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -18,7 +30,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Models this small are slower on two threads, and many times slower where another program keeps a core busy."""
+    """Models this small are slower on two threads, and many times slower beside another program."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,3 +49,22 @@ def no_network():
     socket.socket.connect = local_only
     yield
     socket.socket.connect = connect
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Few tokens for an evaluation and an empty picture: a short run takes half of the time."""
+    figures = SimpleNamespace(curve=lambda folder, *_: Path(folder, "curve.png").touch())
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train, "EVAL_TOKENS", 256)
+        m.setattr(train, "PROBE_TOKENS", 128)
+        m.setitem(sys.modules, "chapters.figures", figures)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny_run(quick):
+    def run(out, resume=False, overwrite=False, **changes):
+        settings = train.Run(**{**TINY, "out": str(out), **changes})
+        return train.train(settings, resume, overwrite, say=lambda line: None)
+    return run

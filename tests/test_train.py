@@ -1,4 +1,5 @@
-"""train.py: a run can be stopped, killed and resumed without a bit of difference, and leaves what it says it leaves."""
+"""train.py: a run can be stopped, killed and resumed without a bit of difference, and leaves what
+it says it leaves. What it refuses stands in test_errors.py."""
 import errno
 import json
 import math
@@ -9,60 +10,48 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import data
+import probe
 import train
+from data.border import UserError
 from model import ATTENTIONS
+from tests.conftest import TINY
 from train import Run
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(data="copy", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            seq_len=16, batch_size=4, steps=12, evals=2, warmup=4, lr=1e-2, threads=1, bos=0.5)
-
-
-DRAW_CURVE = train.draw_curve
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Few tokens for an evaluation and an empty picture: half of the seconds of a short run."""
-    monkeypatch.setattr(train, "EVAL_TOKENS", 256)
-    monkeypatch.setattr(train, "PROBE_TOKENS", 128)
-    monkeypatch.setattr(train, "draw_curve", lambda folder, *_: (folder / "curve.png").touch())
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
     """A text of our own, whose tokens are kept in a folder that pytest removes."""
     folder = tmp_path_factory.mktemp("text")
-    defaults, before = data.load.__kwdefaults__, dict(data.load.__kwdefaults__)
-    defaults["cache"] = folder / "cache"
     path = folder / "book.txt"
-    path.write_text("".join(f"Day {i}: the cat sat on the mat, and nothing happened.\n" for i in range(400)))
-    yield str(path)
-    defaults.update(before)
+    lines = [f"Day {i}: the cat sat on the mat, and nothing happened.\n" for i in range(400)]
+    path.write_text("".join(lines))
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(data.load.__kwdefaults__, "cache", folder / "cache")
+        yield str(path)
 
 
-def run(out, **changes):
-    """Train quietly in `out`; returns the result."""
-    return train.train(Run(**{**TINY, "out": str(out), **changes}), say=lambda line: None)
+def flags(out, **changes):
+    """The settings of `tiny_run` for `train.main`."""
+    settings = {**TINY, "out": out, **changes}
+    return [f"{train.flag(name)}={value}" for name, value in settings.items()]
 
 
-def flags(**changes):
-    """The same settings for `train.main`."""
-    return [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **changes}.items()]
-
-
-def saved(out, name="model.pt"):
-    return torch.load(Path(out) / name, weights_only=True)
+def saved(out):
+    return torch.load(Path(out) / "model.pt", weights_only=True)
 
 
 def rows(out):
-    """The log without its header and without what a clock said."""
+    """The log without what a clock said."""
     return [{k: v for k, v in row.items() if k != "seconds"} for row in train.read_log(out)]
 
 
@@ -75,6 +64,10 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def same_runs(a, b):
+    return same(saved(a), saved(b)) and rows(a) == rows(b)
 
 
 def interrupt_at(monkeypatch, call):
@@ -90,144 +83,210 @@ def interrupt_at(monkeypatch, call):
     monkeypatch.setattr(data.Corpus, "batch", batch)
 
 
-# --- resume ------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- resume
 
 @pytest.mark.parametrize("attn", ATTENTIONS)
-def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, attn):
-    run(tmp_path / "whole", attn=attn)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, tiny_run, attn):
+    tiny_run(tmp_path / "whole", attn=attn)
     with monkeypatch.context() as m:
         interrupt_at(m, 5)
-        assert not run(tmp_path / "parts", attn=attn).finished
+        assert not tiny_run(tmp_path / "parts", attn=attn).finished
     assert saved(tmp_path / "parts")["step"] == 5
-    assert run(tmp_path / "parts", attn=attn, resume=True).finished
-    assert same(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert tiny_run(tmp_path / "parts", attn=attn, resume=True).finished
+    assert same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_resume_on_text_at_every_other_step(tmp_path, monkeypatch, book):
+def test_resume_on_text_at_every_other_step(tmp_path, monkeypatch, tiny_run, book, capsys):
+    """--resume takes every setting from the folder."""
     settings = dict(data=book, vocab_size=300, attn="headnorm", tie_word_embeddings=True)
-    run(tmp_path / "whole", **settings)
+    tiny_run(tmp_path / "whole", **settings)
     for number in range(5):
         with monkeypatch.context() as m:
             interrupt_at(m, 2)
-            assert not run(tmp_path / "parts", **settings, resume=number > 0).finished
+            if number == 0:
+                tiny_run(tmp_path / "parts", **settings)
+            else:
+                assert train.main(["--resume", str(tmp_path / "parts")]) == 130
     assert saved(tmp_path / "parts")["step"] == 10
-    assert run(tmp_path / "parts", **settings, resume=True).finished
-    assert same(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert train.main(["--resume", str(tmp_path / "parts")]) == 0
+    assert same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    run(tmp_path)
-    before = (tmp_path / "model.pt").read_bytes()
-    assert run(tmp_path, resume=True).finished
-    assert (tmp_path / "model.pt").read_bytes() == before
+def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny_run):
+    tiny_run(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != ".lock"}
+    assert tiny_run(tmp_path, resume=True).finished
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != ".lock"} == before
 
 
-def test_killed_before_the_first_save(tmp_path):
-    """config.json is there and model.pt is not: resume starts at step 0, and so does overwrite."""
-    run(tmp_path / "whole")
-    for name, how in (("resumed", dict(resume=True)), ("anew", dict(overwrite=True))):
-        run(tmp_path / name)
-        for left in ("model.pt", "best.pt", "log.jsonl", "curve.png"):
-            (tmp_path / name / left).unlink()
-        (tmp_path / name / "best.pt.tmp").write_text("half a file")
-        assert run(tmp_path / name, **how).finished
-        assert same(saved(tmp_path / "whole"), saved(tmp_path / name))
-        assert not list((tmp_path / name).glob("*.tmp"))
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_killed_before_the_first_save(tmp_path, tiny_run, how):
+    """config.json is there and model.pt is not. Of what a kill leaves only our own files go."""
+    tiny_run(tmp_path / "whole")
+    tiny_run(tmp_path / "killed")
+    for left in ("model.pt", "log.jsonl", "curve.png"):
+        (tmp_path / "killed" / left).unlink()
+    mine, ours = ("notes.tmp", "film.part"), ("model.pt.a1b2c3d4.part", "config.json.abcdefgh.part")
+    for name in (*mine, *ours):
+        (tmp_path / "killed" / name).write_text("half a file")
+    assert tiny_run(tmp_path / "killed", **{how: True}).finished
+    assert same_runs(tmp_path / "whole", tmp_path / "killed")
+    names = {path.name for path in (tmp_path / "killed").iterdir()}
+    assert names >= set(mine) and not names & set(ours)
 
 
-def test_killed_before_config_json(tmp_path):
-    (tmp_path / "config.json.tmp").write_text("{")
-    assert run(tmp_path).finished
+def test_killed_before_config_json(tmp_path, tiny_run):
+    (tmp_path / "config.json.abcdefgh.part").write_text("{")
+    assert tiny_run(tmp_path).finished
 
 
-def test_log_lines_after_the_last_save_are_written_again(tmp_path, monkeypatch):
-    run(tmp_path / "whole")
+def test_log_lines_after_the_last_save_are_written_again(tmp_path, monkeypatch, tiny_run):
+    tiny_run(tmp_path / "whole")
     with monkeypatch.context() as m:
         interrupt_at(m, 7)
-        run(tmp_path / "parts")
-    (tmp_path / "parts" / "log.jsonl").write_text((tmp_path / "whole" / "log.jsonl").read_text())
-    run(tmp_path / "parts", resume=True)
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+        tiny_run(tmp_path / "parts")
+    (tmp_path / "parts/log.jsonl").write_text((tmp_path / "whole/log.jsonl").read_text())
+    tiny_run(tmp_path / "parts", resume=True)
+    assert same_runs(tmp_path / "whole", tmp_path / "parts")
+    (tmp_path / "parts/log.jsonl").unlink()  # and it goes on without a log
+    assert tiny_run(tmp_path / "parts", resume=True).finished
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    words, before = flags() + [f"--out={tmp_path / 'a run'}"], signal.getsignal(signal.SIGINT)
+def test_another_machine_is_told_and_kept(tmp_path, tiny_run, capsys):
+    tiny_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "model.pt").unlink()
+    config["environment"].update(torch="1.0", threads=2)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert train.main(["--resume", str(tmp_path), "--threads", "1"]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("resuming"))
+    assert "torch was '1.0'" in line and "threads was 2 and is 1" in line and "may differ" in line
+    now = json.loads((tmp_path / "config.json").read_text())
+    assert [e["torch"] for e in now["earlier"]] == ["1.0"]
+    assert now["environment"]["torch"] == torch.__version__
+
+
+# ---------------------------------------------------------------- Ctrl-C, other readers and writers
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch, tiny_run, capsys):
+    out, before = tmp_path / "a run", signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as m:
         interrupt_at(m, 3)
-        assert train.main(words) == 130
+        assert train.main(flags(out)) == 130
     said = capsys.readouterr()
-    assert said.err == "" and "saved" in said.out
-    command = shlex.split(said.out.strip().splitlines()[-1].split("go on with: ")[1])
-    assert command[:2] == ["python", "train.py"]
-    assert train.main(command[2:]) == 0
-    run(tmp_path / "whole")
-    assert same(saved(tmp_path / "whole"), saved(tmp_path / "a run"))
+    assert said.err == "" and "saved" in said.out.splitlines()[-1]
+    command = shlex.split(said.out.splitlines()[-1].split("go on with: ")[1])
+    assert command[:2] == ["python", "train.py"] and train.main(command[2:]) == 0
+    tiny_run(tmp_path / "whole")
+    assert same_runs(tmp_path / "whole", out)
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_ctrl_c_before_training(monkeypatch, capsys):
-    def stopped(*args, **kw):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data, "load", stopped)
-    assert train.main(["--out", "nowhere"]) == 130
-    assert capsys.readouterr().err.count("\n") == 1 and not Path("nowhere").exists()
+def test_ctrl_c_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load", lambda *_, **kw: signal.raise_signal(signal.SIGINT))
+    assert train.main(flags(tmp_path / "new")) == 130
+    assert capsys.readouterr().err == "train.py: stopped\n" and not (tmp_path / "new").exists()
 
 
-# --- what a run depends on -----------------------------------------------------------------------------
+@pytest.mark.parametrize("seconds", [0.2, 0.5, 0.9])
+def test_ctrl_c_during_the_imports(tmp_path, seconds):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--out", tmp_path / "new"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "train.py: stopped\n" and process.returncode == 130
 
-def test_evaluation_does_not_change_training(tmp_path):
+
+def test_a_folder_has_one_writer(tmp_path, monkeypatch, tiny_run, capsys):
+    tiny_run(tmp_path)
+    draw, answers = train.State.save, []
+
+    def save(self, header):
+        monkeypatch.setattr(train.State, "save", draw)
+        for words in (["--resume", str(tmp_path)], [*flags(tmp_path), "--overwrite"]):
+            answers.append((train.main(words), capsys.readouterr().err))
+        draw(self, header)
+    monkeypatch.setattr(train.State, "save", save)
+    assert tiny_run(tmp_path, overwrite=True, seed=1).finished
+    for code, line in answers:
+        assert code == 2 and line.count("\n") == 1 and f"(process {os.getpid()})" in line
+    assert json.loads((tmp_path / "config.json").read_text())["run"]["seed"] == 1
+    assert tiny_run(tmp_path, overwrite=True).finished
+
+
+def test_training_outlives_its_reader(tmp_path):
+    """Closed after its first line; nothing is said about that, not even at the very end."""
+    words = [sys.executable, "train.py", *flags(tmp_path)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    assert saved(tmp_path)["step"] == 12
+
+
+@pytest.mark.parametrize("how", ["full", "closed", "none", "ascii"])
+def test_no_place_for_its_words(tmp_path, monkeypatch, how):
+    stream = None if how == "none" else open(tmp_path / "said" if how == "ascii" else "/dev/full",
+                                             "w", encoding="ascii")
+    if how == "closed":
+        stream.close()
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert train.main(flags(tmp_path / "ä")) == 0
+    assert saved(tmp_path / "ä")["step"] == 12
+    assert how != "ascii" or "\\xe4" in (tmp_path / "said").read_text()
+
+
+# ---------------------------------------------------------------- what a run depends on
+
+def test_evaluation_does_not_change_training(tmp_path, tiny_run):
     for evals in (1, 30):
-        run(tmp_path / str(evals), evals=evals)
+        tiny_run(tmp_path / str(evals), evals=evals)
     few, many = saved(tmp_path / "1"), saved(tmp_path / "30")
     assert same(few["model"], many["model"]) and same(few["optimizer"], many["optimizer"])
-    assert len(rows(tmp_path / "1")) < len(rows(tmp_path / "30"))
-    common = {row["step"]: row["val_loss"] for row in rows(tmp_path / "1")}
-    assert common.items() <= {row["step"]: row["val_loss"] for row in rows(tmp_path / "30")}.items()
+    losses = [{r["step"]: r["val_loss"] for r in rows(tmp_path / n)} for n in ("1", "30")]
+    assert len(losses[0]) < len(losses[1]) and losses[0].items() <= losses[1].items()
 
 
-def test_the_variants_share_initial_weights_and_batches(tmp_path, monkeypatch):
+def test_the_variants_share_initial_weights_and_batches(tmp_path, monkeypatch, tiny_run):
     """Whoever compares them compares nothing but the attention."""
-    draw, batches, first = data.Corpus.batch, {}, {}
+    draw, init, batches, first = data.Corpus.batch, train.make_optimizer, {}, {}
 
     def batch(self, *args, **kw):
         found = draw(self, *args, **kw)
         batches.setdefault(attn, []).append(found)
         return found
-    monkeypatch.setattr(data.Corpus, "batch", batch)
-    init = train.make_optimizer
 
     def make_optimizer(model, *args):
-        first[attn] = {k: v.clone() for k, v in model.state_dict().items() if "z_norm" not in k}
+        first[attn] = {k: v.clone() for k, v in model.state_dict().items() if "z_" not in k}
         return init(model, *args)
+    monkeypatch.setattr(data.Corpus, "batch", batch)
     monkeypatch.setattr(train, "make_optimizer", make_optimizer)
     for attn in ATTENTIONS:
-        run(tmp_path / attn, attn=attn)
+        tiny_run(tmp_path / attn, attn=attn)
         assert same(first[attn], first["softmax"]) and same(batches[attn], batches["softmax"])
     assert not same(saved(tmp_path / "softmax")["model"], saved(tmp_path / "sigmoid")["model"])
 
 
-def test_seed_decides(tmp_path):
+def test_seed_decides(tmp_path, tiny_run):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(tmp_path / name, seed=seed)
-    assert same(saved(tmp_path / "a"), saved(tmp_path / "b"))
+        tiny_run(tmp_path / name, seed=seed)
+    assert same_runs(tmp_path / "a", tmp_path / "b")
     assert not same(saved(tmp_path / "a")["model"], saved(tmp_path / "c")["model"])
 
 
-def test_the_model_learns(tmp_path):
+def test_the_model_learns(tmp_path, tiny_run):
     """On a text of one repeated line almost nothing is left to guess."""
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh\n" * 2000)
-    result = run(tmp_path / "out", data=str(text), vocab_size=257, steps=60)
-    assert result.final["val_loss"] < 1.0 < math.log(257) < rows(tmp_path / "out")[0]["val_loss"] + 0.5
+    log = tiny_run(tmp_path / "out", data=str(text), vocab_size=257, steps=60).log
+    assert log[-1]["val_loss"] < 1.0 < math.log(257) < log[0]["val_loss"] + 0.5
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
     r = train.resolve(Run(steps=1000, warmup=100, lr=1.0))
     rates = [train.learning_rate(step, r) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and max(rates) == pytest.approx(1, abs=0.03)
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3) and train.learning_rate(1000, r) == pytest.approx(0.1)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
 
 
 def test_evaluations_include_the_first_and_last_step_and_the_birth():
@@ -237,104 +296,135 @@ def test_evaluations_include_the_first_and_last_step_and_the_birth():
     assert train.evaluation_steps(1, 1) == [0, 1]
 
 
-@pytest.mark.parametrize("settings", [dict(attn="headnorm"), dict(attn="sigmoid", lr=2.5e-3), dict(size="small", attn="headnorm", seed=3),
-                                      dict(data="copy", bos=0.0, num_hidden_layers=3, tie_word_embeddings=True, out="out/a b")])
-def test_flags_that_are_printed_give_the_run_again(settings):
-    wanted = train.resolve(Run(**settings))
-    args = vars(train.parse(shlex.split(train.as_flags(wanted))))
-    for name in ("sample", "prompt", "tokens", "temperature", "top_k"):
-        args.pop(name)
-    assert train.resolve(Run(**args)) == wanted
+@pytest.mark.parametrize("changes, out", [
+    ({}, "out/softmax"), (dict(size="micro", attn="gated"), "out/micro-gated"),
+    (dict(seed=1, threads=2, lr=2.5e-3), "out/softmax-seed1"),
+    (dict(data="my notes/war & peace.txt"), "out/softmax-datawar___peace"),
+    (dict(attn="headnorm", num_attention_heads=4, tie_word_embeddings=True),
+     "out/headnorm-num_attention_heads4-tie_word_embeddings")])
+def test_the_folder_follows_what_was_changed(changes, out):
+    assert train.resolve(Run(**changes)).out == out
+    assert len(train.resolve(Run(**changes | dict(data="x" * 300))).out) < 120
 
 
-def test_trained_trains_what_is_missing_and_nothing_else(tmp_path):
-    runs = [Run(**{**TINY, "attn": attn, "out": str(tmp_path / attn)}) for attn in ("softmax", "headnorm")]
-    lines = []
-    assert not train.is_finished(runs[0])
-    assert train.trained(*runs, say=lines.append) == [tmp_path / "softmax", tmp_path / "headnorm"]
-    assert train.is_finished(runs[0]) and {line.split(":")[0] for line in lines} == {r.out for r in runs}
-    before, lines = (tmp_path / "softmax" / "model.pt").stat().st_mtime_ns, []
-    train.trained(*runs, say=lines.append)
-    assert lines == [] and (tmp_path / "softmax" / "model.pt").stat().st_mtime_ns == before
-    with pytest.raises(train.TrainError, match="was trained with --steps 12, not 13"):
-        train.trained(train.replace(runs[0], steps=13))
-    with pytest.raises(train.TrainError, match="nowhere.txt does not exist"):  # what the process says reaches the caller
-        train.trained(train.replace(runs[0], data="nowhere.txt", out=str(tmp_path / "new")))
+def test_trained_trains_what_is_missing_and_nothing_else(tmp_path, capsys):
+    attns = ("softmax", "headnorm")
+    runs = [Run(**{**TINY, "attn": a, "out": str(tmp_path / a)}) for a in attns]
+    assert train.trained(*runs) == [tmp_path / a for a in attns]
+    said = capsys.readouterr().out
+    assert said == f"training {runs[0].out}, {runs[1].out}, about 1 minutes\n"
+    before = (tmp_path / "softmax/model.pt").stat().st_mtime_ns
+    train.trained(*runs)
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "softmax/model.pt").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="holds a run with --steps 12, not 13"):
+        train.trained(replace(runs[0], steps=13))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/notes").touch()  # what the other process says reaches the caller
+    with pytest.raises(UserError, match="new: train.py: .*holds files that are no run"):
+        train.trained(replace(runs[0], out=str(tmp_path / "new")))
 
 
-# --- what a run leaves ---------------------------------------------------------------------------------
+def test_an_interrupt_of_trained_saves_all(tmp_path, monkeypatch, capsys):
+    runs = [Run(**{**TINY, "steps": 10**6, "seed": s, "out": str(tmp_path / f"{s}")}) for s in (0, 1)]
 
-def test_files_of_a_run(tmp_path, monkeypatch, book):
-    monkeypatch.setattr(train, "draw_curve", DRAW_CURVE)
-    result = run(tmp_path, data=book, vocab_size=300)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "config.json", "curve.png", "log.jsonl", "model.pt"]
+    def show(self, text):
+        if text.count("to go") == 2:
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(train.Live, "show", show)
+    with pytest.raises(UserError, match="run it again to go on"):
+        train.trained(*runs)
+    assert all(saved(run.out)["step"] > 5 for run in runs)
+
+
+# ---------------------------------------------------------------- what a run leaves and says
+
+def test_files_of_a_run(tmp_path, tiny_run, book):
+    result = tiny_run(tmp_path, data=book, vocab_size=300)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == [".lock", "config.json", "curve.png", "log.jsonl", "model.pt"]
 
     def strict(constant):
         raise ValueError(f"{constant} is not JSON")
-    lines = [json.loads(line, parse_constant=strict) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    header, first, last = lines[0], lines[1], lines[-1]
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    header, first, *_, last = [json.loads(line, parse_constant=strict) for line in lines]
     assert header == json.loads((tmp_path / "config.json").read_text())
-    assert header["run"] == json.loads(json.dumps(vars(train.resolve(Run(**{**TINY, "data": book, "vocab_size": 300, "out": str(tmp_path)})))))
+    settings = {**TINY, "data": book, "vocab_size": 300, "out": str(tmp_path)}
+    assert header["run"] == vars(train.resolve(Run(**settings)))
     assert header["parameters"] == sum(p.numel() for p in result.model.parameters())
-    assert {"torch", "python", "cores", "threads", "device", "git"} <= header["environment"].keys()
-    assert header["model"]["vocab_size"] == header["corpus"]["vocab_size"] and header["optimal_loss"] is None
+    wanted = {"torch", "python", "cores", "threads", "device", "git"}
+    assert wanted <= header["environment"].keys() and header["optimal_loss"] is None
+    assert header["model"]["vocab_size"] == header["corpus"]["vocab_size"]
     assert (first["step"], last["step"]) == (0, 12) and last["tokens"] == 12 * 4 * 16
-    assert last["bpb"] == pytest.approx(last["val_loss"] / math.log(2) / result.corpus.bytes_per_token)
-    assert {"sink_alpha_max", "norm_ratio"} <= last["links"].keys() == last["links_bos"].keys()
-    assert last == {**result.final, "seconds": last["seconds"]}
-
+    bits = last["val_loss"] / math.log(2) / result.corpus.bytes_per_token
+    assert last["bpb"] == pytest.approx(bits) and last == result.log[-1]
+    assert last["links"].keys() == last["links_bos"].keys() >= {k for k, _ in probe.glossary()}
     assert same(saved(tmp_path)["model"], result.model.state_dict())
-    best = min(lines[1:], key=lambda row: row["val_loss"])
-    assert saved(tmp_path, "best.pt")["step"] == best["step"] and saved(tmp_path)["best"] == best["val_loss"]
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+    model, corpus, settings = train.load_run(tmp_path)
+    assert same(model.state_dict(), result.model.state_dict()) and settings == header["run"]
+    start = train.load_run(tmp_path, untrained=True)[0]
+    assert probe.chain(start, train.Evaluation(corpus, 16, 0.5, "cpu").windows["links"]) == {
+        k: v if v is not None else pytest.approx(math.nan, nan_ok=True)
+        for k, v in first["links"].items()}
 
 
-def test_a_task_tells_what_a_perfect_predictor_reaches(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "draw_curve", DRAW_CURVE)
-    train.main(flags() + [f"--out={tmp_path}"])
-    optimum = data.load("copy").optimal_loss(16, 0.5)
+def test_the_end_says_what_was_shown(tmp_path, capsys):
+    assert train.main(flags(tmp_path / "a b", bos=0.0, evals=4)) == 0
     said = capsys.readouterr().out
-    assert said.count("perfect predictor") == 2 and said.count(f"{optimum:.4f}") == 2
-    assert json.loads((tmp_path / "config.json").read_text())["optimal_loss"] == optimum
-    assert f"next: python probe.py {tmp_path}" in said
+    optimum = data.load("copy").optimal_loss(16, 0.0)
+    assert f"would reach a loss of {optimum:.4f}" in said and "no test of a cure" not in said
+    assert said.endswith(f"\nnext: python probe.py '{tmp_path / 'a b'}'\n")
+    assert "nothing to copy: 0." in said and "before training 0." in said
+    assert train.main(flags(tmp_path / "b", bos=1.0)) == 0
+    assert "knows it by name" in capsys.readouterr().out
 
 
-def test_overwrite_removes_the_old_run(tmp_path):
-    run(tmp_path, seed=1)
-    run(tmp_path, seed=2, overwrite=True)
-    run(tmp_path / "sub", seed=2)
-    assert same(saved(tmp_path), saved(tmp_path / "sub"))
+def test_time_to_go_counts_evaluations(tmp_path, monkeypatch, tiny_run):
+    slow, said, lines = train.Evaluation.__call__, [], []
+
+    def call(self, model):
+        time.sleep(0.5)
+        return slow(self, model)
+    monkeypatch.setattr(train.Evaluation, "__call__", call)
+    settings = Run(**{**TINY, "steps": 40, "evals": 12, "out": str(tmp_path)})
+    begin = time.monotonic()
+    stamped = lambda text: lines.append((time.monotonic(), text))
+    train.train(settings, say=said.append, live=stamped)
+    end = time.monotonic()
+    assert "tok/s" not in next(line for line in said if line.startswith("step      0"))
+    when, text = next(line for line in lines if "to go" in line[1])
+    told = int(text.split(" to go")[0].rpartition(":")[2])
+    assert 0.5 * (end - when) - 1 < told < 2 * (end - when) + 1 and end - begin > 3
 
 
-@pytest.mark.parametrize("where", ["save", "fsync", "replace"])
-def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, capsys, where):
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, tiny_run, capsys):
     with monkeypatch.context() as m:
         interrupt_at(m, 3)
-        run(tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix == ".pt"}
+        tiny_run(tmp_path)
+    before = (tmp_path / "model.pt").read_bytes()
 
-    def full(*args, **kw):
-        if where == "save":
-            Path(args[1]).write_bytes(b"the first half")
-            raise RuntimeError("PytorchStreamWriter failed writing file data/7: file write failed\n at somewhere")
+    def half(state, path):
+        Path(path).write_bytes(b"the first half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/7\n at somewhere")
+
+    def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(*{"save": (torch, "save"), "fsync": (os, "fsync"), "replace": (os, "replace")}[where], full)
-    words = flags()
-    capsys.readouterr()
-    assert train.main([*words, f"--out={tmp_path}", "--resume"]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "could not write" in message
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix == ".pt"} == before
-    assert not list(tmp_path.glob("*.tmp"))
-    monkeypatch.undo()
-    assert run(tmp_path, resume=True).finished
+    for place, name, broken in ((torch, "save", half), (os, "fsync", full), (os, "replace", full)):
+        with monkeypatch.context() as m:
+            m.setattr(place, name, broken)
+            assert train.main(["--resume", str(tmp_path)]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "could not write" in message
+        assert (tmp_path / "model.pt").read_bytes() == before and not list(tmp_path.glob("*.part"))
+    assert tiny_run(tmp_path, resume=True).finished
 
 
 @pytest.mark.parametrize("how", ["lr", "loss", "weights"])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, how):
-    words = flags() + [f"--out={tmp_path}", "--evals=12"]
+    changes = dict(evals=12)
     if how == "lr":
-        words.append("--lr=1e38")
+        changes["lr"] = 1e20
     elif how == "loss":
         forward = train.GPT.forward
 
@@ -342,96 +432,96 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, 
             logits, loss = forward(self, x, y, **kw)
             return logits, loss * math.nan if torch.is_grad_enabled() else loss
         monkeypatch.setattr(train.GPT, "forward", broken)
-    else:  # the loss of the step was fine and its gradient was not; the user then presses Ctrl-C
-        words[words.index("--evals=12")] = "--evals=1"
+    else:  # the loss of the step was fine, its gradient was not; then the user presses Ctrl-C
+        changes["evals"] = 1
         interrupt_at(monkeypatch, 4)
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, n: next(iter(p)).grad.fill_(math.nan))
-    assert train.main(words) == 2
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                            lambda p, n: next(iter(p)).grad.fill_(math.nan))
+    assert train.main(flags(tmp_path, **changes)) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "no longer finite" in message and "--lr" in message
     assert all(p.isfinite().all() for p in saved(tmp_path)["model"].values())
 
 
-# --- sampling ------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory, book):
-    """A trained run on text."""
-    out = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(train, "EVAL_TOKENS", 256)
-        m.setattr(train, "PROBE_TOKENS", 128)
-        m.setattr(train, "draw_curve", lambda *_: None)
-        run(out, data=book, vocab_size=300)
-    return out
+def test_numbers_of_the_chain_may_be_missing(tmp_path, monkeypatch, capsys):
+    chain = probe.chain
+    monkeypatch.setattr(probe, "chain", lambda *a, **kw: dict.fromkeys(chain(*a, **kw), math.nan))
+    assert train.main(flags(tmp_path)) == 0
+    assert set(train.read_log(tmp_path)[-1]["links"].values()) == {None}
 
 
-def test_sampling(reader):
-    texts = {train.sample(reader, "Day 1", tokens=20, temperature=0, seed=seed) for seed in (0, 1)}
-    assert len(texts) == 1 and texts.pop().startswith("Day 1")
-    hot = {train.sample(reader, "Day 1", tokens=20, temperature=1.0, seed=seed) for seed in (0, 0, 1)}
+# ---------------------------------------------------------------- sampling
+
+def test_sampling(tmp_path, tiny_run, book, capsys):
+    tiny_run(tmp_path, data=book, vocab_size=300)
+    model, corpus, _ = train.load_run(tmp_path)
+    greedy = {train.write_text(model, corpus, "Day 1", 20, 0, seed) for seed in (0, 1)}
+    assert len(greedy) == 1 and greedy.pop().startswith("Day 1")
+    hot = {train.write_text(model, corpus, "Day 1", 20, 1.0, seed) for seed in (0, 0, 1)}
     assert len(hot) == 2, "a seed decides"
-    greedy = train.sample(reader, "Day 1", tokens=20, temperature=0)
-    assert train.sample(reader, "Day 1", tokens=20, temperature=100, top_k=1, seed=3) == greedy
-    assert train.sample(reader, "Day 1", tokens=20, temperature=0.01, top_k=None) == greedy
+    for prompt in ("", "🙂 née", "a\0b", "\udcff", "Day 1: " * 50, "<|bos|>"):
+        assert train.main(["--sample", str(tmp_path), "--prompt", prompt, "--tokens", "3"]) == 0
+        assert prompt == "\udcff" or capsys.readouterr().out.startswith(prompt)
 
 
-@pytest.mark.parametrize("prompt", ["", "🙂 née", "a\0b", "\udcff", "Day 1: " * 50, "<|bos|>"])
-def test_any_text_is_a_prompt(reader, capsys, prompt):
-    assert train.main(["--sample", str(reader), "--prompt", prompt, "--tokens", "3"]) == 0
-    assert prompt == "\udcff" or capsys.readouterr().out.startswith(prompt)
+# ---------------------------------------------------------------- killed, again and again
 
-
-# --- killed, again and again -----------------------------------------------------------------------------
-
-KILLED = """
-import sys, train
+SERVER = """
+import os, sys, types, train
 train.EVAL_TOKENS = train.PROBE_TOKENS = 128
-sys.exit(train.main(sys.argv[1:]))
+sys.modules["chapters.figures"] = types.SimpleNamespace(curve=lambda *_: None)
+train.torch.set_num_threads(1)
+for line in sys.stdin:  # a process for each line: the imports are done once
+    pid = os.fork()
+    if not pid:
+        os._exit(train.main(line.split()))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
 @pytest.mark.slow
 def test_sigkill_loses_nothing(tmp_path):
-    """SIGKILL, 20 times, most of them while a checkpoint is being written; the end is the same to the bit."""
-    words = flags(steps=400, evals=400)
-    out, dice, step, midway = tmp_path / "killed", random.Random(0), 0, 0
+    """SIGKILL, 60 times, half of them while a file is being written; the end is the same bits."""
+    out, whole, dice, step, midway = tmp_path / "killed", tmp_path / "whole", random.Random(0), 0, 0
+    server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.stderr)
 
-    def start(out, *more):
-        return subprocess.Popen([sys.executable, "-c", KILLED, *words, f"--out={out}", *more], cwd=ROOT,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(words):
+        print(" ".join(words), file=server.stdin, flush=True)
+        for line in server.stdout:
+            if line.strip().isdigit():
+                return int(line)
 
-    def checkpoint_changes(process, since):
-        """Wait until the run has saved since; the wait is too short for it to end."""
-        while process.poll() is None:
-            if (out / "model.pt").exists() and (out / "model.pt").stat().st_mtime_ns != since:
-                return
-            time.sleep(0.001)
+    def end():
+        for line in server.stdout:
+            if line.strip().lstrip("-").isdigit():
+                return int(line)
 
-    for number in range(20):
-        since = (out / "model.pt").stat().st_mtime_ns if (out / "model.pt").exists() else None
-        process = start(out, *(["--resume"] if (out / "config.json").exists() else []))
-        if number == 0:  # the very first moment: config.json and perhaps nothing else
-            while not (out / "config.json").exists():
-                time.sleep(0.0005)
-        else:
-            checkpoint_changes(process, since)
-            time.sleep(dice.uniform(0, 0.05))
-            if number % 2:  # aim at a write
-                name = dice.choice(["model.pt.tmp", "log.jsonl.tmp"])
-                while process.poll() is None and not (out / name).exists():
-                    pass
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, process.communicate()[1]
-        process.communicate()
-        midway += any(out.glob("*.tmp"))
+    def model():
+        return (out / "model.pt").stat().st_mtime_ns if (out / "model.pt").exists() else None
+
+    words = flags(out, steps=900, evals=900)
+    for number in range(60):
+        since = model()
+        pid = start(["--resume", str(out)] if (out / "config.json").exists() else words)
+        deadline = time.monotonic() + 20
+        if number % 4:  # from the first save on; else whenever
+            while model() == since and time.monotonic() < deadline:
+                time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.05))
+        while number % 2 and not list(out.glob("*.part")) and time.monotonic() < deadline:
+            pass  # aim at a write
+        os.kill(pid, signal.SIGKILL)
+        assert end() == -signal.SIGKILL
+        midway += any(out.glob("*.part"))
         if (out / "model.pt").exists():
-            state = saved(out)
-            assert state["step"] >= step, "a save that had succeeded is gone"
-            step = state["step"]
-    assert step > 10 and midway > 3
-    process = start(out, "--resume")
-    assert f"resuming at step {step:,}" in process.communicate()[0] and process.returncode == 0
-    whole = start(tmp_path / "whole")
-    assert whole.communicate()[1] == "" and whole.returncode == 0
-    assert same(saved(tmp_path / "whole"), saved(out)) and rows(tmp_path / "whole") == rows(out)
+            now = train.load_checkpoint(out / "model.pt")["step"]
+            assert now >= step, "a save that had succeeded is gone"
+            step = now
+    assert 60 < step < 900 and midway > 10
+    for line in (["--resume", str(out)], flags(whole, steps=900, evals=900)):
+        start(line)
+        assert end() == 0
+    server.stdin.close()
+    assert server.wait() == 0 and same_runs(whole, out) and not list(out.glob("*.part"))
