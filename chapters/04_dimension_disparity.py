@@ -8,314 +8,297 @@
 # %% [markdown]
 # # 04 · Dimension disparity
 #
-# **Claim.** A handful of neurons writes most of the first token's state, so that it becomes several
-# times as long as any other and holds its length in fewer dimensions.
+# **Claim.** In SmolLM2 the state of the first token becomes over a hundred times as long as
+# any ordinary one, and nearly all of it is one dimension. Where that dimension is large
+# there are sinks, and where it is erased there are none. What counts is that it is large,
+# not what it says: put its mean in its place and nothing changes.
 #
-# **You need** chapter 03: which neurons answer to the first token. **Run time**: under 20 seconds once
-# the models exist.
+# **You need** chapter 03: the neurons that write it. **Run time**: about 30 seconds on 2
+# cores; the two small models must exist.
 
 # %%
 import math
-import sys
 
-sys.path.append("chapters")  # when this was started one folder up
 import torch
-import torch.nn.functional as F
-from lesson import attempt, beside, models, plt, show, windows
-from model import GPT, compose, record
+from lesson import beside, check, english, figures, models, plt
+from lesson import random_tokens, real, show, windows
+from model import make_tap, record
 import probe
 
 # %%
-trained = models("softmax", "headnorm", "micro-softmax")
-model = trained["softmax"]
-untrained = GPT(model.cfg, seed=0)
-x, _ = windows("bos")
+model, encoding = real()
+x, _ = random_tokens()
 L, C = model.cfg.num_hidden_layers, model.cfg.hidden_size
+names = [f"{i}.{what}" for i in range(L) for what in ("resid_pre", "pattern")]
+seen = record(model, x, [*names, f"{L - 1}.resid_post"])[1]
+states = [seen[f"{i}.resid_pre"] for i in range(L)]  # what each layer reads, (N, T, C)
 
 # %% [markdown]
-# ## Who wrote this state?
-#
-# In a decoder every part only *adds* to the state of a token. After layer $l$ the state is
-#
-# $$x = e + \sum_{l' \le l} \mathrm{attn}_{l'} + \sum_{l' \le l}\sum_i a_i\,W_{down,\cdot i}$$
-#
-# with $e$ the embedding, and $a_i$ the answer of neuron $i$ of layer $l'$, which it writes along its
-# column of $W_{down}$. Let $p_1, p_2, \dots$ be these parts, gathered in any way. Because $x = \sum_n
-# p_n$,
-#
-# $$\frac{\sum_n p_n \cdot x}{\lVert x\rVert^2} = 1$$
-#
-# so $p_n \cdot x / \lVert x\rVert^2$ is the share of part $n$, and the shares add up to 1 exactly. A
-# part that points against the state has a negative share. We gather four: the embedding, all attention
-# so far, the five strongest neurons of each layer so far, and all other neurons. *Strongest* is judged
-# anew for every token, so a later token gets its own best five, and the comparison is fair.
-
-
-# %%
-@torch.no_grad()
-def authors(model, x, t):
-    """(L, 4): shares of embedding, attention, the five strongest neurons a layer and all others in token t."""
-    names = [f"{i}.{name}" for i in range(len(model.layers)) for name in ("attn_out", "mlp_post", "mlp_out", "resid_post")]
-    kept = {name: a[:, t] for name, a in record(model, x, ["embed", *names])[1].items()}
-    parts, rows = torch.stack([kept["embed"], *[torch.zeros_like(kept["embed"])] * 3]), []
-    for i, block in enumerate(model.layers):
-        post, down = kept[f"{i}.mlp_post"], block.mlp.down_proj.weight
-        ids = probe.neuron_energy(post, down).topk(probe.TOP).indices
-        few = torch.zeros_like(post).scatter(1, ids, post.gather(1, ids)) @ down.T
-        parts = parts + torch.stack([torch.zeros_like(few), kept[f"{i}.attn_out"], few, kept[f"{i}.mlp_out"] - few])
-        state = kept[f"{i}.resid_post"]
-        rows.append(((parts * state).sum(-1) / state.square().sum(-1)).mean(1))
-    return torch.stack(rows)
-
-
-# %%
-shares = {"token 0": authors(model, x, 0), "token 30": authors(model, x, 30), "token 0, untrained": authors(untrained, x, 0)}
-assert all((s.sum(1) - 1).abs().max() < 1e-3 for s in shares.values()), "the parts do not add up to the state"
-
-# %%
-figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained", sharey=True)
-looks = (("black", ""), ("0.85", "////"), ("0.45", ""), ("white", "...."))
-for axis, (title, share) in zip(axes, shares.items()):
-    low = torch.zeros(L)
-    for part, name, (color, hatch) in zip(share.T, ("embedding", "attention", "5 neurons a layer", "other neurons"), looks):
-        axis.bar(range(L), part, bottom=low, color=color, hatch=hatch, edgecolor="black", lw=0.5, label=name)
-        low = low + part
-    probe.dress(axis, title, xlabel="after layer", ylim=(0, 1.02))
-axes[0].set_ylabel("share of the state")
-axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-show(figure, "04_authors")
-
-# %% [markdown]
-# The grey block, five neurons a layer, is nearly all of the first token's state, from the layer of the
-# super neurons to the end. Other tokens are the work of many, and so is the first token before training.
-
-# %%
-few = {name: share[:, 2] for name, share in shares.items()}
-print("share of five neurons a layer:", ", ".join(f"{name} {share.min():.2f} to {share.max():.2f}" for name, share in few.items()))
-assert few["token 0"].min() > 0.6, "more than a few neurons write the first token"
-assert few["token 0"].mean() > 1.4 * few["token 30"].mean(), "every token is written by few neurons"
-assert few["token 0"].mean() > 1.4 * few["token 0, untrained"].mean(), "it is so before training"
-
-# %% [markdown]
-# ## What do they write?
-#
-# The paper describes the way from neuron to dimension: the column of $W_{down}$ along which a super
-# neuron writes is sparse and heavy-tailed, so one large answer becomes a few large dimensions. A number
-# for heavy tails is the *kurtosis* of the entries $w_j$ of a column (about 0, not about the mean),
-#
-# $$\mathrm{kurt}(w) = \frac{\frac1C\sum_j w_j^4}{\left(\frac1C\sum_j w_j^2\right)^2}$$
-#
-# 3 for a Gaussian, a little less for a sample as small as C = 64, and C for a single dimension alone.
-
-
-# %%
-@torch.no_grad()
-def writes(model, x, i):
-    """(5,) ids of the strongest neurons of layer i at token 0, (5,) mean answers, (5, C) mean writes, (F,) kurtosis."""
-    answer = record(model, x, [f"{i}.mlp_post"])[1][f"{i}.mlp_post"][:, 0].mean(0)
-    down = model.layers[i].mlp.down_proj.weight
-    ids = probe.neuron_energy(answer, down).topk(probe.TOP).indices
-    return ids, answer[ids], answer[ids, None] * down[:, ids].T, probe.kurtosis(down.T)
-
-
-early = range(L // 2)  # here the state of the first token is built; later layers add little to it
-layer = max(early, key=lambda i: writes(model, x, i)[2].sum(0).norm().item())
-for i in early:
-    ids, answers, written, tails = writes(model, x, i)
-    for n, a, w in zip(ids.tolist()[:3], answers, written):
-        print(f"layer {i}, neuron {n:3}: answer {a:6.2f}, length of its write {w.norm():5.2f}, largest in dimension "
-              f"{w.abs().argmax().item():2}, kurtosis {probe.kurtosis(w):4.1f} (mean of the layer {tails.mean():.1f})")
-
-# %%
-ids, answers, written, tails = writes(model, x, layer)
-state = record(model, x, [f"{layer}.resid_post"])[1][f"{layer}.resid_post"][:, 0].mean(0)
-figure, axis = plt.subplots(figsize=(10, 3.2), layout="constrained")
-axis.bar(range(C), state, color="0.8", edgecolor="black", lw=0.4, label="mean state of token 0 after the layer")
-axis.plot(written.sum(0), label=f"what five neurons of layer {layer} write", **(probe.STYLES[0] | {"ls": ""}), ms=3.5)
-axis.axhline(0, color="black", lw=0.6)
-probe.dress(axis, f"Layer {layer}", {"fontsize": 8}, xlabel="dimension", ylabel="x_j", xlim=(-1, C))
-show(figure, "04_written")
-
-# %% [markdown]
-# The dots follow the bars: what five neurons of one layer write has the shape of the whole state, its
-# largest dimension included.
-
-# %%
-cos = F.cosine_similarity(written.sum(0), state, dim=0).item()
-print(f"cosine of their write and the state {cos:.2f}; a random direction would have {(2 / (math.pi * C)) ** 0.5:.2f}")
-print(f"kurtosis of their columns {tails[ids].mean():.1f}, of all columns {tails.mean():.1f}")
-assert cos > 0.7, "the five neurons write something else than the state"
-assert tails[ids].mean() > 1.15 * tails.mean(), "their columns are no more heavy-tailed than others"
-
-# %% [markdown]
-# Look also at the table: the strongest neurons of different layers often write into the same dimension.
-# No layer has to do it all. And the size of the effect is not the paper's: their single dimension dwarfs
-# all others, ours is the first among several.
-#
 # ## Long
 #
-# The plainest number for the disparity is the length of the first state over that of the median token,
-# at the entrance of every layer:
+# The length of the first state, over that of the median token:
 #
-# $$\text{norm ratio} = \frac{\lVert x_0 \rVert}{\mathrm{median}_{t>0}\,\lVert x_t \rVert}$$
+# $$\text{norm ratio} = \frac{\lVert x_0 \rVert}{\operatorname{median}_{t>0}
+# \lVert x_t \rVert}$$
+
 
 # %%
-kinds = {"softmax": (model, x), "headnorm": (trained["headnorm"], x), "softmax, untrained": (untrained, x),
-         "micro-softmax": (trained["micro-softmax"], windows("random symbols")[0])}
-found = {name: probe.links(*pair) for name, pair in kinds.items()}
-norm = {name: f["norm_ratio"][0] for name, f in found.items()}  # (L + 1,)
-figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
-for style, (name, y) in zip(probe.STYLES, norm.items()):
-    axis.plot(y, label=name, lw=1.2, ms=5, **style)
-probe.dress(axis, "Length of the first state", {"fontsize": 8}, xlabel="state (what layer i reads; the last one is the end)",
-            ylabel="length / median token", ylim=(0, None))
-show(figure, "04_norm")
+@torch.no_grad()
+def norm_ratio(state):
+    """(N, T, C) -> a number, the mean over windows."""
+    length = state.norm(dim=-1)
+    return (length[:, 0] / length[:, 1:].median(1).values).mean().item()
+
+
+ratio = torch.tensor([norm_ratio(state) for state in states])
+own = probe.over_median(states[12].norm(dim=-1), 0).mean()
+assert torch.isclose(ratio[12], own), "the same number in probe"
+print("layer:", *(f"{i}: {ratio[i]:.3g}" for i in (0, 2, 3, 8, 11, 12, 20, 28, 29)))
+assert ratio[12] > 100 and ratio[11] < 3, "one layer makes it a hundred times as long"
 
 # %% [markdown]
-# With softmax the first state becomes several times as long as others and stays so. Before training it
-# is as long as any, and headnorm makes less of it.
-
-# %%
-inner = {name: y[1:-1] for name, y in norm.items()}  # the states that an attention reads, behind the first layer
-for name, y in inner.items():
-    print(f"{name:20} largest norm ratio of a state that a later layer reads {y.max():.2f}")
-assert inner["softmax"].max() > 3 > 2 * inner["softmax, untrained"].max(), "the first state is not longer than others"
-assert inner["headnorm"].max() < 0.9 * inner["softmax"].max(), "headnorm leaves the length as it is"
-assert inner["micro-softmax"].max() < inner["softmax"].max() / 2, "the ordinary first token would have the disparity too"
-
-# %% [markdown]
-# The last line deserves a pause. `micro-softmax` has a sink (chapter 00) and neurons that answer to its
-# first token (chapter 03), but *no state that a later layer reads is much longer than others*. A sink
-# does not need this link.
-#
 # ## Dominated
 #
-# RMSNorm divides by the length, so attention never sees it. What passes is the *shape*. The paper's
-# number is
+# How much do a few dimensions dominate a state? The paper's number is
 #
-# $$\mathrm{DomRatio}(x) = \frac{\max_j |x_j|}{\frac1C\sum_j |x_j|}$$
+# $$\mathrm{DomRatio}(x) = \frac{\max_j |x_j|}{\frac1C \sum_j |x_j|} ,$$
 #
-# after RMSNorm. It lies between 1 and C: a state of one dimension alone reaches C, which is 64 here and
-# 4096 in Llama-2-7B. For C Gaussian numbers the mean of $|x_j|$ is $\sqrt{2/\pi} = 0.80$ and the largest
-# lies near $\sqrt{2 \ln C}$, which gives the null $\sqrt{2\ln C}/0.80$. It is a little too high at small
-# C, so we draw Gaussian states as well, and get the spread with them.
+# from 1 (all alike) to $C$ (one alone). What would chance give? For $C$ Gaussian numbers of
+# standard deviation 1 the mean of $|x_j|$ is $\sqrt{2/\pi}$, and the largest lies near
+# $\sqrt{2 \ln C}$:
+#
+# $$\mathrm{DomRatio}_{\text{Gauss}} \approx \sqrt{2 \ln C} \,\big/ \sqrt{2/\pi}
+# = \sqrt{\pi \ln C}$$
+
 
 # %%
-first, rest = found["softmax"]["dom_first"][0], found["softmax"]["dom_rest"][0]
-drawn = probe.dominance(torch.randn(4000, C, generator=torch.Generator().manual_seed(0)))
-high = drawn.quantile(0.975).item()
-place = norm["softmax"][1:-1].argmax().item() + 1  # the state where the first token is longest
-p = record(model, x, [f"{place}.resid_pre"])[1][f"{place}.resid_pre"]
-size = model.layers[place].input_layernorm(p).detach().abs().sort(-1, descending=True).values
-noise = torch.randn(4000, C, generator=torch.Generator().manual_seed(0)).abs().sort(-1, descending=True).values
+def dominance(x):
+    """(..., C) -> (...)"""
+    return x.abs().amax(-1) / x.abs().mean(-1)
+
+
+noise = torch.randn(4000, C, generator=torch.Generator().manual_seed(0))
+formula, drawn = math.sqrt(math.pi * math.log(C)), dominance(noise)
+assert torch.allclose(dominance(noise), probe.dominance(noise))
+print(f"Gaussian vectors of {C}: formula {formula:.1f}, drawn {drawn.mean():.1f}, "
+      f"97.5 % are below {drawn.quantile(0.975):.1f}")
+assert abs(formula / drawn.mean() - 1) < 0.2, "the formula is good enough"
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-curves = {"token 0": first, "other tokens": rest, "token 0, untrained": found["softmax, untrained"]["dom_first"][0],
-          "token 0, headnorm": found["headnorm"]["dom_first"][0]}
-left.axhspan(drawn.quantile(0.025).item(), high, color="0.9", label="95 % of Gaussian vectors")
-for style, (name, y) in zip(probe.STYLES, curves.items()):
-    left.plot(y, label=name, lw=1.2, ms=5, **style)
-probe.dress(left, "DomRatio by state", {"fontsize": 8, "loc": "upper left", "ncols": 2}, ylim=(0, 1.4 * first.max().item()),
-            xlabel="state (what layer i reads; last: the end)", ylabel="max |x_j| / mean |x_j|")
-probe.draw_dimensions(right, {"token 0": size[:, 0].mean(0), "other tokens": size[:, 1:].mean((0, 1)),
-                              "Gaussian vector": noise.mean(0)}, f"Dimension profile, what layer {place} reads")
-show(figure, "04_dominance")
+with torch.no_grad():
+    readers = [block.input_layernorm for block in model.layers]
+    normed = [reader(state) for reader, state in zip(readers, states)]
+raw_0, raw = (torch.stack([dominance(s[:, t]).mean() for s in states]) for t in (0, 32))
+dom_0, dom = (torch.stack([dominance(s[:, t]).mean() for s in normed]) for t in (0, 32))
+gains = torch.stack([reader.weight.detach().abs() for reader in readers])  # (L, C)
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.5))
+figures.by_layer(left, {"token 0": ratio}, "Over 100 times as long as the median",
+                 ["token 0"], yscale="log", ylabel="norm ratio (log)")
+curves = {"token 0": raw_0, "token 0, after RMSNorm": dom_0,
+          "token 32": raw, "token 32, after RMSNorm": dom}
+figures.by_layer(right, curves, "And most of it is one dimension",
+                 ["token 0", "token 0, after RMSNorm"], yscale="log", ylim=(3, 3000),
+                 ylabel="DomRatio (log)")
+right.axhline(formula, color="black", lw=0.9, ls=":", label="Gaussian")
+right.axhline(C, color="black", lw=0.9, ls="--", label=f"ceiling {C}")
+right.legend(ncols=2, loc="upper left", fontsize=8, columnspacing=1)
+show(figure, "04_disparity", "Left: the norm ratio by layer, small until 11 and over 100 "
+     "from 12 on. Right: DomRatio of token 0 near its ceiling, of token 32 far below.")
 
 # %% [markdown]
-# Left: how far the first token rises above the grey band and above other tokens. Right: the same state,
-# dimension by dimension; a steeper curve has its length in fewer dimensions.
+# Two things to notice. An ordinary token is no Gaussian vector either: its DomRatio is many
+# times the null, because every state has a few large dimensions. And RMSNorm takes much of
+# the disparity back: its gain $\gamma$ is small just there. The model has learned to turn
+# that dimension down.
 
 # %%
-size = size.double()
-dims = lambda s: probe.energy_dimensions(s).mean().item()
-beside(("model", "Llama-2-7B", f"softmax, what layer {place} reads"),
-       ("DomRatio of token 0", "262.9", first[place].item()),
-       ("  other tokens", "not reported", rest[place].item()),
-       ("  formula for a Gaussian vector", f"{probe.gaussian_dominance(4096):.1f} (ours)", probe.gaussian_dominance(C)),
-       ("  ceiling C", "4096", str(C)),
-       ("largest |x_j| / median |x_j|", "not reported", probe.max_over_median(size[:, 0]).mean().item()),
-       ("  other tokens", "not reported", probe.max_over_median(size[:, 1:]).mean().item()),
-       ("dimensions with 90 % of the length squared", "not reported", dims(size[:, 0])),
-       ("  other tokens", "not reported", dims(size[:, 1:])),
-       ("  Gaussian vectors", "not reported", dims(noise)),
-       ("DomRatio of token 0, mean of layers", "82.7 at 152M", first[1:].mean().item()),
-       ("  with headnorm", "33.7 at 152M", found["headnorm"]["dom_first"][0, 1:].mean().item()))
-
-# %%
-print(f"token 0 over other tokens, DomRatio {first[place] / rest[place]:.2f}; above 97.5 % of Gaussian vectors: {first[place] > high}")
-assert first[1:].mean() > 1.05 * rest[1:].mean(), "the first token is no more dominated than others"
-assert dims(size[:, 0]) < 0.9 * dims(size[:, 1:]) and dims(size[:, 0]) < 0.9 * dims(noise), "its length is spread as widely"
+deep = slice(12, 28)
+rank = [(gain < gain[507]).sum().item() for gain in gains[deep]]
+print("smaller gains than that of dimension 507, by layer:", rank)
+assert raw_0[deep].mean() > 3 * raw[deep].mean(), "dominated far more than others"
+assert dom_0[deep].mean() > 1.5 * dom[deep].mean(), "also after the norm"
+assert sum(rank) / len(rank) < 0.15 * C, "the gain of this dimension is a small one"
 
 # %% [markdown]
-# Be careful with this number: it depends on the seed. In some trainings the DomRatio of the first token
-# is several times that of other tokens, in others barely more, inside the grey band (the README's tables
-# have five seeds). The direction is the paper's, the size is not, and with 64 dimensions it cannot be:
-# 262.9 is beyond the ceiling. At this scale the *length* is the sturdy part of the disparity.
+# ## Two waves, and the sinks follow
 #
-# ## One token can flatten a whole window
-#
-# Why call it a disparity at all, rather than a detail of one token? Take the states of all tokens as the
-# rows of a matrix with singular values $s_i$, and $p_i = s_i / \sum_j s_j$. The *effective rank* (Roy
-# and Vetterli 2007) is $\exp(-\sum_i p_i \ln p_i)$: how many directions the states use.
+# Which dimensions are large, and where? And how much do the heads of that layer attend to
+# token 0? Nothing is changed here. The model itself writes, erases and writes again, and we
+# look at what attention does.
 
 # %%
-for name, f in list(found.items())[:3]:
-    print(f"{name:20} effective rank, mean of states: {f['erank_with'][0, 1:].mean():.1f} with token 0, "
-          f"{f['erank_without'][0, 1:].mean():.1f} without")
-lost = {name: (f["erank_without"] / f["erank_with"])[0, 1:].mean().item() for name, f in found.items()}
-assert lost["softmax"] > 1.1 > lost["softmax, untrained"], "the first token does not hide the others"
-assert lost["softmax"] > lost["headnorm"] > lost["softmax, untrained"], "headnorm hides as much"
-beside(("effective rank, softmax", "343.7 at 152M", found["softmax"]["erank_with"][0, 1:].mean().item()),
-       ("effective rank, headnorm", "446.0 at 152M", found["headnorm"]["erank_with"][0, 1:].mean().item()))
-
-# %% [markdown]
-# Leave out one token of 64, and the others turn out to use more directions than the whole window seemed
-# to. A gain in effective rank, as the paper reports it for headnorm, is therefore partly a statement
-# about token 0.
-#
-# ## Do the neurons make it? A first cut
-#
-# So far everything was bookkeeping, and correlation. The test is to silence the neurons and look again:
-# the five strongest at token 0 in each layer answer 0, at every token. The control silences five others
-# of each layer with about the same weight score. If any five neurons of that size would do, the control
-# shows it.
+first = torch.stack([state[:, 0].abs().mean(0) for state in states])  # (L, C)
+sink = torch.stack([probe.sink_score(seen[f"{i}.pattern"], 0).mean() for i in range(L)])
+for i in (1, 3, 8, 11, 12, 20, 29):
+    top = first[i].topk(3)
+    found = zip(top.indices.tolist(), top.values.tolist())
+    print(f"layer {i:2} reads", *(f"dimension {c}: {v:.0f}" for c, v in found), sep="   ",
+          end=f"   attention {sink[i]:.2f}\n")
 
 # %%
-seen = probe.observe(model, x)
-like = [probe.similar_neurons(score, ids) for score, ids in zip(seen["scores"], seen["neurons"])]
-silence = lambda chosen: compose(*(probe.ablate_neurons(model.cfg, i, ids) for i, ids in enumerate(chosen)))
-runs = {"untouched": found["softmax"], "silenced": probe.links(model, x, silence(seen["neurons"])),
-        "control": probe.links(model, x, silence(like))}
-length = {name: f["norm_ratio"][0, 1:-1].max().item() for name, f in runs.items()}
-shape = {name: f["dom_first"][0, 1:].max().item() for name, f in runs.items()}
-gone = lambda of, name, null: (of["untouched"] - of[name]) / (of["untouched"] - null)
-for what, of, null in (("norm ratio", length, 1.0), ("DomRatio", shape, probe.gaussian_dominance(C))):
-    print(f"largest {what:10} " + ", ".join(f"{name} {v:.2f}" for name, v in of.items())
-          + f"; of what is above {null:.1f}: {gone(of, 'silenced', null):.0%} gone, control {gone(of, 'control', null):.0%}")
-assert gone(length, "silenced", 1.0) > 0.8, "the length is there without these neurons"
-assert abs(gone(length, "control", 1.0)) < 0.2, "any neurons of that weight would do"
-assert shape["silenced"] < shape["untouched"] and abs(shape["control"] / shape["untouched"] - 1) < 0.1, "the shape does not move"
+figure, (top, below) = plt.subplots(2, 1, figsize=(8.8, 4.6), sharex=True)
+large = {f"dimension {c}": first[:, c] for c in (507, 247, 260)}
+large["median dimension"] = first.median(1).values
+figures.by_layer(top, large, "Dimension 507 comes, goes and comes again",
+                 ["dimension 507"], dict(ncols=2), yscale="log", xlabel=None,
+                 ylabel="|x| of token 0 (log)", ylim=(0.03, 3e6))
+figures.by_layer(below, {"mean of heads": sink}, "and so do the sinks", ["mean of heads"],
+                 ylabel="attention to token 0", ylim=(0, None))
+below.axhline(probe.uniform_sink(64), color="black", lw=0.9, ls=":")
+show(figure, "04_waves", "Above: size of three dimensions of token 0 by layer, two waves. "
+     "Below: attention to token 0 by layer, high in the same layers and at chance between.")
 
 # %% [markdown]
-# The length is gone entirely: these neurons make it, and others of equal weight do not. The shape gives
-# way less, and how much depends on the seed: about half of what is above a Gaussian's, give or take a
-# quarter (README, cut matrix). What is left is a short state with dominant dimensions of its own. Does
-# the *sink* go with the length? That is chapter 06.
+# Before the first wave and between the two, attention to token 0 is near or below chance
+# (dotted). The heads of layer 11 have nothing to find.
+
+# %%
+chance = probe.uniform_sink(64)
+assert sink[:2].max() < 2 * chance and sink[11] < 2 * chance, "no write, no sink"
+assert sink[3:9].min() > 4 * chance and sink[12:28].min() > 4 * chance, "a write, a sink"
+
+# %% [markdown]
+# ## Massive activations
 #
+# Sun et al. 2024 (arXiv 2402.17762) call an entry massive if
+#
+# $$|x_{tj}| > 100 \quad\text{and}\quad |x_{tj}| > 1000 \cdot
+# \operatorname{median} |x| \text{ of that layer.}$$
+
+# %%
+where = {}
+for i, state in enumerate(states):
+    a = state.abs()
+    massive = (a > 100) & (a > 1000 * a.median())
+    where[i] = massive.nonzero()  # rows of (window, token, dimension)
+    if i in (3, 8, 12, 20, 28):
+        tokens, dims = (sorted(set(where[i][:, n].tolist())) for n in (1, 2))
+        print(f"layer {i:2}: {len(where[i])} massive entries, at tokens {tokens}, in "
+              f"dimensions {dims}")
+assert all(len(where[i]) == 0 for i in range(12)), "the first wave is not massive"
+entries = torch.cat([where[i] for i in range(12, 28)])
+assert (entries[:, 1] == 0).float().mean() > 0.7, "massive entries are those of token 0"
+assert len(entries[:, 2].unique()) < 6, "and stand in a handful of dimensions"
+
+# %% [markdown]
+# The first wave is not massive by these thresholds, and still has sinks. So a threshold
+# that was found in large models is no law.
+#
+# In a few windows the *second* token is massive as well:
+
+# %%
+for n, t in {(n, t) for n, t, _ in where[12].tolist() if t > 0}:
+    print(f"window {n}, token {t}: {encoding.decode([x[n, t].item()])!r}, "
+          f"dimension 507: {states[12][n, t, 507]:.0f}")
+
+# %% [markdown]
+# ## Is it the size, or what it says?
+#
+# Change one number: dimension 507 of token 0, in the state that layer 12 reads. Set it to
+# zero, or set it to the mean that it has on *random* tokens, the same for every text.
+# Predict: which of the two does English text not notice, "zero", "mean", both or neither?
+
+# %%
+prediction = ...  # "zero", "mean", "both" or "neither"
+
+
+# %%
+def with_507(value):
+    """A tap that sets dimension 507 of token 0, before layer 12."""
+    def change(state):
+        state = state.clone()
+        state[:, 0, 507] = value
+        return state
+    return make_tap(model.cfg, {"12.resid_pre": change})
+
+
+text, target = english(4)
+mean = states[12][:, 0, 507].mean()
+taps = {"untouched": None, "zero": with_507(0), "mean": with_507(mean)}
+with torch.no_grad():
+    losses = {name: model(text, target, tap)[1].item() for name, tap in taps.items()}
+print(", ".join(f"{name} {loss:.2f} nats" for name, loss in losses.items()))
+assert losses["zero"] > losses["untouched"] + 1, "without the number the model breaks"
+assert abs(losses["mean"] - losses["untouched"]) < 0.1, "with its mean it does not notice"
+
+# %%
+check("04.prediction", prediction)
+
+# %% [markdown]
+# So this dimension carries no news. It is a constant that marks a place, and the rest of
+# the model is built on it. The same is known of Llama-3.2-1B: four dimensions set to zero
+# ruin it, set to their mean they change nothing.
+#
+# ## A first cut
+#
+# `probe.cuts` clips the *three* largest dimensions of token 0, in every layer, to what other
+# tokens have there; its control clips the next three. What counts is the share of the
+# attention above chance that is lost.
+
+# %%
+batch = random_tokens(4)
+rows = probe.cuts(model, *batch, names=("cut disparity",))
+cut, control = (probe.share(row, 64) for row in rows)
+print(f"lost with the three largest dimensions clipped {cut:.0%}, with others {control:.0%}")
+assert cut > 0.3 and cut > 2 * control, "the largest dimensions matter more than the next"
+
+# %% [markdown]
+# It takes much of the sink, not all. What is left is a short state that still points the
+# same way in every window, and chapter 05 says why that is enough for some heads.
+#
+# ## In one that you train
+#
+# `softmax` reads text after `<|bos|>`, `micro-softmax` copies symbols.
+
+# %%
+small = models("softmax", "micro-softmax")
+inputs = {"softmax": windows("bos")[0], "micro-softmax": windows("rest")[0]}
+longest = {}
+for name, m in small.items():
+    both, _ = probe.layers(m, inputs[name], ks=(0, 32))
+    ratios = both[0]["norm_ratio"][:-1]  # states that a later layer reads
+    here, there = (f["dominance"][:-1].max() for f in both)
+    longest[name] = ratios.max().item()
+    print(f"{name:14} longest {longest[name]:.1f}; DomRatio {here:.1f}, of token 32 "
+          f"{there:.1f}, ceiling {m.cfg.hidden_size}; sink {probe.summary(both[0])['sink']:.2f}")
+assert longest["softmax"] > 1.5, "the first state of the text model is long"
+assert longest["micro-softmax"] < 2, "that of the copying model is not"
+
+# %% [markdown]
+# `micro-softmax` has a sink, and no state that a later layer reads is much longer than
+# others. So a sink does not *need* this link. Why, then, does a real model have it? One
+# guess: a real model reads many kinds of token, and a state that is a hundred times as long
+# cannot be disturbed by any of them.
+#
+# ## Beside the paper
+
+# %%
+beside(("model", "Llama-2-7B", "SmolLM2-135M"),
+       ("dimension", "2533", "507"),
+       ("DomRatio of token 0 after RMSNorm", "262.9 (C = 4096)", dom_0.max().item()),
+       ("  other tokens", "not reported", dom.max().item()),
+       ("  Gaussian null", f"{math.sqrt(math.pi * math.log(4096)):.1f} (ours)", formula),
+       ("DomRatio before RMSNorm", "not reported", raw_0.max().item()),
+       ("largest dimensions clipped", "not reported", f"{cut:.0%} of the sink lost"))
+
+# %% [markdown]
 # ## What would falsify this
 #
-# If silencing neurons of like weight shortened the first state as well, five neurons a layer would be a
-# story about any five. If token 30 owed as much of its state to its own five neurons, few authors would
-# be the rule. If the untrained model had such a state, it would be architecture. All three are asserted
-# above. The word *dominated* stands on weaker feet: what would decide it is a wider model, where the
-# ceiling is far away.
+# Sinks in layer 11, where the dimension is erased, would show that heads find the first
+# token without it. A loss that notices the mean would show that it carries a message. A
+# control that takes as much as the cut would show that any three dimensions will do. All
+# are asserted. That a large dimension is not *necessary* for a sink is shown by the model
+# that copies.
 #
 # ## Exercises
 #
-# **1.** One dimension of a state has size s, all C - 1 others have size 1. How large must s be for a
-# DomRatio of `ratio`? Give infinity where no s is large enough. Then try Llama's 262.9 with C = 4096,
-# and with C = 64.
+# **1.** The prediction above the cell that changes one number.
+#
+# **2.** One dimension of a state has size s, all `width` - 1 others have size 1. How large
+# is s for a DomRatio of `ratio`? Give `math.inf` where no s is large enough. Then try the
+# paper's 262.9 with 4096 dimensions and with 64.
 
 
 # %%
@@ -323,22 +306,11 @@ def spike_for(ratio, width):
     ...
 
 
-def check_spike_for(answer):
-    got = answer(1.0, 64)
-    assert got is not None, "Return s. Begin with: ratio = s / mean, and the mean is (s + C - 1) / C."
-    assert abs(got - 1) < 1e-6, "All dimensions alike have DomRatio 1."
-    for ratio, width in ((10.0, 64), (3.5, 8), (262.9, 4096)):
-        state = torch.ones(width, dtype=torch.float64)
-        state[-1] = answer(ratio, width)
-        assert abs(probe.dominance(state).item() - ratio) < 0.01, f"a state with this s has not DomRatio {ratio} at C = {width}"
-    assert answer(64.0, 64) == answer(262.9, 64) == math.inf, "The DomRatio never reaches C while the others are not 0."
-
-
-attempt(check_spike_for, spike_for)
+check("04.spike_for", spike_for)
 
 # %% [markdown]
-# **2.** Write the bookkeeping of this chapter: `parts` (P, C) are vectors whose sum is the state. Give
-# the share of each, (P,).
+# **3.** Every part of a decoder *adds* to a state. `parts` (P, C) are vectors whose sum is
+# the state $x$. Give the share of each part, $p_n \cdot x / \lVert x \rVert^2$, as (P,).
 
 
 # %%
@@ -346,43 +318,13 @@ def shares_of(parts):
     ...
 
 
-def check_shares_of(answer):
-    got = answer(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
-    assert got is not None, "Return a tensor (P,) that adds up to 1."
-    assert torch.allclose(got, torch.tensor([9 / 25, 16 / 25])), "Parts at right angles share by their squared lengths."
-    got = answer(torch.tensor([[2.0, 0.0], [-1.0, 0.0]]))
-    assert torch.allclose(got, torch.tensor([2.0, -1.0])), "A part that points against the state has a negative share."
-    parts = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
-    got = answer(parts)
-    assert got.shape == (5,) and abs(got.sum().item() - 1) < 1e-5, "They must add up to 1 for any parts."
-
-
-attempt(check_shares_of, shares_of)
+check("04.shares_of", shares_of)
 
 # %% [markdown]
-# **3.** A DomRatio of 5 is nothing in 4096 dimensions. Give the *surprise* of the state `x` (C,): how
-# many standard deviations its DomRatio lies above the mean of Gaussian vectors of the same width. Draw
-# at least 1000 of them.
-
+# **4.** An experiment. How small may the number be? Give a value, as small as you can, that
+# dimension 507 of token 0 may have before layer 12 so that the loss on English text rises
+# by less than 0.3 nats. Try `with_507`; the check wants one below 6,000.
 
 # %%
-def surprise(x):
-    ...
-
-
-def check_surprise(answer):
-    g = torch.Generator().manual_seed(2)
-    got = answer(torch.randn(64, generator=g))
-    assert got is not None, "Return a number: (DomRatio - mean) / std, over drawn Gaussian vectors."
-    typical = [float(answer(torch.randn(64, generator=g))) for _ in range(30)]
-    assert abs(sum(typical) / 30) < 0.8 and max(typical) < 6, "Gaussian states should surprise by about 0 on average."
-    spike = torch.randn(64, generator=g)
-    spike[7] = 40.0
-    assert float(answer(spike)) > 10, "One dimension forty times the size of the others is a surprise."
-    assert abs(float(answer(spike)) - float(answer(5 * spike))) < 4, "DomRatio does not depend on the length, nor should this."
-    narrow, wide = torch.ones(16), torch.ones(1024)
-    narrow[0] = wide[0] = 3.8
-    assert float(answer(narrow)) > float(answer(wide)), "Draw vectors as wide as x: a wide Gaussian has a larger DomRatio."
-
-
-attempt(check_surprise, surprise)
+smallest = ...
+check("04.smallest", smallest)

@@ -1,0 +1,67 @@
+"""Checks of chapter 03."""
+
+import torch
+import torch.nn.functional as F
+
+from lesson import english, random_tokens, real
+from model import make_tap, record
+
+PAIR = [1229, 1487]  # layer 11 of SmolLM2
+
+
+def prediction(answer):
+    assert answer in ("untouched", "silent"), 'Answer "untouched" or "silent".'
+    assert answer == "untouched", \
+        "Look at the last text. At which token do the two neurons write at all?"
+
+
+def mean_answer(answer):
+    g = torch.Generator().manual_seed(1)
+    gate, up = torch.randn(2, 6, generator=g)
+    mix = torch.randn(6, 6, generator=g) / 2
+    eye, half = torch.eye(6), float(gate @ gate) / 2
+    got = answer(gate, gate, eye)
+    assert got is not None, "Return a number: half the covariance of g and u."
+    assert abs(float(got) - half) < 1e-4, "Aligned rows, round input: half of |w|^2."
+    got = float(answer(gate, -gate, eye))
+    assert abs(got + half) < 1e-4, "Opposed rows answer with a minus sign."
+    h = torch.randn(400_000, 6, generator=g) @ mix.T
+    seen = float((F.silu(h @ gate) * (h @ up)).mean())
+    got = float(answer(gate, up, mix @ mix.T))
+    assert abs(got - seen) < 0.05, "What is Cov(w_g . h, w_u . h) if the input is not round?"
+
+
+def twin(answer):
+    model, _ = real()
+    given = random_tokens(2, 12, seed=3)[0]
+    got = answer(given.clone())
+    assert got is not None, "Return windows (N, T)."
+    assert got.shape == given.shape, "Return windows of the same shape."
+    assert (got[:, 0] == given[:, 0]).all(), "Leave the first token as it is."
+    assert (got != given).sum(1).max() <= 1, "Change one token of a window, no more."
+    post = record(model, got, ["11.mlp_post"])[1]["11.mlp_post"][..., PAIR]
+    assert torch.allclose(post[:, 1], post[:, 0], rtol=0.01, atol=0.01), \
+        "Token 1 averages its own value with that of token 0. When does that change nothing?"
+
+
+@torch.no_grad()
+def rescue(answer):
+    model, _ = real()
+    x, y = english(2)
+
+    def silence(a):
+        a = a.clone()
+        a[..., PAIR] = 0
+        return a
+
+    def change(out):
+        got = answer(out.clone())
+        assert got is not None, "Return the changed tensor (N, T, C)."
+        changed = (got != out).flatten(1).sum(1)
+        assert changed.max() <= 1, f"You changed {int(changed.max())} numbers of a window."
+        return got
+
+    tap = make_tap(model.cfg, {"11.mlp_post": silence, "11.mlp_out": change})
+    loss, whole = model(x, y, tap)[1].item(), model(x, y)[1].item()
+    assert loss < whole + 0.3, (f"The loss is {loss:.2f}, untouched {whole:.2f}. Which "
+                                "number do the two neurons make large, and how large?")

@@ -1,0 +1,60 @@
+"""Checks of chapter 04."""
+
+import math
+
+import torch
+
+from lesson import english, real
+from model import make_tap
+
+
+def prediction(answer):
+    wanted = "zero", "mean", "both", "neither"
+    assert answer in wanted, 'Answer "zero", "mean", "both" or "neither".'
+    assert answer == "mean", "Compare the three losses above. A constant carries no news."
+
+
+def spike_for(answer):
+    got = answer(1.0, 64)
+    assert got is not None, "Return s. The mean is (s + width - 1) / width."
+    assert abs(got - 1) < 1e-6, "All dimensions alike have DomRatio 1."
+    for ratio, width in ((10.0, 64), (3.5, 8), (262.9, 4096)):
+        state = torch.ones(width, dtype=torch.float64)
+        state[-1] = answer(ratio, width)
+        found = (state.max() / state.mean()).item()
+        assert abs(found - ratio) < 0.01, \
+            f"Your s gives DomRatio {found:.1f}, not {ratio}, for {width} dimensions."
+    assert answer(64.0, 64) == answer(262.9, 64) == math.inf, \
+        "DomRatio never reaches the width while the other dimensions are not 0."
+
+
+def shares_of(answer):
+    got = answer(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+    assert got is not None, "Return a tensor (P,) that adds up to 1."
+    right = torch.tensor([9 / 25, 16 / 25])
+    assert torch.allclose(got, right), "At right angles, shares are squared lengths."
+    got = answer(torch.tensor([[2.0, 0.0], [-1.0, 0.0]]))
+    right = torch.tensor([2.0, -1.0])
+    assert torch.allclose(got, right), "A part against the state has a negative share."
+    parts = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    got = answer(parts)
+    assert got.shape == (5,), "One share for each part."
+    assert abs(got.sum().item() - 1) < 1e-4, "They add up to 1 for any parts."
+
+
+@torch.no_grad()
+def smallest(answer):
+    value = float(answer)
+    assert 0 <= value < 6000, "A value from 0 to below 6,000."
+    model, _ = real()
+    x, y = english(4)
+
+    def change(state):
+        state = state.clone()
+        state[:, 0, 507] = value
+        return state
+
+    tap = make_tap(model.cfg, {"12.resid_pre": change})
+    loss, whole = model(x, y, tap)[1].item(), model(x, y)[1].item()
+    assert loss < whole + 0.3, (f"With {value:.0f} the loss is {loss:.2f}, untouched "
+                                f"{whole:.2f}. Which other dimensions are large there?")
