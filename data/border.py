@@ -113,6 +113,16 @@ def write_json(path, value) -> None:
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def fill(text: str, blocks: dict) -> str:
+    """The text with what stands between `<!-- name -->` and `<!-- end -->` replaced by a block."""
+    for name, block in blocks.items():
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        if start in text:
+            head, rest = text.split(start, 1)
+            text = f"{head}{start}{block}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
 def finite(value):
     """The same without nan and infinity: None stands for what is no number."""
     if isinstance(value, dict):
@@ -250,7 +260,7 @@ def program(name: str, main) -> int:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by whoever started us
             setattr(sys, stream, open(os.devnull, "w"))
-        with contextlib.suppress(AttributeError):  # a terminal may lack a letter
+        with contextlib.suppress(AttributeError, ValueError):  # a terminal may lack a letter
             getattr(sys, stream).reconfigure(errors="backslashreplace")
     before = None
     try:

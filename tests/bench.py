@@ -27,11 +27,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-import train
 import model as decoder
+import train
+from data.border import fill, read_json, write_atomically, write_json
 from model import ATTENTIONS, GPT, Attention, Config, RMSNorm, rope_turns, rotate, untapped
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
+PAGE = RESULTS.with_name("speed.md")
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "seq_len", "batch_size")
 SHAPES = {"tiny": {key: train.SIZES["tiny"][key] for key in KEYS},
           "wide": dict(zip(KEYS, (128, 344, 4, 2, 1024, 128, 16)))}
@@ -113,7 +115,7 @@ class FusedAttention(Attention):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.H, self.D).permute(2, 0, 3, 1, 4)
         q, k = rotate(torch.stack((q, k)), *rope)
-        return self.o_proj(self.mix(q, k, v, bias, tap).reshape(B, T, C))
+        return self.o_proj(self.mix(q, k, v, x, bias, tap).reshape(B, T, C))
 
 
 class FusedMLP(nn.Module):
@@ -325,6 +327,13 @@ def table(found):
     return "\n".join(out)
 
 
+def render():
+    """Put the tables into speed.md."""
+    found = read_json(RESULTS)["shapes"].values()
+    text = fill(PAGE.read_text(encoding="utf-8"), {"speed": "\n\n".join(map(table, found))})
+    write_atomically(PAGE, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=180, help="of measuring, for each shape (default: 180)")
@@ -338,9 +347,9 @@ def main():
         torch._dynamo.reset()
         found = result["shapes"][shape] = bench(shape, args.seconds, args.threads, not args.no_compile)
         print(f"{shape}: {table(found)}\n", flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    train.write_json(RESULTS, result)
-    print(f"written to tests/results/{RESULTS.name}")
+    write_json(RESULTS, result)
+    render()
+    print(f"written to tests/results/{RESULTS.name} and {PAGE.name}")
 
 
 if __name__ == "__main__":

@@ -25,12 +25,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import probe
 import train
 from data import smollm2
-from data.border import read_json, write_atomically, write_json
+from data.border import fill, read_json, write_atomically, write_json
 from data.windows import english, random_windows, text_windows
 from model import GPT, record
 
@@ -117,15 +116,16 @@ def screen(model, x):
 
 
 @torch.no_grad()
-def columns_that_write(model, x):
-    """The other reading of claim 3: Kendall tau between the spread of each dimension that W_O writes
-    and the length of the row of W_O that writes it, mean over layers."""
-    names = [f"{i}.attn_out" for i in range(len(model.layers))]
+def rows_that_write(model, x):
+    """The other reading of claim 3: Kendall tau between the spread of each dimension of the state
+    that a layer adds to and the length of the row of W_O that writes into it, mean over layers.
+    (The spread of what is written would prove nothing: a long row makes a large output.)"""
+    names = [f"{i}.resid_pre" for i in range(len(model.layers))]
     kept = record(model, x, names)[1]
     taus = []
-    for block, out in zip(model.layers, kept.values()):
+    for block, state in zip(model.layers, kept.values()):
         length = block.self_attn.o_proj.weight.float().norm(dim=1)
-        taus.append(probe.kendall_tau(out.flatten(0, 1).std(0), length).item())
+        taus.append(probe.kendall_tau(state.flatten(0, 1).std(0), length).item())
     return statistics.fmean(taus)
 
 
@@ -143,7 +143,7 @@ def measure_batch(b):
         "effects at 20": effects(model, *random, 20, forge),
         "effects at 40": effects(model, *random, 40, forge),
         "agreement": agreement(model, random[0]), "screen": screen(model, random[0]),
-        "tau of rows": columns_that_write(model, random[0])}}
+        "tau of rows": rows_that_write(model, random[0])}}
 
 
 def measure_seed(job):
@@ -166,7 +166,7 @@ def measure_seed(job):
     if run.attn in ("softmax", "gated"):
         found |= {"effects": effects(model, *main), "screen": screen(model, main[0]),
                   "agreement": agreement(model, main[0]),
-                  "tau of rows": columns_that_write(model, main[0])}
+                  "tau of rows": rows_that_write(model, main[0])}
     return found
 
 
@@ -208,8 +208,8 @@ def has_sink(r):
 
 
 def effect(name, control=None, where="effects"):
-    """The share of a cut or forgery; with `control`, how far it is above its control of that number.
-    nan without a sink at token 0: there is nothing to share."""
+    """The share of a cut or forgery; with `control`, how far above its control of that number. nan
+    without a sink at token 0: there is nothing to share."""
     def of(r):
         e = r["softmax"][where][name]
         if not has_sink(r):
@@ -246,55 +246,71 @@ def birth(first, then):
 SMOL, TOYS = ("SmolLM2",), ("text", "micro")
 ALL = SMOL + TOYS
 CLAIMS = (  # claim, what is measured, lanes, number of one batch or seed, holds from, holds up to
-    ("C1", "V_0 / median V_t of z, first layer, random tokens", ALL, at("variance", "random"), 2, None),
+    ("C1", "V_0 / median V_t of z, first layer, random tokens", ALL,
+     at("variance", "random"), 2, None),
     ("C1", "the same, untrained", TOYS, at("variance", "untrained"), 2, None),
     ("C2", "the same on text (or on the task)", ALL, at("variance", "text"), 2, None),
     ("C3", "Kendall tau: spread of z, columns of W_O that read it (paper 0.32; half is asked)", ALL,
      at("wo_tau"), 0.16, None),
-    ("C3", "Kendall tau: spread of what W_O writes, rows that write it", ALL,
+    ("C3", "Kendall tau: spread of the state, rows of W_O that write into it", ALL,
      own("softmax", "tau of rows"), 0.16, None),
-    ("C4", "write of the top 5 neurons at token 0, over other tokens", ALL, at("neuron_contrast"), 10, None),
+    ("C4", "write of the top 5 neurons at token 0, over other tokens", ALL,
+     at("neuron_contrast"), 10, None),
     ("C4", "that over the same at token 32", ALL, over("neuron_contrast"), 3, None),
-    ("C4", "share of these 5 that weights alone find", ALL, lambda r: r["softmax"]["screen"]["overlap"], 0.4, None),
+    ("C4", "share of these 5 that weights alone find", ALL,
+     lambda r: r["softmax"]["screen"]["overlap"], 0.4, None),
     ("C5", "length of the state of token 0 over the median", ALL, at("norm_ratio"), 3, None),
-    ("C5", "DomRatio of token 0, largest layer, over that of token 32", ALL, over("dominance"), 3, None),
-    ("C6", "cosine of the normed state of token 0 between windows", SMOL + ("micro",), at("direction"), 0.5, None),
+    ("C5", "DomRatio of token 0, largest layer, over that of token 32", ALL,
+     over("dominance"), 3, None),
+    ("C6", "cosine of the normed state of token 0 between windows", SMOL + ("micro",),
+     at("direction"), 0.5, None),
     ("C6", "that over the same at token 32", SMOL + ("micro",), over("direction"), 2, None),
-    ("C7", "logit of key 0 above the others, head with the largest sink, nats", ALL, at("lock_gap"), 1, None),
+    ("C7", "logit of key 0 above the others, head with the largest sink, nats", ALL,
+     at("lock_gap"), 1, None),
     ("C7", "cosine of the leading query and key 0 there", ALL, at("lock_cos"), 0.5, None),
     ("C7", "attention of that head to token 0", ALL, at("sink"), 0.3, None),
     ("C8", "token 10 sees only itself: attention of the strongest head to it, times", ALL,
      times("forge variance"), 3, None),
     ("C8", "its share of the two sinks", ALL, effect("forge variance"), 0.25, None),
     ("C8", "the same in text", SMOL, effect("forge variance", where="effects in text"), 0.25, None),
-    ("C8", "the same at token 20", SMOL, effect("forge variance", where="effects at 20"), 0.25, None),
-    ("C8", "the same at token 40", SMOL, effect("forge variance", where="effects at 40"), 0.25, None),
-    ("C9", "variance of z_10 x 25: its share of the two sinks", ALL, effect("forge W_O"), 0.25, None),
+    ("C8", "the same at token 20", SMOL,
+     effect("forge variance", where="effects at 20"), 0.25, None),
+    ("C8", "the same at token 40", SMOL,
+     effect("forge variance", where="effects at 40"), 0.25, None),
+    ("C9", "variance of z_10 x 25: its share of the two sinks", ALL,
+     effect("forge W_O"), 0.25, None),
     ("C9", "that minus the share by z_10 x 5", ALL, effect("forge W_O", 1), 0.1, None),
     ("C9", "the same in text", SMOL, effect("forge W_O", 1, "effects in text"), 0.1, None),
     ("C9", "the same at token 20", SMOL, effect("forge W_O", 1, "effects at 20"), 0.1, None),
     ("C9", "the same at token 40", SMOL, effect("forge W_O", 1, "effects at 40"), 0.1, None),
-    ("C10", "sigmoid: strongest head, rows made to sum to 1", TOYS, at("sink", attn="sigmoid"), None, 0.3),
+    ("C10", "sigmoid: strongest head, rows made to sum to 1", TOYS,
+     at("sink", attn="sigmoid"), None, 0.3),
     ("C10", "sigmoid's loss minus softmax's, each at its own learning rate", TOYS,
      minus(own("sigmoid", "val_loss"), own("softmax", "val_loss")), 0.005, None),
     ("C10", "loss at T = 1,024 above that at 64: sigmoid minus softmax", ("text",),
      minus(own("sigmoid", "loss at 1024"), own("softmax", "loss at 1024")), 0.005, None),
     ("C11", "headnorm's loss minus softmax's (paper -0.039)", TOYS,
      minus(own("headnorm", "val_loss"), own("softmax", "val_loss")), None, -0.005),
-    ("C11", "headnorm: strongest head, attention to token 0", TOYS, at("sink", attn="headnorm"), None, 0.3),
+    ("C11", "headnorm: strongest head, attention to token 0", TOYS,
+     at("sink", attn="headnorm"), None, 0.3),
     ("C11", "DomRatio of token 0: headnorm over softmax (paper 0.41)", TOYS,
      divided(at("dominance", attn="headnorm"), at("dominance")), None, 0.7),
     ("control", "gated, a known cure: strongest head, attention to token 0", TOYS,
      at("sink", attn="gated"), None, 0.3),
-    ("Q1", "steps to half of the sink minus steps to half of the lock", TOYS, birth("lock_gap", "sink"), 0, None),
-    ("Q1", "steps to half of the sink minus steps to half of the norm", TOYS, birth("norm_ratio", "sink"), 0, None),
+    ("Q1", "steps to half of the sink minus steps to half of the lock", TOYS,
+     birth("lock_gap", "sink"), 0, None),
+    ("Q1", "steps to half of the sink minus steps to half of the norm", TOYS,
+     birth("norm_ratio", "sink"), 0, None),
     ("Q1", "steps to half of the norm minus steps to half of the neurons", TOYS,
      birth("neuron_contrast", "norm_ratio"), 0, None),
-    ("Q2", "top 5 neurons a layer silent at token 0: share of the sink lost", ALL, effect("cut neurons"), 0.5, None),
+    ("Q2", "top 5 neurons a layer silent at token 0: share of the sink lost", ALL,
+     effect("cut neurons"), 0.5, None),
     ("Q2", "the same in text", SMOL, effect("cut neurons", where="effects in text"), 0.5, None),
     ("Q2", "the same for 5 others of like weight", ALL, control_of("cut neurons"), None, 0.25),
-    ("Q3", "share by variance minus share by a shift to the same length", ALL, effect("forge W_O", 0), 0.1, None),
-    ("Q4", "z_0 given the RMS of the others: share of the sink lost", ALL, effect("cut W_O"), 0.5, None),
+    ("Q3", "share by variance minus share by a shift to the same length", ALL,
+     effect("forge W_O", 0), 0.1, None),
+    ("Q4", "z_0 given the RMS of the others: share of the sink lost", ALL,
+     effect("cut W_O"), 0.5, None),
     ("Q4", "value drain at the sink: headnorm over softmax", TOYS,
      divided(at("drain", attn="headnorm"), at("drain")), 2, None),
     ("Q5", "headnorm's loss minus softmax's", TOYS,
@@ -452,16 +468,6 @@ def losses_table(found) -> str:
 
 def tables(found) -> dict[str, str]:
     return {"links": links_table(found), "claims": page(found), "losses": losses_table(found)}
-
-
-def fill(text: str, blocks: dict[str, str]) -> str:
-    """The text with what stands between `<!-- name -->` and `<!-- end -->` replaced."""
-    for name, block in blocks.items():
-        start, end = f"<!-- {name} -->\n", "<!-- end -->"
-        if start in text:
-            head, rest = text.split(start, 1)
-            text = f"{head}{start}{block}\n{end}{rest.split(end, 1)[1]}"
-    return text
 
 
 PAGES = (Path("README.md"), RESULTS / "claims.md")
