@@ -230,6 +230,10 @@ def own(attn, key):
     return lambda r: r[attn][key]
 
 
+def form(name):
+    return lambda r: r["softmax"]["agreement"][name]
+
+
 def minus(a, b):
     return lambda r: a(r) - b(r)
 
@@ -315,16 +319,17 @@ CLAIMS = (  # claim, what is measured, lanes, number of one batch or seed, holds
      divided(at("drain", attn="headnorm"), at("drain")), 2, None),
     ("Q5", "headnorm's loss minus softmax's", TOYS,
      minus(own("headnorm", "val_loss"), own("softmax", "val_loss")), None, 0),
-    ("Q6", "trained with <|bos|> first: attention to a token that sees only itself, times", ("text",),
+    ("Q6", "trained with <|bos|> first: attention to a token that sees only itself, times",
+     ("text",),
      times("forge variance"), 3, None),
     ("Q6", "trained without: the same", SMOL + ("micro",), times("forge variance"), 3, None),
     ("Q7", "one token's value in all heads, over heads from different windows, equal variance", ALL,
-     lambda r: r["softmax"]["agreement"]["one token"] / r["softmax"]["agreement"]["heads apart"], 1.5, None),
+     divided(form("one token"), form("heads apart")), 1.5, None),
 )
 SAYS = {  # claim -> what the paper says (or the question), and what would have refuted it
     "C1": ("Causal averaging leaves the first token a variance outlier.",
            "the ratio is 1: position 0 varies like any other"),
-    "C2": ("It is there whatever is read: it does not depend on the tokens. (How large it is does.)",
+    "C2": ("It is there whatever is read. (How large it is depends on that.)",
            "text, or a task, has no outlier"),
     "C3": ("W_O favours the dimensions of high variance.",
            "tau is 0, as for a random matrix"),
@@ -338,21 +343,21 @@ SAYS = {  # claim -> what the paper says (or the question), and what would have 
     "C8": ("A token that may see only itself becomes a sink.", "its attention stays as it was"),
     "C9": ("More variance at a token makes a sink, the same token scaled does not.",
            "scaling does as much, or neither does anything"),
-    "C10": ("Sigmoid attention has no sink, a higher loss, and does not carry over to longer windows.",
+    "C10": ("Sigmoid attention: no sink, a higher loss, and worse in longer windows.",
             "a sink, or an equal loss"),
     "C11": ("Head-wise RMSNorm before W_O: a lower loss, no sink, less disparity.",
             "an equal or higher loss, or a sink"),
-    "control": ("Gated attention is known to cure (arXiv 2505.06708): where it does not, the setting "
-                "is no test of a cure.", "the sink is as before"),
+    "control": ("Gated attention is known to cure (arXiv 2505.06708): where it does not, "
+                "the setting is no test of a cure.", "the sink is as before"),
     "Q1": ("Is the order in time that of the chain?", "the sink comes first"),
     "Q2": ("Do the super neurons carry the sink? (The paper did not silence them.)",
            "silencing them takes no more than silencing others"),
     "Q3": ("Is it variance that forges a sink, or length?", "the same length does as much"),
-    "Q4": ("Does headnorm cure by parity at token 0, or because a drained value is no longer nothing?",
+    "Q4": ("Is it parity at token 0 that cures, or that a drained value is no longer nothing?",
            "neither changes anything"),
     "Q5": ("Does headnorm lower the loss at this scale?", "it does not"),
-    "Q6": ("Does a model that knows its first token by name pass the mask intervention, and one that "
-           "does not?", "both, or neither"),
+    "Q6": ("Does a model that knows its first token by name pass the mask intervention? One "
+           "that does not?", "both, or neither"),
     "Q7": ("Is what marks a token that sees only itself that its heads bring one value?",
            "heads that disagree, at equal variance, do as much"),
 }
@@ -413,7 +418,8 @@ def page(found) -> str:
                          for lane in lanes)
         lines += [f"## {claim}: {says}", "", f"{seen[0].upper() + seen[1:]}. "
                   f"It would be refuted if {refuted}.", "",
-                  "| what was measured | in | holds if | mean ± std | holds in |", "|---|---|---|---|---|"]
+                  "| what was measured | in | holds if | mean ± std | holds in |",
+                  "|---|---|---|---|---|"]
         lines += [f"| {t['what']} | {t['lane']} | {t['margin']} | {spread(t['values'])} "
                   f"| {t['held']} of {len(t['values'])} {LANES[t['lane']]} |" for t in here]
         lines.append("")
@@ -485,7 +491,7 @@ def render() -> None:
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--render", action="store_true", help="only the tables, from the JSON")
-    parser.add_argument("--jobs", type=int, default=2, help="at a time, one thread each (default 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="at a time, one thread each (2)")
     parser.add_argument("--lane", choices=LANES, help="only this one; the others stay as they are")
     args = parser.parse_args()
     if not args.render:

@@ -1,4 +1,4 @@
-"""What a reader relies on: lines that fit, imports that run one way, one place for each number."""
+"""What a reader relies on: lines that fit, imports that go one way, one place for each number."""
 
 import ast
 import re
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+LISTED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+TRACKED = LISTED.stdout.split()
 FILES = [ROOT / name for name in TRACKED if name.endswith(".py")]
 KNOWS = {  # who may import whom, at the top of a file
     "data": {"data"}, "model": {"data"}, "probe": {"data", "model"},
