@@ -697,7 +697,7 @@ def train_together(runs: list[Run], jobs: int, line: Live) -> None:
                 news[run.out] = f"{Path(run.out).name} {bar} {rest.rpartition(', ')[2]}"
                 line.show("   ".join(news.values()))
             error = process.stderr.read().strip()
-        del news[run.out]
+        news.pop(run.out, None)
         if process.returncode:
             raise UserError(f"{show(run.out)}: {error or 'its training was stopped'}")
 
@@ -706,15 +706,15 @@ def train_together(runs: list[Run], jobs: int, line: Live) -> None:
         try:
             for future in waiting:
                 future.result()
-        except (UserError, KeyboardInterrupt) as error:
+        except BaseException as error:  # one has failed, or Ctrl-C
             pool.shutdown(wait=False, cancel_futures=True)
             for process in started:  # they save and stop
                 process.send_signal(signal.SIGINT)
-            line.clear()
-            if isinstance(error, UserError):
+            if not isinstance(error, KeyboardInterrupt):
                 raise
             raise UserError("stopped; run it again to go on from the last save") from None
-    line.clear()
+        finally:
+            line.clear()
 
 
 def work(settings: str) -> None:
