@@ -7,6 +7,7 @@ anybody; chapters use pyplot as everybody does and pass its axes to the small fu
 """
 
 import io
+import itertools
 import math
 import re
 import sys
@@ -26,6 +27,7 @@ import probe
 from data.border import write_atomically
 from model import record
 
+SINK = "sink"  # the number of probe.LINKS that has the accent
 ACCENT, GREY, WIDTH = "#e8450c", "0.45", 8.8
 STYLES = [dict(zip(("color", "ls", "marker"), s)) for s in (
     ("black", "-", "o"), ("0.45", "--", "s"), ("0.6", "-.", "^"), ("black", ":", "D"),
@@ -86,35 +88,36 @@ def dress(ax, title, legend=None, **labels):
 
 def tex(text, font=""):
     """V_k, W_O, x_0 in plain text, with a real index."""
-    return re.sub(r"\b([A-Za-z])_([A-Za-z0-9])\b", rf"${font}{{\1_\2}}$", text)
+    return re.sub(r"\b[A-Za-z]_[A-Za-z0-9]\b", lambda m: f"${font}{{{m[0]}}}$", text)
 
 
 def lines(ax, curves, x=None, hot=(), **how):
     """curves: name -> (n,). The names in `hot` are the first token's and get the accent."""
-    hot_styles, grey_styles = iter(STYLES), iter(STYLES)
+    hot_styles, grey_styles = itertools.cycle(STYLES), itertools.cycle(STYLES)
     for name, y in curves.items():
         y = torch.as_tensor(y).float()
         style = dict(next(hot_styles if name in hot else grey_styles))
         style |= {"color": ACCENT, "zorder": 3} if name in hot else {}
+        style |= {"marker": ""} if len(y) > 40 else {}
         ax.plot(range(len(y)) if x is None else x, y.tolist(), label=name, **style | how)
 
 
 def by_layer(ax, curves, title, hot=(), legend=None, **labels):
     """curves: name -> (L,), or (L, H), of which each layer's largest is drawn."""
-    curves = {name: v.amax(1) if v.dim() == 2 else v for name, v in curves.items()}
-    lines(ax, curves, hot=hot)
+    curves = {name: torch.as_tensor(v) for name, v in curves.items()}
+    lines(ax, {name: v.amax(1) if v.dim() == 2 else v for name, v in curves.items()}, hot=hot)
     ax.xaxis.get_major_locator().set_params(integer=True)
     dress(ax, title, legend, **{"xlabel": "layer"} | labels)
 
 
-def by_position(ax, curves, title, hot=0, legend=None, **labels):
-    """curves: name -> (T,), on log axes; the first value of each is the first token's."""
+def by_position(ax, curves, title, legend=None, **labels):
+    """curves: name -> (T,), on log axes; the first token of each is a dot in the accent."""
     for style, (name, y) in zip(STYLES, curves.items()):
         y = torch.as_tensor(y).tolist()
         ax.plot(range(1, len(y) + 1), y, label=name, **style | {"marker": ""})
-        ax.plot([hot + 1], y[hot:hot + 1], **style | {"color": ACCENT, "ms": 7})
+        ax.plot([1], y[:1], **style | {"color": ACCENT, "ms": 7})
     ax.set(xscale="log", yscale="log")
-    dress(ax, title, {} if legend is None else legend, **{"xlabel": "position t + 1 (log)"} | labels)
+    dress(ax, title, legend, **{"xlabel": "position t + 1 (log)"} | labels)
 
 
 def bars(ax, groups, title, hot=(), legend=None, **labels):
@@ -164,10 +167,11 @@ def shades(ax):
     """The scale of `attention`, to be drawn into narrow axes: other keys, and the sink."""
     a = torch.linspace(1, 0, 128) ** 2  # evenly spaced in shade
     image = torch.stack([shade(a, "black"), shade(a, ACCENT)], 1)
-    ax.imshow(image.numpy(), aspect="auto", extent=(0, 2, 0, 1), interpolation="nearest")
+    ax.imshow(image.numpy(), aspect=24, extent=(0, 2, 0, 1), interpolation="nearest")
     ticks = (0, 0.05, 0.2, 0.5, 1)
     ax.set_yticks([math.sqrt(t) for t in ticks], [f"{t:g}" for t in ticks])
-    ax.set_xticks([0.5, 1.5], ["others", "sink"], rotation=90)
+    ax.set_xticks([0.3, 1.7], ["others", "sink"], rotation=90)
+    ax.tick_params(axis="x", length=0)
     ax.yaxis.tick_right()
     ax.spines[:].set_visible(False)
     ax.grid(False)
@@ -224,8 +228,9 @@ def claim(ax, name, says):
     """The title of a narrow panel: the name of a link in bold, and below it what it says."""
     text = textwrap.fill(says, 24)
     ax.set_title(tex(text), x=-0.3, fontsize=9, fontweight="normal", pad=5)
-    ax.annotate(tex(name, r"\mathbf"), (-0.3, 1), (0, 8 + 11 * (text.count("\n") + 1)), fontweight="bold",
-                fontsize=10, xycoords="axes fraction", textcoords="offset points", va="bottom")
+    above = 8 + 11 * (text.count("\n") + 1)  # points
+    ax.annotate(tex(name, r"\mathbf"), (-0.3, 1), (0, above), xycoords="axes fraction",
+                textcoords="offset points", fontsize=10, fontweight="bold")
 
 
 def headline(ax, link, portraits):
@@ -284,7 +289,7 @@ def effects(ax, verdicts, whole):
     y, ticks = 0.0, []
 
     def bar(at, height, share, spread, color):
-        shown = max(-0.2, min(share, 1.1))  # more is seen in models without a sink to cut
+        shown = torch.tensor(share).clamp(-0.2, 1.1).item()  # more: in models without a sink
         ax.barh(at, shown, height, color=color, xerr=spread or None, ecolor="black")
 
     for v in verdicts:
@@ -321,12 +326,13 @@ def matrix(tables, T) -> Figure:
         rows.append((says, before, after, row["token"]))
     figure, ax = new(0.21 * len(rows) + 1.2)
     image = torch.ones(len(rows), len(keys), 3)
-    for i, (says, before, after, _) in enumerate(rows):
-        for j, (name, key) in enumerate(keys.items()):
-            depth = 0.85 * min(1.0, abs(after[key] - before[key]) / max(abs(before[key]), 0.02))
-            color = ACCENT if name == probe.LINKS[-1].name else "black"
+    for i, (_, before, after, _) in enumerate(rows):
+        for j, key in enumerate(keys.values()):
+            change = abs(after[key] - before[key]) / max(abs(before[key]), 0.02)
+            depth = 0.85 * min(change, 1.0) if math.isfinite(change) else 0
+            color = ACCENT if key == SINK else "black"
             image[i, j] = 1 - depth * (1 - torch.tensor(to_rgb(color)))
-            ax.text(j, i, probe.digits(after[key]), ha="center", va="center",
+            ax.text(j, i, short(after[key]), ha="center", va="center",
                     color="white" if depth > (0.75 if color == ACCENT else 0.5) else "black")
     ax.imshow(image.numpy(), aspect="auto", interpolation="nearest")
     ax.set_xticks(range(len(keys)), [tex(name) for name in keys])
@@ -346,6 +352,10 @@ def matrix(tables, T) -> Figure:
     return figure
 
 
+def short(v):
+    return f"{v:.0e}" if 1e5 < abs(v) < math.inf else probe.digits(v)
+
+
 # ---------------------------------------------------------------- training
 
 @styled
@@ -354,19 +364,19 @@ def birth(rows, links="links", title="How a sink is born: each link on its way")
     least to its greatest value. What is null there is left out."""
     figure, ax = new(3.4)
     rows = [row for row in rows if links in row]
-    styles = iter(STYLES)
+    styles = itertools.cycle(STYLES)
     for link in probe.LINKS:
         key = link.numbers[0].key
-        last = link is probe.LINKS[-1]
-        points = [(max(row["step"], 1), row[links][key]) for row in rows
-                  if row[links].get(key) is not None]
-        low, high = (f((v for _, v in points), default=0) for f in (min, max))
-        label = f"{tex(link.name)} ({probe.digits(low)} to {probe.digits(high)})"
-        if high - low < 1e-6:  # rounding: with a fixed first token, its variance
-            label, points = f"{tex(link.name)} (always {low:.2g})", []
-        style = dict(color=ACCENT, lw=2.2, zorder=3) if last else next(styles)
-        ax.plot([step for step, _ in points],
-                [(v - low) / (high - low) for _, v in points], label=label, **style)
+        style = dict(color=ACCENT, lw=2.2, zorder=3) if key == SINK else next(styles)
+        there = [row for row in rows if row[links].get(key) is not None]
+        values = torch.tensor([row[links][key] for row in there])
+        if len(there) == 0 or values.max() - values.min() < 1e-6:
+            # no more than rounding: so is the variance of a first token that is always the same
+            ax.plot([], label=f"{tex(link.name)} (does not move)", **style)
+            continue
+        low, high = values.min().item(), values.max().item()
+        ax.plot([max(row["step"], 1) for row in there], ((values - low) / (high - low)).tolist(),
+                label=f"{tex(link.name)} ({probe.digits(low)} to {probe.digits(high)})", **style)
     ax.set(xscale="log", ylim=(-0.03, 1.03))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     dress(ax, title, dict(loc="center left", bbox_to_anchor=(1, 0.5), title="link (least to most)"),
@@ -379,7 +389,7 @@ def curve(folder, log, optimum=None) -> None:
     """curve.png of a training: its losses, and the sink for each kind of windows with chance."""
     from train import FIRST, read_config  # here, because train.py imports this file
     run, _ = read_config(folder)
-    number = probe.LINKS[-1].numbers[0]
+    number = next(n for n in probe.numbers() if n.key == SINK)
     figure, (left, right) = new(3.2, 1, 2)
     track(left, log, lambda row: row["train_loss"], color=GREY, ls="--", label="training")
     track(left, log, lambda row: row["val_loss"], color="black", label="validation")
@@ -407,7 +417,8 @@ def track(ax, log, value, **style):
 @styled
 def maps(patterns, sinks, title=None) -> Figure:
     """Attention maps in one row, title -> (T, T), with the sinks of each: ((0,), (), (0, 10))."""
-    figure, axes = new(3.4, 1, len(patterns) + 1, width_ratios=[12] * len(patterns) + [1])
+    widths = [12] * len(patterns) + [1]
+    figure, axes = new(3.3 if title else 3.1, 1, len(widths), width_ratios=widths)
     for ax, (name, pattern), sink in zip(axes, patterns.items(), sinks):
         attention(ax, pattern, name, sink)
     shades(axes[-1])
