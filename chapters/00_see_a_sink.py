@@ -6,157 +6,293 @@
 # ---
 
 # %% [markdown]
-# # 00 · See a sink
+# # 00 · See a sink, and take it away
 #
-# **Claim.** A trained decoder sends much of its attention to the first token of the window, whatever
-# comes later; the same decoder before training does not.
+# **Claim.** In a real Llama most heads rest on the first token of the window, whatever
+# it is. Take it out of sight with a sliding window and the model fails; give this one
+# token back and the model is nearly whole again.
 #
-# **You need** PyTorch and a rough idea of attention. **Run time**: seconds, once two models are
-# trained; four minutes on 2 cores if they are not. They stay in `out/`, and later chapters use them too.
+# **You need** PyTorch and a rough idea of attention. **Run time**: half a minute, after
+# a download of 93 MB. The last part uses two small models; if they are not in `out/`
+# yet, it trains them first, about four minutes on 2 cores.
 #
-# Letters in shapes, in all chapters: B windows in a batch, T position, H head, D head width, C model
-# width, F neurons of an MLP, L layer.
+# Letters in shapes, in all chapters: N windows, T positions, H heads, D head width, C
+# model width, F neurons of an MLP, L layers.
 
 # %%
-import sys
-
-sys.path.append("chapters")  # when this was started one folder up
 import torch
-import lesson
-from lesson import attempt, beside, models, plt, show, windows
-from model import GPT, record
+import torch.nn.functional as F
+from lesson import beside, check, english, log, models, plt, random_tokens, real
+from lesson import show, untrained, windows
+
 import probe
+from chapters import figures
+from model import record
+
+torch.set_grad_enabled(False)  # we only look
+model, encoding = real()
+L = model.cfg.num_hidden_layers
+print(f"SmolLM2-135M: {L} layers, {model.cfg.num_attention_heads} heads a layer")
 
 # %% [markdown]
-# ## Two small models
+# SmolLM2-135M is a Llama like the large ones, only smaller: RMSNorm, rotary positions,
+# SwiGLU. It was made for laptops and tuned to follow instructions. Our copy has weights
+# of 4 bits (Q4_1), turned back into ordinary numbers. It puts no special token in front
+# of a text, so its first token is an ordinary one.
 #
-# `softmax` has read the Python standard library, byte by byte, and every window it saw began with
-# the same token, `<|bos|>`. `micro-softmax` has never seen `<|bos|>`. It learned a game: 24 symbols,
-# a random passage, and then the same passage over and over. Its first token is any of the symbols.
-# Both are Llama-style decoders with about 0.2 to 0.3 million weights.
+# Two kinds of windows: English that the model has never seen, and tokens drawn at
+# random. If heads look at the first token even there, it is not because of what it
+# *says*.
 
 # %%
-trained = models("softmax", "micro-softmax")
-model = trained["softmax"]
-untrained = GPT(model.cfg, seed=0)  # the weights that training began with
-x, y = windows("bos")
-print("windows (B, T):", tuple(x.shape))
-print(repr(lesson.data.load("stdlib", vocab_size=257).decode(x[0])))
+texts = {"English": english()[0], "random tokens": random_tokens()[0]}
+for kind, x in texts.items():
+    print(f"{kind} {tuple(x.shape)}:", repr(encoding.decode(x[0, :12].tolist())))
 
 # %% [markdown]
 # ## Where does a head look?
 #
-# A head compares its query at position $t$ with the keys of all positions $s \le t$ and turns the
-# result into weights that add up to 1:
+# A head compares its query at position $t$ with the keys of all positions $s \le t$ and
+# turns the result into weights that add up to 1:
 #
-# $$A_{ts} = \frac{\exp(q_t \cdot k_s / \sqrt D)}{\sum_{s' \le t} \exp(q_t \cdot k_{s'} / \sqrt D)}$$
+# $$A_{ts} = \frac{\exp(q_t \cdot k_s / \sqrt D)}
+#   {\sum_{s' \le t} \exp(q_t \cdot k_{s'} / \sqrt D)}$$
 #
-# In `model.py` this tensor is called `pattern`, shape (B, H, T, T). `record` runs the model and hands
-# over any activation by its name.
+# In `model.py` this tensor is called `pattern`, shape (N, H, T, T). `record` runs the
+# model and hands over any activation by its name.
 
 # %%
-names = [f"{i}.pattern" for i in range(model.cfg.num_hidden_layers)]
-after = torch.stack(list(record(model, x, names)[1].values()))  # (L, B, H, T, T)
-before = torch.stack(list(record(untrained, x, names)[1].values()))
-print("every row adds up to", after.sum(-1).mean().item())
+names = [f"{i}.pattern" for i in range(L)]
+values = [f"{i}.v" for i in range(L)]
+patterns = {}
+for kind, x in texts.items():
+    kept = record(model, x, names + values)[1]
+    patterns[kind] = torch.stack([kept[name] for name in names])  # (L, N, H, T, T)
 
 # %% [markdown]
 # ## How much is a sink?
 #
-# The usual measure (Gu et al., ICLR 2025) is the mean weight that all queries give to the key at 0:
+# The usual measure (Gu et al. 2025) is the mean weight that all queries give to the
+# first key, and a head *has a sink* when it is above 0.3:
 #
 # $$\alpha_0 = \frac1T \sum_{t} A_{t0}$$
 #
-# and a head *has a sink* when $\alpha_0 > 0.3$. Attention that treats all keys alike would reach
-# $\frac1T \sum_t \frac1{t+1}$, which is `uniform_alpha`.
+# Attention that treats all keys alike would reach $\frac1T \sum_t \frac1{t+1}$.
 
 # %%
-alpha = probe.sink_scores(after.flatten(0, 1)).unflatten(0, after.shape[:2]).mean(1)  # (L, H)
-alpha_before = probe.sink_scores(before.flatten(0, 1)).unflatten(0, before.shape[:2]).mean(1)
-chance = probe.uniform_alpha(x.shape[1])
-for i, row in enumerate(alpha):
-    print(f"layer {i}:", "  ".join(f"head {h} {a:.2f}" for h, a in enumerate(row.tolist())))
-print(f"strongest head before training {alpha_before.max():.2f}, uniform attention {chance:.2f}")
+sinks = {kind: p[..., 0].mean(-1).mean(1) for kind, p in patterns.items()}  # (L, H)
+library = probe.sink_score(patterns["English"][12], 0).mean(0)
+assert torch.allclose(sinks["English"][12], library, atol=1e-5)
+
+T = texts["English"].shape[1]
+uniform = sum(1 / (t + 1) for t in range(T)) / T
+assert abs(uniform - probe.uniform_sink(T)) < 1e-6
+for kind, sink in sinks.items():
+    late = sink[12:]
+    share = (late > probe.SINK).float().mean()
+    print(f"{kind}: strongest head {sink.max():.2f} (uniform attention {uniform:.2f}), "
+          f"{share:.0%} of the heads from layer 12 on have a sink")
+    assert sink.max() > 0.7 and share > 0.6, "most heads should rest on token 0"
 
 # %%
-layer, head = divmod(alpha.argmax().item(), alpha.shape[1])
-figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-for axis, pattern, title in zip(axes, (before, after), ("before training", "after training")):
-    image = probe.draw_attention(axis, pattern[layer, :, head].mean(0), f"layer {layer}, head {head}, {title}")
-figure.colorbar(image, ax=axes, label="attention, mean over windows")
-show(figure, "00_maps")
+layer, head = divmod(sinks["random tokens"].argmax().item(), sink.shape[1])
+noise, words = patterns["random tokens"], patterns["English"]
+maps = {"layer 0, random": noise[0, :, 0],
+        f"layer {layer}, random": noise[layer, :, head],
+        f"layer {layer}, English": words[layer, :, head]}
+means = {title: p.mean(0) for title, p in maps.items()}
+figure = figures.maps(means, ((0,), (0,), (0,)),
+                      "The first layer looks around, a later head rests on token 0")
+show(figure, "00_maps", "Three attention maps. In layer 0 attention is spread over all "
+     "earlier keys; in the later head nearly all of it is in column 0.")
 
 # %% [markdown]
-# The dark column on the left of the second map is the sink: late queries still look at position 0.
+# Every row is a query. In the later head nearly all rows put their weight on column 0.
+# Now all heads at once, one cell each.
 
 # %%
-beside(("model", "Llama-2-7B and Llama-3", f"{sum(p.numel() for p in model.parameters()):,} weights"),
-       ("sink from layer", "2", str((alpha.amax(1) > probe.EPS).nonzero()[0].item())),
-       ("strongest head, attention to token 0", "not reported", alpha.max().item()),
-       ("the same before training", "not reported", alpha_before.max().item()))
-assert alpha.max() > probe.EPS, "no head of the trained model has a sink"
-assert alpha.max() > 2.5 * alpha_before.max(), "training made no difference"
+figure, axes = plt.subplots(2, 1, figsize=(8.8, 4.6), sharex=True)
+for axis, (kind, sink) in zip(axes, sinks.items()):
+    axis.imshow(figures.shade(sink.T, figures.ACCENT), aspect="auto")
+    axis.grid(False)
+    title = f"{kind}: attention of each head to the first token"
+    figures.dress(axis, title, ylabel="head")
+axes[1].set_xlabel("layer (darker is more attention to the first token)")
+show(figure, "00_heads", "A cell for every head of every layer. Layers 3 to 9 and 12 "
+     "to 29 are dark, layers 0, 1, 10 and 11 are not.")
 
 # %% [markdown]
+# Two stretches of layers have sinks, and layers 10 and 11 between them have none.
+# Chapter 03 says who switches it off and on again.
+#
 # ## It looks, but it takes nothing
 #
-# Why would training want this? The weights of a row must add up to 1, so a head that has nothing to
-# say has to put them somewhere. A value of length zero is the place: weight on it adds nothing to the
-# output. *Value drain* is the length of $v_0$ over the mean length of all values; below 0.2 looking at
-# token 0 is close to looking away.
+# Why would training want this? The weights of a row must add up to 1, so a head that
+# has nothing to say still has to put them somewhere. A value of length zero is the
+# place: weight on it adds nothing. *Value drain* is the length of $v_0$ over the mean
+# length.
 
 # %%
-values = record(model, x, [f"{layer}.v"])[1][f"{layer}.v"]  # (B, T, H, D)
-drain = probe.value_drain(values)[:, head].mean().item()
-print(f"value drain of the strongest head: {drain:.2f}")
-assert drain < 0.5, "the value of the first token is as long as the others"
+v = kept[f"{layer}.v"]  # (N, T, K, D), of the random tokens
+length = v.norm(dim=-1)
+drain = (length[:, 0] / length.mean(1)).mean(0)  # one a key/value head
+assert torch.allclose(drain, probe.value_drain(v, 0), atol=1e-5)
+shared = head // (model.cfg.num_attention_heads // model.cfg.num_key_value_heads)
+print(f"layer {layer}, head {head} reads a value of {drain[shared]:.2f} of the mean")
+assert drain[shared] < 0.25, "the value of the first token is as long as the others"
 
 # %% [markdown]
-# ## A first token that is like any other
+# ## Take it away
 #
-# `<|bos|>` has an embedding of its own, so the model can know it by name. The puzzle of the paper is
-# harder: real models put sinks on the first token *even when it is an ordinary one*. The second model
-# has this puzzle. On random symbols there is nothing to copy, so every query rests.
+# If the first token is only a place to rest, a model should do without. Give it a
+# *sliding window*: each query sees the last 32 tokens and no others. That saves memory,
+# since older keys and values need not be kept. `mask` is True where a query may look.
 
 # %%
-micro = trained["micro-softmax"]
-rest, _ = windows("random symbols")
-micro_chain = probe.chain(micro, rest)
-micro_before = probe.chain(GPT(micro.cfg, seed=0), rest)
-beside(("first token", "any", "any of 24 symbols"),
-       ("strongest head, attention to token 0", "not reported", micro_chain["sink_alpha_max"]),
-       ("the same before training", "not reported", micro_before["sink_alpha_max"]))
-assert micro_chain["sink_alpha_later"] > 2 * micro_before["sink_alpha_later"], "no sink on ordinary tokens"
+def window_mask(T, width, keep=()):
+    """(T, T): each query sees the last `width` tokens, and the tokens in `keep`."""
+    t = torch.arange(T)
+    mask = (t[:, None] >= t) & (t[:, None] - t < width)
+    for key in keep:
+        mask[key:, key] = True
+    return mask
 
-# %% [markdown]
-# It is weaker than the first, and it is the more interesting one: nothing but its *place* tells this
-# token apart. Chapters 01 to 05 follow how a network can find a place.
-#
-# ## The birth of a sink
-#
-# `train.py` measures every link of the chain while it trains and keeps the numbers in `log.jsonl`.
 
 # %%
-figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-probe.draw_birth(axis, probe.read_log("out/softmax"), "links_bos", "softmax, windows after <|bos|>")
-show(figure, "00_birth")
+T, width = 160, 32
+x, y = english(N=4, T=T)
+masks = {"all tokens": window_mask(T, T), "last 32": window_mask(T, width),
+         "last 32 and token 0": window_mask(T, width, [0]),
+         "last 32 and token 16": window_mask(T, width, [16])}
+losses = {}
+for name, mask in masks.items():
+    logits = model(x, mask=mask)[0]
+    losses[name] = F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(0)
 
 # %% [markdown]
-# Each line is one link, from its least to its greatest value during training; the chapters go through
-# them one by one.
+# A *control* belongs to it: if one more token helps, is it because of *which* one? So
+# the last mask gives back token 16 instead of token 0.
+
+# %%
+figure, axis = plt.subplots(figsize=(8.8, 3.2))
+middles = range(8, T, 16)
+curves = {name: loss.view(-1, 16).mean(1) for name, loss in losses.items()}
+figures.lines(axis, curves, x=middles, hot=["last 32 and token 0"])
+axis.axvline(width, color="black", lw=0.9, ls=":")
+title = "Without the first token the model fails; with it, it is nearly whole"
+figures.dress(axis, title, {}, xlabel="position (dotted: token 0 goes out of sight)",
+              ylabel="loss on English, nats")
+axis.set_ylim(2.5, 6.9)
+show(figure, "00_window", "Loss by position. With the last 32 tokens alone it rises by "
+     "more than a nat when token 0 is out of sight, and stays low if that is kept.")
+
+# %%
+late = {name: loss[width:].mean().item() for name, loss in losses.items()}
+extra = {name: value - late["all tokens"] for name, value in late.items()}
+for name, value in late.items():
+    print(f"{name:22} {value:.2f} nats, {extra[name]:+.2f}")
+assert extra["last 32"] > 1, "the window alone does not hurt"
+assert extra["last 32 and token 0"] < 0.35 * extra["last 32"], "token 0 mends nothing"
+assert extra["last 32 and token 16"] > 0.7 * extra["last 32"], "any token would do"
+
+# %% [markdown]
+# One token of text that is long past cannot be worth that much as *text*. It is the
+# place where heads rest. This is the trick of StreamingLLM (Xiao et al. 2023): keep a
+# window of keys and values, and the first four tokens. Chapter 08 lets the model write
+# that way.
 #
+# ## Other Llamas
+#
+# `model.py` opens any folder in Hugging Face's `LlamaForCausalLM` format: Llama 2 and
+# 3, TinyLlama, the larger SmolLM2. Have `config.json` and `model.safetensors` in a
+# folder and run `python probe.py --llama FOLDER` for the table of this repository, with
+# `--cut` for its experiments. In a chapter, `GPT.from_llama(FOLDER).eval()` takes the
+# place of `real()`.
+#
+# ## In one that you train
+#
+# A finished model cannot show how a sink is *born*. For that there are two small ones.
+# `softmax` has read the Python standard library byte by byte, and each of its windows
+# began with one special token, `<|bos|>`. `micro-softmax` has never seen `<|bos|>`. It
+# copies: a random passage of 24 symbols, then the same passage again and again. Its
+# first token can be any symbol. On `rest`, symbols that never repeat, it has nothing to
+# copy.
+
+# %%
+small = models("softmax", "micro-softmax")
+cases = {"softmax, after <|bos|>": ("softmax", "bos"),
+         "softmax, ordinary first token": ("softmax", "text"),
+         "micro-softmax, ordinary": ("micro-softmax", "rest")}
+born = {}
+for title, (name, kind) in cases.items():
+    x, _ = windows(kind)
+    before = probe.chain(untrained(name), x)["sink"]
+    born[title] = (before, probe.chain(small[name], x)["sink"])
+    print(f"{title:30} before training {before:.2f}, after {born[title][1]:.2f}")
+
+# %%
+x, _ = windows("bos")
+pair = {"before training": untrained("softmax"), "after training": small["softmax"]}
+after = figures.portrait(small["softmax"], x)
+name = f"{after['layer']}.pattern"
+means = {}
+for when, toy in pair.items():
+    pattern = record(toy, x, [name])[1][name]
+    means[when] = pattern[:, after["head"]].mean(0)
+figure = figures.maps(means, ((0,), (0,)), "softmax: the sink was learned")
+show(figure, "00_trained", "The same head before and after training: before, attention "
+     "is spread; after, column 0 is dark.")
+
+# %%
+for title in ("softmax, after <|bos|>", "micro-softmax, ordinary"):
+    before, trained = born[title]
+    assert trained > max(probe.SINK, 2.5 * before), f"{title}: no sink was learned"
+assert born["softmax, ordinary first token"][1] < probe.SINK
+
+# %% [markdown]
+# The text model rests on `<|bos|>` and not on ordinary first tokens: it knows that
+# token by its embedding. SmolLM2 and the copying model do not have this way out.
+# Nothing but its *place* tells their first token apart, and they find it all the same.
+# How a network can find a place is the question of chapters 01 to 05.
+#
+# `train.py` measures every link of that story while it trains. Each line is one link,
+# from its least to its greatest value. (Three links do not move, for `<|bos|>` is the
+# same token in every window: chapter 01 calls this a trap.)
+
+# %%
+rows = log("softmax")
+figure = figures.birth(rows, "links_bos", "softmax, after <|bos|>: a sink is born")
+show(figure, "00_birth", "A line for each link over the steps of training, from its "
+     "least to its greatest value. The sink is the thick one.")
+assert rows[-1]["links_bos"]["sink"] > 2.5 * rows[0]["links_bos"]["sink"]
+
+# %% [markdown]
+# ## Beside the paper
+
+# %%
+english_sink = sinks["English"]
+have = (english_sink > probe.SINK).any(1).nonzero()[0].item()
+beside(("model", "Llama-2-7B, Llama-3", "SmolLM2-135M"),
+       ("sink from layer", "2", str(have)),
+       ("depends on the token", "no", "no: random tokens have it too"),
+       ("strongest head, English", "not reported", english_sink.max().item()),
+       ("loss with a window of 32", "not reported", late["last 32"]),
+       ("  and token 0", "not reported", late["last 32 and token 0"]))
+
+# %% [markdown]
 # ## What would falsify this
 #
-# If the untrained model had the same dark column, the sink would come from the causal mask alone. If a
-# model trained on windows *without* any fixed first token never preferred position 0, sinks would be
-# about `<|bos|>` and not about place. Both are asserted above.
+# A sink in the untrained model would make it a thing of the causal mask alone. A sink
+# on text and not on random tokens would make it a thing of words. And if token 16 had
+# mended the window as well as token 0, any extra token would do. All three are asserted
+# above.
 #
 # ## Exercises
 #
 # Replace `...` by your answer and run the cell again.
 #
-# **1.** Write the sink score of one attention map. `pattern` is (T, T), rows are queries; give the score
-# of key `k`, averaged over the queries that can see it.
+# **1.** Write the sink score of one attention map. `pattern` is (T, T), rows are
+# queries; give the score of key `k`, averaged over the queries that can see it.
 
 
 # %%
@@ -164,20 +300,11 @@ def sink_score(pattern, k):
     ...
 
 
-def check_sink_score(answer):
-    pattern = torch.tril(torch.ones(4, 4)) / torch.arange(1, 5)[:, None]  # uniform attention
-    got = answer(pattern, 0)
-    assert got is not None, "Return a number: the mean of column k over the queries t >= k."
-    assert abs(float(got) - (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4) < 1e-6, "For k = 0 take the mean of the whole first column."
-    assert abs(float(answer(pattern, 2)) - (1 / 3 + 1 / 4) / 2) < 1e-6, \
-        "Queries before k cannot see it: leave them out of the mean, or a late key could never be a sink."
-
-
-attempt(check_sink_score, sink_score)
+check("00.sink_score", sink_score)
 
 # %% [markdown]
-# **2.** A sink of 0.3 means little in a short window: uniform attention over T = 4 tokens gives more.
-# From which T on is the score of uniform attention, $\frac1T\sum_{t<T}\frac1{t+1}$, below `level`?
+# **2.** A sink of 0.3 means little in a short window: uniform attention over 4 tokens
+# gives more. From which T on is the score of uniform attention below `level`?
 
 
 # %%
@@ -185,11 +312,40 @@ def shortest_window(level):
     ...
 
 
-def check_shortest_window(answer):
-    got = answer(0.5)
-    assert got is not None, "Return the least T whose uniform score is below `level`."
-    assert got == 5, "For 0.5 it is 5: (1 + 1/2 + 1/3 + 1/4) / 4 = 0.52 is still above, one more token is below."
-    assert answer(0.3) == 10 and answer(0.075) == 64, "Add up 1 / (t + 1) with t from 0, and divide by T."
+check("00.shortest_window", shortest_window)
+
+# %% [markdown]
+# **3.** An experiment: nobody but itself may see token `key`. Build this mask, (T, T),
+# True where a query may look. Everything else is causal, as usual.
 
 
-attempt(check_shortest_window, shortest_window)
+# %%
+def hidden(T, key):
+    ...
+
+
+check("00.hidden", hidden)
+
+# %% [markdown]
+# **4.** Predict before you run the next cell: hide token 0 from all others, in English.
+# Each head that rested there must look elsewhere. Which position will they rest on now?
+# Give a number from 0 to 63, or "nowhere" if you think that their attention will be
+# spread.
+
+# %%
+prediction = ...
+mask = hidden(64, 0)
+if mask is not None:
+    x, y = english()
+    moved = record(model, x, names, mask=mask)[1]
+    keys = (0, 1, 2, 16)
+    late = list(moved.values())[12:]
+    scores = {key: 0.0 for key in keys}
+    for pattern in late:
+        for key in keys:
+            scores[key] += probe.sink_score(pattern, key).mean().item() / len(late)
+    print("attention to a key, mean over the heads from layer 12 on:")
+    print({key: round(score, 2) for key, score in scores.items()})
+    before, after = model(x, y)[1].item(), model(x, y, mask=mask)[1].item()
+    print(f"loss {before:.2f} -> {after:.2f}")
+check("00.prediction", prediction)

@@ -1,0 +1,41 @@
+"""Checks of the exercises of chapter 00."""
+
+import torch
+from lesson import written_without
+
+
+def sink_score(answer):
+    written_without(answer, "sink_score", "uniform_sink")
+    pattern = torch.tril(torch.ones(4, 4)) / torch.arange(1, 5)[:, None]  # uniform
+    first = (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4
+    assert abs(float(answer(pattern, 0)) - first) < 1e-6, \
+        "For k = 0 take the mean of the whole first column."
+    assert abs(float(answer(pattern, 2)) - (1 / 3 + 1 / 4) / 2) < 1e-6, \
+        ("Queries before k cannot see it: leave them out of the mean, or a late key "
+         "could never be a sink.")
+
+
+def shortest_window(answer):
+    written_without(answer, "uniform_sink")
+    assert answer(0.5) == 5, ("For 0.5 it is 5: (1 + 1/2 + 1/3 + 1/4) / 4 = 0.52 is "
+                              "still above, one more token is below.")
+    assert answer(0.3) == 10 and answer(0.075) == 64, \
+        "Add up 1 / (t + 1) with t from 0, and divide by T."
+
+
+def hidden(answer):
+    mask = answer(6, 2)
+    assert mask.shape == (6, 6), "Return a tensor of shape (T, T)."
+    assert mask.dtype == torch.bool, "Return a tensor of True and False."
+    assert mask.any(-1).all(), "Every query needs a key: token `key` still sees itself."
+    assert not mask[3:, 2].any(), "Queries after `key` must not see it."
+    rest = [0, 1, 3, 4, 5]
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    same = torch.equal(mask.tril()[:, rest], causal[:, rest])
+    assert same, "All other keys stay in sight."
+    assert mask[2, 2], "Token `key` itself still sees itself."
+
+
+def prediction(answer):
+    assert answer == 1, ("Look at the scores above. Which token now sees only itself, "
+                         "as the first one did?")
