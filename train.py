@@ -202,8 +202,10 @@ def environment(device: torch.device, threads: int) -> dict:
             "device": name, "git": git}
 
 
-def check_memory(run: Run, parameters: int, device: torch.device) -> None:
+def check_memory(run: Run, cfg: Config, device: torch.device) -> None:
     """Raise UserError for a training that cannot fit: it would take the machine down with it."""
+    with torch.device("meta"):  # shapes without memory
+        parameters = sum(p.numel() for p in GPT(cfg).parameters())
     B, T, H, L = run.batch_size, run.seq_len, run.num_attention_heads, run.num_hidden_layers
     states = B * T * L * (8 * run.hidden_size + 4 * run.intermediate_size)
     patterns = 3 * max(8, PROBE_TOKENS // T) * H * T * T  # of one layer, in an evaluation
@@ -389,15 +391,15 @@ def train(run: Run, resume=False, overwrite=False, say=None, live=None) -> Resul
     old = read_config(folder)[1] if resume else None
     check_folder(folder, resume, overwrite)
     corpus = load_corpus(run, old)
-    header = make_header(run, corpus, device, old)
-    check_memory(run, header["parameters"], device)
+    check_memory(run, shape(run, corpus), device)
     with one_writer(folder), interrupts() as stop:
         there = resume and (folder / "model.pt").exists()  # no: killed before its first save
         state = State(run, corpus, device, load_checkpoint(folder / "model.pt") if there else None)
+        header = make_header(state, corpus, device, old)
         say(f"{run.attn} attention, {header['parameters']:,} parameters, {run.steps:,} steps of "
             f"{run.batch_size} x {run.seq_len} tokens of {show(run.data)}")
         say(f"device {device} ({why}), threads {run.threads}, seed {run.seed} -> {show(folder)}/")
-        if corpus.task:
+        if header["optimal_loss"] is not None:
             say(f"a perfect predictor, who knows the rules of {run.data}, would reach a loss of "
                 f"{header['optimal_loss']:.4f}")
         if old:
@@ -526,15 +528,13 @@ def shape(run: Run, corpus) -> Config:
                   **{name: getattr(run, name) for name in same})
 
 
-def make_header(run: Run, corpus, device, old: dict | None) -> dict:
+def make_header(state: State, corpus, device, old: dict | None) -> dict:
     """config.json. A run that goes on elsewhere keeps what is known of where it was before."""
-    with torch.device("meta"):
-        model = GPT(shape(run, corpus))
-    now, earlier = environment(device, run.threads), []
+    run, now, earlier = state.run, environment(device, state.run.threads), []
     if old:
         earlier = [e for e in (*old.get("earlier", []), old["environment"]) if e != now]
-    return {"run": asdict(run), "model": asdict(model.cfg),
-            "parameters": sum(p.numel() for p in model.parameters()),
+    return {"run": asdict(run), "model": asdict(state.model.cfg),
+            "parameters": sum(p.numel() for p in state.model.parameters()),
             "corpus": corpus.fingerprint(),
             "optimal_loss": corpus.optimal_loss(run.seq_len, run.bos),
             "environment": now, "earlier": earlier}
@@ -624,8 +624,7 @@ def load_run(folder, untrained=False) -> tuple[GPT, data.Corpus, dict]:
     path = Path(folder) / "model.pt"
     corpus = load_corpus(run, None if run.vocab_size == 257 else raw)  # bytes are bytes in any text
     if untrained:
-        header = make_header(run, corpus, torch.device("cpu"), None)
-        check_memory(run, header["parameters"], torch.device("cpu"))
+        check_memory(run, shape(run, corpus), torch.device("cpu"))
         return GPT(shape(run, corpus), seed=run.seed).eval(), corpus, asdict(run)
     if not path.exists():
         raise UserError(f"{show(folder)} has no model.pt: its training never saved; go on with: "
