@@ -1,25 +1,27 @@
 """What the chapters share. A chapter begins with
 
-    from lesson import beside, check, english, models, plt, random_tokens, real, show, windows
+    from lesson import beside, check, english, models, plt, random_tokens, real
+    from lesson import show, windows
     import probe
 
-(a notebook or script in chapters/ finds this file by itself, and this file finds the rest).
+(a notebook or script in chapters/ finds this file by itself, and this file the rest).
 
-    model, encoding = real()            SmolLM2-135M and its tokenizer, fetched if absent
-    x, y = random_tokens()              (8, 64) random tokens for it, the paper's control
+    model, encoding = real()            SmolLM2-135M, its tokenizer; fetched if absent
+    x, y = random_tokens()              (8, 64) random tokens, the paper's control
     x, y = english(batch=1)             (8, 64) held-out English; batches are disjoint
     small = models("softmax", "headnorm")    {name: GPT} of RUNS, trained if absent
     untrained("softmax"), log("softmax")     the same before training; its evaluations
-    x, y = windows("bos")               (64, 64) for the small ones: bos, text, copy, rest
+    x, y = windows("bos")               (64, 64) for those: bos, text, copy or rest
     figure, axis = plt.subplots(...)    at most 8.8 inches wide: then points are points
     show(figure, "05_lock", "what a reader who cannot see it should know")
     beside(("quantity", "what the paper reports", 0.32))
     check("05.lock_gap", lock_gap)      the check of exercise lock_gap in checks/05.py
 
-A check is a function of checks/NN.py with the name of its exercise: it takes the answer and
-asserts, with a message that says what is missing. It may call `written_without(answer,
-"sink_score")`. An answer is a function or a value; `...` stands for none. A prediction is
-asked for in text, above `prediction = ...`, and checked below the run.
+A check is a function of checks/NN.py with the name of its exercise: it takes the answer
+and asserts, with a message that says what is missing. It may call
+`written_without(answer, "sink_score")`. An answer is a function or a value; `...` is
+none. A prediction is asked for in text, above `prediction = ...`, and checked below the
+run.
 """
 
 import contextlib
@@ -30,17 +32,20 @@ import os
 import sys
 import sysconfig
 import traceback
+import warnings
 from pathlib import Path
 from types import CodeType, FunctionType
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # so that a chapter, in its own folder, can import model.py
+CHECKS = ROOT / "chapters" / "checks"
+if str(ROOT) not in sys.path:  # so that a chapter in its own folder finds model.py
     sys.path.insert(0, str(ROOT))
 
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
+warnings.filterwarnings("ignore", "IProgress")  # tqdm's bar needs no ipywidgets
 import probe  # noqa: E402
 import train  # noqa: E402
 from chapters import figures  # noqa: E402
@@ -52,7 +57,7 @@ from model import GPT  # noqa: E402
 torch.set_num_threads(min(os.cpu_count() or 1, 4))
 plt.rcParams.update(figures.STYLE)
 
-# Each is trained once and kept in out/: `python train.py --size micro` makes micro-softmax.
+# Each is trained once and kept in out/; micro-softmax: `python train.py --size micro`.
 RUNS = {
     "softmax": train.Run(), "headnorm": train.Run(attn="headnorm"),
     "sigmoid": train.Run(attn="sigmoid"), "gated": train.Run(attn="gated"),
@@ -68,7 +73,7 @@ RUNS = {
 class Stop(Exception):
     """Ends a cell in one line."""
 
-    def _render_traceback_(self):  # what a notebook shows instead of the way through the code
+    def _render_traceback_(self):  # what a notebook shows in place of a traceback
         return [str(self)]
 
 
@@ -80,7 +85,7 @@ def notebook():
 
 @contextlib.contextmanager
 def in_one_line():
-    """What a user can mend, and an interrupt, end the cell or the script in one line."""
+    """What a user can mend, and an interrupt, end the cell or script in one line."""
     try:
         yield
     except (UserError, KeyboardInterrupt) as error:
@@ -92,15 +97,15 @@ def in_one_line():
 
 @functools.cache
 def real():
-    """SmolLM2-135M, a real Llama, and its tokenizer: (GPT, tiktoken.Encoding). The first call
-    on a machine fetches it, 93 MB."""
+    """SmolLM2-135M, a real Llama, and its tokenizer: (GPT, tiktoken.Encoding).
+    The first call on a machine fetches it, 93 MB."""
     with in_one_line():
         folder = smollm2.fetch()
         return GPT.from_llama(folder).eval(), smollm2.encoding(folder)
 
 
 def random_tokens(N=8, T=64, seed=0):
-    """x, y (N, T): windows of random tokens for `real`. Nothing can be predicted there."""
+    """x, y (N, T): windows of random tokens for `real`, with nothing to predict."""
     return random_windows(N, T, real()[0].cfg.vocab_size, seed)
 
 
@@ -119,8 +124,8 @@ def placed(name):
 
 
 def models(*names):
-    """{name: GPT} of these RUNS, on the CPU. What is missing is trained first, two at a time;
-    what was interrupted goes on."""
+    """{name: GPT} of these RUNS, on the CPU. What is missing is trained first, two at a
+    time; what was interrupted goes on."""
     with in_one_line():
         folders = train.trained(*(placed(name) for name in names))
         return {n: train.load_run(folder)[0] for n, folder in zip(names, folders)}
@@ -140,9 +145,9 @@ def log(name):
 
 
 def windows(kind, N=64, seed=0):
-    """x, y (N, 64) held out, for the small models: text of the standard library after <|bos|>
-    ("bos") or from any place ("text"), the copying task ("copy") or symbols that never repeat
-    a passage ("rest"), so that there is nothing to copy."""
+    """x, y (N, 64) held out, for the small models: text of the standard library after
+    <|bos|> ("bos") or from any place ("text"), the copying task ("copy"), or random
+    symbols ("rest"), where nothing can be copied."""
     generator = torch.Generator().manual_seed(seed)
     if kind in ("bos", "text"):
         corpus = data.load("stdlib", vocab_size=257, seq_len=64)
@@ -156,15 +161,15 @@ def windows(kind, N=64, seed=0):
 # ---------------------------------------------------------------- what a reader sees
 
 def show(figure, name, alt):
-    """A figure in the notebook, below its cell; from a script, out/chapters/<name>.png. `alt`
-    is for readers who do not see it."""
+    """A figure in the notebook, below its cell; from a script, out/chapters/<name>.png.
+    `alt` is for readers who do not see it."""
     if not notebook():
         path = ROOT / "out" / "chapters" / f"{name}.png"
         figures.save(path, figure)
         print(f"figure {os.path.relpath(path)}: {alt}")
         return
     from IPython.display import display
-    width = round(96 * figure.get_figwidth())  # CSS pixels: type as large as its points say
+    width = round(96 * figure.get_figwidth())  # CSS pixels: points of type are points
     picture = {"image/png": figures.png(figure), "text/plain": f"figure: {alt}"}
     display(picture, metadata={"image/png": {"alt": alt, "width": width}, "name": name},
             raw=True)
@@ -173,7 +178,10 @@ def show(figure, name, alt):
 def beside(*rows):
     """Print a table of (quantity, what the paper reports, what this run shows)."""
     rows = [("", "the paper", "this run"), *rows]
-    cells = [[probe.digits(c) if isinstance(c, float) else str(c) for c in r] for r in rows]
+    def digits(cell):
+        return probe.digits(cell) if isinstance(cell, float) else str(cell)
+
+    cells = [list(map(digits, row)) for row in rows]
     wide = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         print("  ".join(c.ljust(w) for c, w in zip(row, wide)).rstrip())
@@ -182,48 +190,51 @@ def beside(*rows):
 # ---------------------------------------------------------------- exercises
 
 def check(name, answer):
-    """Try your answer to an exercise, such as "05.lock_gap", and say what is missing."""
+    """Try your answer to an exercise, say "05.lock_gap", and say what is missing."""
     chapter, _, exercise = name.partition(".")
     if unsolved(answer):
         return print(f"{exercise}: not yet. Put your answer in place of `...`")
-    path = Path(__file__).with_name("checks") / f"{chapter}.py"
+    path = CHECKS / f"{chapter}.py"
     spec = importlib.util.spec_from_file_location(f"checks_{chapter}", path)
     checks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(checks)
     try:
         getattr(checks, exercise)(answer)
     except Exception as error:  # whatever an answer raises
-        ours = {str(path), __file__}
         frames = traceback.extract_tb(error.__traceback__)
-        theirs = [f for f in frames if f.filename not in ours and not of_a_library(f)]
+        theirs = [f for f in frames if not of_a_library(Path(f.filename))]
         if not theirs:  # the check itself says what is wrong
-            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-            return print(f"{exercise}: not right. {kind}{error}")
+            said = traceback.format_exception_only(error)[-1].strip()
+            said = said.removeprefix("AssertionError: ")
+            return print(f"{exercise}: not right. {said}")
         print(f"{exercise}: a mistake in your code\n", *traceback.format_list(theirs),
               *traceback.format_exception_only(error), sep="", end="")
     else:
         print(f"{exercise}: solved")
 
 
-def of_a_library(frame):
-    places = sysconfig.get_paths()
-    return frame.filename.startswith((places["stdlib"], places["purelib"], places["platlib"]))
+def of_a_library(file):
+    """Whether code is Python's, a package's or the repository's, and no student's."""
+    places = [sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")]
+    ours = file == Path(__file__) or file.parent in (ROOT, ROOT / "data", CHECKS)
+    return ours or str(file).startswith(tuple(places))
 
 
 def unsolved(answer):
-    """Whether an answer is still `...`, as a value, inside a list, or as a function's body."""
+    """Whether an answer is still `...`: a value, in a list, or a function's body."""
+    if isinstance(answer, dict):
+        answer = list(answer.values())
     if isinstance(answer, (list, tuple, set)):
         return any(unsolved(a) for a in answer)
-    if isinstance(answer, dict):
-        return unsolved(list(answer.values()))
     if not isinstance(answer, FunctionType):
         return answer is ... or answer is None
-    steps = [s for s in dis.get_instructions(answer) if s.opname not in ("RESUME", "NOP")]
+    steps = dis.get_instructions(answer)
+    steps = [s for s in steps if s.opname not in ("RESUME", "NOP")]
     return len(steps) <= 2 and steps[0].argval is None
 
 
 def written_without(answer, *names):
-    """For checks: refuse a function that calls one of these, itself or through a helper."""
+    """For checks: refuse a function that calls one of these, also through a helper."""
     used, waiting = set(), [answer]
     while waiting:
         function = waiting.pop()

@@ -61,7 +61,7 @@ DRAWN = {
     "chain of one": lambda s: figures.chain({"a": s["portrait"]}, "random tokens"),
     "chain of three": lambda s: figures.chain(dict.fromkeys("abc", s["portrait"]), "text"),
     "cut": lambda s: figures.cut({"a": s["verdicts"], "b": s["verdicts"]}),
-    "matrix": lambda s: figures.matrix(s["tables"], 16),
+    "matrix": lambda s: figures.matrix(s["tables"]),
     "birth": lambda s: figures.birth(log(s)),
     "maps": lambda s: figures.maps({"one": s["portrait"]["map"], "two": s["portrait"]["map"]},
                                    ((0,), (0, 5))),
