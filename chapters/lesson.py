@@ -83,6 +83,10 @@ def notebook():
     return hasattr(shell, "kernel")
 
 
+if notebook():
+    os.environ.setdefault("COLUMNS", "100")  # the bars of two trainings fit in a cell
+
+
 @contextlib.contextmanager
 def in_one_line():
     """What a user can mend, and an interrupt, end the cell or script in one line."""
