@@ -2,9 +2,8 @@
 
 import torch
 
-
-def cut_share(before, after, chance):
-    return (before - after) / (before - chance) if before > chance else 0.0
+prediction = ["variance", "neurons", "disparity", "direction", "lock"]
+first_layer = 10
 
 
 def shift_to(z, target):

@@ -1,0 +1,25 @@
+"""Checks of chapter 08."""
+
+import math
+
+
+def prediction(answer):
+    right = sorted(set(answer)) == [0]
+    assert right, "Look at the printed shares: which tokens bring back more than half?"
+
+
+def rank_of_rows(answer):
+    got = answer(10, 1)
+    assert got is not None, "Return a number."
+    assert abs(got - 10) < 1e-6, "Ten rows of one length: ten directions."
+    assert abs(answer(1, 7.0) - 1) < 1e-6, "One row has one direction, however long."
+    p, q = 50 / 149, 1 / 149
+    wanted = math.exp(-p * math.log(p) - 99 * q * math.log(q))
+    assert abs(answer(100, 50.0) - wanted) < 1e-6, \
+        "p is a share of the *sum* of the lengths, which is c + n - 1."
+    assert answer(500, 1e6) < 1.1, "In the end the long row is all there is."
+
+
+def word(answer):
+    assert isinstance(answer, str), "A word, as a string."
+    assert answer.strip() == "the", "Try (states[6].abs().amax(-1) > 300).nonzero()."
