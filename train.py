@@ -322,7 +322,8 @@ class State:
         groups = self.optimizer.state_dict()["param_groups"]
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = saved["optimizer"]
-        if saved["step"] > self.run.steps or len(moments) != (len(params) if saved["step"] else 0):
+        wanted = set(range(len(params))) if saved["step"] else set()
+        if saved["step"] > self.run.steps or moments.keys() != wanted:
             raise bad_checkpoint(self.path, "it is not of this run")
         for i, moment in moments.items():
             wanted = {"step": (), "exp_avg": params[i].shape, "exp_avg_sq": params[i].shape}
@@ -593,7 +594,7 @@ def load_checkpoint(path) -> dict:
     if not crc_is_right(path):  # torch does not look
         raise bad_checkpoint(path, "it is damaged, or no checkpoint")
     try:  # mapped, because only then are sizes that the file states compared with its own
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         model, moments = saved["model"], saved["optimizer"]["state"]
         rest = {key: saved[key] for key in ("batches", "step", "smooth", "seconds")}
         tensors = [t for group in (model, *moments.values()) for t in group.values()]

@@ -22,8 +22,8 @@ class File:
 FILES = {
     # Tiny Shakespeare, from Karpathy's char-rnn: 40,000 lines of plays in one file.
     "shakespeare": File(
-        "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
-        "/data/tinyshakespeare/input.txt", 1_115_394,
+        "https://raw.githubusercontent.com/karpathy/char-rnn"
+        "/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt", 1_115_394,
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     # TinyStories (Eldan and Li 2023, arXiv 2305.07759; CDLA-Sharing-1.0): its validation file,
     # 22,000 very short stories. Small enough to wait for, large enough to train on.

@@ -127,7 +127,7 @@ def split(docs: list[Document]) -> tuple[list[Document], list[Document]]:
 
 
 def fingerprint(root: Path, files: list[Path], **params) -> str:
-    """A key that changes when a file is added, removed, resized or rewritten, or a parameter does."""
+    """A key that changes when a file is added, removed, resized or rewritten, or `params` do."""
     try:
         found = [(path.relative_to(root).as_posix(), path.stat()) for path in files]
     except OSError as error:
