@@ -1,0 +1,273 @@
+"""The chapters as a book that is read without running anything.
+
+    python -m chapters.book            run every chapter, write chapters/book and out/book
+    python -m chapters.book 03 05      only these; of the others, what is there stays
+    python -m chapters.book --check    run nothing: does the book show the chapters as they are?
+
+chapters/book/NN.md has the text, code, output and figures of a chapter, and is committed:
+the repository's page shows it. The same pages are a site in out/book/, with formulas as
+MathML, which browsers draw by themselves, without a network. The same numbers give the
+same bytes: no times, no counts, and of what a cell prints only its standard output.
+"""
+
+import argparse
+import base64
+import html
+import re
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+from latex2mathml.converter import convert
+from markdown_it import MarkdownIt
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+from data.border import Live, UserError, program, read_bytes, say, write_atomically
+
+HERE = Path(__file__).resolve().parent
+BOOK, SITE = HERE / "book", HERE.parent / "out" / "book"
+SLOWEST = 900  # seconds for one cell: by then something hangs
+OUTPUT = re.compile(r"\n```text\n.*?\n```\n|\n<img [^>]*>\n", re.DOTALL)
+ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="stylesheet" href="style.css">
+<main>
+{body}</main>
+</html>
+"""
+STYLE = """body { margin: 0; font: 17px/1.55 Georgia, serif; color: #111; background: #fff }
+main { max-width: 845px; margin: 2em auto; padding: 0 1em }
+h1, h2, h3 { font-family: system-ui, sans-serif; line-height: 1.2; margin-top: 1.6em }
+code, pre { font: 14px/1.4 ui-monospace, "DejaVu Sans Mono", monospace }
+pre { overflow-x: auto; padding: .7em .9em; border-radius: 4px; background: #f6f6f6 }
+pre.output { background: #fff; border: 1px solid #ddd }
+img { max-width: 100%; height: auto; display: block; margin: 1em 0 }
+math[display="block"] { margin: 1em 0; overflow-x: auto }
+table { border-collapse: collapse } th, td { padding: .2em .8em; text-align: left }
+th { border-bottom: 2px solid #111 } td { border-bottom: 1px solid #ddd }
+a { color: #b83200 }
+"""
+
+
+def chapters() -> list[Path]:
+    return sorted(HERE.glob("[0-9][0-9]_*.py"))
+
+
+# ---------------------------------------------------------------- running
+
+def prepare(paths):
+    """Fetch and train what these chapters use. Training tells how long it takes: inside a
+    chapter, that would stand in the book."""
+    from chapters import lesson
+    text = "".join(path.read_text(encoding="utf-8") for path in paths)
+    if "real()" in text:
+        lesson.smollm2.fetch()
+    lesson.models(*(name for name in lesson.RUNS if f'"{name}"' in text))
+
+
+def execute(path):
+    """The notebook of a chapter, run from its first cell to its last in a kernel of its own
+    that stands in chapters/. Raises UserError with what a failing cell said above it."""
+    notebook = jupytext.read(path)
+    line, cells = Live(), len(notebook.cells)
+    line.watched = sys.stdout.isatty()  # this program is no notebook, though it loads one
+
+    def begins(cell, cell_index):
+        line.next = 0
+        line.show(f"{path.stem}: cell {cell_index + 1} of {cells}")
+
+    client = NotebookClient(
+        notebook, timeout=SLOWEST, kernel_name="python3", on_cell_start=begins,
+        resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--log-level=ERROR"])
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        say(error, to=sys.stderr)
+        raise UserError(f"{path.name} stops at the cell above") from None
+    except (DeadKernelError, TimeoutError) as error:
+        raise UserError(f"{path.name}: {error}") from None
+    finally:
+        line.clear()
+    return notebook
+
+
+# ---------------------------------------------------------------- one chapter, one page
+
+def page(path, notebook):
+    """The Markdown of a chapter, and its figures: name of a file -> bytes."""
+    parts, figures = [], {}
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            parts.append(links(cell.source))
+        elif cell.cell_type == "code":
+            parts.append(f"```python\n{cell.source}\n```")
+            parts += outputs(path, cell.get("outputs", ()), figures)
+    return "\n\n".join([*parts, "---", neighbours(path)]) + "\n", figures
+
+
+def links(text):
+    """A link of a chapter, from the folder of the book: other chapters are pages there."""
+    text = re.sub(r"\]\((\d\d)_\w+\.py", r"](\1.md", text)
+    return re.sub(r"\]\((?!\w+:|#|\d\d\.md)", "](../", text)
+
+
+def outputs(path, found, figures):
+    """What stands below a cell: text in one block, figures by their names."""
+    text, pictures = "", []
+    for output in found:
+        data = output.get("data", {})
+        if output.output_type == "stream":
+            text += output.text if output.name == "stdout" else ""
+        elif "image/png" in data:
+            pictures.append(picture(path, output, figures))
+        else:
+            text += data.get("text/plain", "") + "\n"
+    if ADDRESS.search(text):
+        raise UserError(f"{path.name} prints a memory address, which no two runs share")
+    shown = "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
+    return [f"```text\n{shown}\n```"] * bool(shown) + pictures
+
+
+def picture(path, output, figures):
+    name, of = output.metadata.get("name", ""), output.metadata.get("image/png", {})
+    if not name.startswith(path.stem[:3]) or not of.get("alt") or f"{name}.png" in figures:
+        raise UserError(f"{path.name}: a figure without a name and text of its own; "
+                        f'use show(figure, "{path.stem[:2]}_name", "text")')
+    figures[f"{name}.png"] = base64.b64decode(output.data["image/png"])
+    alt = html.escape(" ".join(of["alt"].split()))
+    return f'<img src="{name}.png" width="{of["width"]}" alt="{alt}">'
+
+
+def neighbours(path):
+    """The last line of a page: the page before, all pages, the chapter itself, the next."""
+    paths = chapters()
+    at = paths.index(path)
+    row = ["[Contents](README.md)", f"[Source](../{path.name})"]
+    if at > 0:
+        row.insert(0, f"← [{title(paths[at - 1])}]({paths[at - 1].stem[:2]}.md)")
+    if at + 1 < len(paths):
+        row.append(f"[{title(paths[at + 1])}]({paths[at + 1].stem[:2]}.md) →")
+    return " | ".join(row)
+
+
+def title(path):
+    return jupytext.read(path).cells[0].source.splitlines()[0].removeprefix("# ")
+
+
+def claim(path):
+    first = jupytext.read(path).cells[0].source
+    return " ".join(re.search(r"\*\*Claim\.\*\*(.*?)\n\n", first, re.DOTALL)[1].split())
+
+
+def contents():
+    """The page of all chapters."""
+    rows = [f"- [{title(p)}]({p.stem[:2]}.md). {links(claim(p))}" for p in chapters()]
+    return "# The chapters, run\n\n" + "\n".join(rows) + "\n"
+
+
+def write(name, content):
+    """A page or a figure of the book, if it is another one than before."""
+    content = content.encode() if isinstance(content, str) else content
+    path = BOOK / name
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, lambda part: part.write_bytes(content))
+
+
+def stale():
+    """What the committed book does not show as the chapters have it, in words. Output is
+    left out of the comparison: only a run can tell."""
+    wrong = []
+    for path in chapters():
+        made = BOOK / f"{path.stem[:2]}.md"
+        text = read_bytes(made).decode() if made.exists() else ""
+        if OUTPUT.sub("", text) != page(path, jupytext.read(path))[0]:
+            wrong.append(path.stem[:2])
+    return wrong
+
+
+# ---------------------------------------------------------------- the site
+
+def formula(latex, how):
+    return convert(latex, display="block" if how["display_mode"] else "inline")
+
+
+def fence(tokens, at, *_):
+    """Code in colours; what it printed, framed."""
+    if tokens[at].info == "python":
+        return highlight(tokens[at].content, PythonLexer(), HtmlFormatter())
+    return f'<pre class="output">{html.escape(tokens[at].content)}</pre>\n'
+
+
+def site():
+    """out/book/ from every page and figure of chapters/book."""
+    markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
+    markdown.use(dollarmath_plugin, renderer=formula)
+    markdown.renderer.rules["fence"] = fence
+    colours = HtmlFormatter().get_style_defs(".highlight")
+    files = {"style.css": (STYLE + colours).encode()}
+    for path in sorted(BOOK.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        text = re.sub(r"\]\((\d\d|README)\.md\)", r"](\1.html)", text)
+        text = text.replace("](../", "](../../chapters/").replace("README.html", "index.html")
+        heading = text.split("\n", 1)[0].removeprefix("# ")
+        body = markdown.render(text)
+        name = "index" if path.stem == "README" else path.stem
+        files[f"{name}.html"] = PAGE.format(title=html.escape(heading), body=body).encode()
+    for path in BOOK.glob("*.png"):
+        files[path.name] = path.read_bytes()
+    for name, content in files.items():
+        write_atomically(SITE / name, lambda part, it=content: part.write_bytes(it))
+
+
+# ---------------------------------------------------------------- the program
+
+def make(paths):
+    prepare(paths)
+    for path in paths:
+        start = time.monotonic()
+        text, figures = page(path, execute(path))
+        number = path.stem[:2]
+        for name, content in {f"{number}.md": text, **figures}.items():
+            write(name, content)
+        for old in BOOK.glob(f"{number}_*.png"):
+            if old.name not in figures:
+                old.unlink()
+        say(f"{path.stem}: {len(figures)} figures, {time.monotonic() - start:.0f} s")
+    write("README.md", contents())
+    site()
+    say("chapters/book and out/book/index.html are written")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m chapters.book", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("number", nargs="*", help="two digits; all, if none is given")
+    parser.add_argument("--check", action="store_true", help="only compare")
+    given = parser.parse_args()
+    there = {path.stem[:2]: path for path in chapters()}
+    for number in given.number:
+        if number not in there:
+            raise UserError(f"no chapter {number}; there are {', '.join(there)}")
+    if given.check:
+        wrong = stale()
+        if wrong:
+            raise UserError(f"the book is older than the chapters: {', '.join(wrong)}; "
+                            "run python -m chapters.book with these numbers")
+        say("the book shows the chapters as they are")
+    else:
+        make([there[number] for number in given.number or there])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(program("chapters.book", main))
