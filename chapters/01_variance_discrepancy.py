@@ -13,7 +13,7 @@
 # on English, and before any training as well. How much more depends on what is read,
 # and on the weights.
 #
-# **You need** chapter 00, and the variance of a sum. **Run time**: half a minute, once
+# **You need** chapter 00, and the variance of a sum. **Run time**: about a minute, once
 # the models exist.
 
 # %%
@@ -160,8 +160,8 @@ assert off_stranger["random tokens"] < 1.25 < off["random tokens"]
 # Token 0 is the outlier each time. Without training the law tells how much. After
 # training it overrates averaging, and the control says why: with a neighbour's weights
 # it is right again. Trained weights look at what they average, and the law takes them
-# as given. On English the outlier is smaller still, for words that are alike bring
-# values that are alike.
+# as given. On English the outlier is smaller still. There the law gives less too:
+# attention is less even.
 #
 # ## How large is it before training?
 #
@@ -324,9 +324,9 @@ beside(("model", "Llama-2-7B, Llama-3", "SmolLM2-135M"),
 #
 # ## Exercises
 #
-# **1.** The bracket of the law, for one row of weights: the variance of $\sum_s a_s
-# v_s$ in units of $\sigma^2$. `weights` is (n,) and need not add up to 1. Do it for
-# values whose variances differ: `sigma` is (n,).
+# **1.** The law for one row of weights: the variance of $\sum_s a_s v_s$. `weights` is
+# (n,) and need not add up to 1. This time each value has its own standard deviation:
+# `sigma` is (n,), and `rho` the correlation of any two.
 
 
 # %%
@@ -338,17 +338,20 @@ check("01.sum_variance", sum_variance)
 
 # %% [markdown]
 # **2.** Predict before you run this cell: SmolLM2's token 10 may see only itself, and
-# everything else is as usual. At which positions is the first layer's variance now more
-# than 5 times the median? Give a list.
+# everything else is as usual. At which positions does the variance of the first layer's
+# $z$ change? Give a list.
 
 # %%
 prediction = ...
 if prediction is not ...:
     mask = torch.ones(T, T, dtype=torch.bool).tril()
     mask[10, :10] = False
-    z = record(first, random_tokens(32)[0], ["0.z"], mask=mask)[1]["0.z"]
-    V = variance(z) / variance(z).median()
-    print({t: round(V[t].item(), 1) for t in (0, 1, 2, 9, 10, 11, 12, 63)})
+    x, V = random_tokens(32)[0], {}
+    for when, seen in (("as usual", None), ("token 10 alone", mask)):
+        V[when] = variance(record(first, x, ["0.z"], mask=seen)[1]["0.z"])
+    for t in (0, 1, 9, 10, 11, 63):
+        before, after = (v[t] / v.median() for v in V.values())
+        print(f"position {t:2}: {before:4.1f} -> {after:4.1f} x the median")
 check("01.prediction", prediction)
 
 # %% [markdown]

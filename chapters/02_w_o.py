@@ -13,8 +13,8 @@
 # does favour them. A positive Kendall tau can be found in either: it depends on which
 # side of $W_O$ is read, and one of the two sides says little.
 #
-# **You need** chapter 01, and what an eigenvector is. **Run time**: half a minute, once
-# the models exist.
+# **You need** chapter 01, and what an eigenvector is. **Run time**: about a minute,
+# once the models exist.
 #
 # The second link is a matrix. It is easy to measure, and easy to read too much into.
 
@@ -328,7 +328,7 @@ assert why["SmolLM2", rest_is_quiet] < -0.3, "heads that rest hand out as much"
 # %%
 sides = {side: mean["English", side] for _, side in mean}
 beside(("model", "Llama-2-7B", "SmolLM2-135M"),
-       ("tau, columns that read", "0.32, side unknown", sides["columns that read z"]),
+       ("tau, columns that read z", "0.32 (which?)", sides["columns that read z"]),
        ("tau, rows that write", "", sides["rows that write"]),
        ("  of shuffled rows", "not reported", sides["rows, shuffled"]),
        ("gain on the widest directions", "not reported", gains["English"]),
@@ -361,10 +361,9 @@ check("02.kendall", kendall)
 
 # %% [markdown]
 # **2.** Predict before you run the next cell. Deal out the entries of each *column* of
-# SmolLM2's $W_O$ anew, so that columns keep their lengths and rows do not. Compare the
-# two taus with the old rows and columns of the table above: which of the two readings
-# keeps its value *exactly*, whatever the draw? Answer "columns", "rows", "both" or
-# "none".
+# SmolLM2's $W_O$ anew, so that columns keep their lengths and rows do not. Which of the
+# two taus keeps its value *exactly*, whatever the draw? Answer "columns", "rows",
+# "both" or "none".
 
 # %%
 prediction = ...

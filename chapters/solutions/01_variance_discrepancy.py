@@ -8,7 +8,7 @@ def sum_variance(weights, sigma, rho):
     return rho * scaled.sum() ** 2 + (1 - rho) * (scaled**2).sum()
 
 
-prediction = [0, 10]  # only they average nothing
+prediction = [10]  # only this row of the mask changed
 
 
 def initial_discrepancy(std, C, T):
