@@ -102,6 +102,9 @@ assert silent[0] < was[0] / 3, "without the neurons token 0 is hardly looked at"
 assert forged[1] > 10 * was[1], "a token that sees only itself becomes a sink"
 
 # %% [markdown]
+# When the neurons are silent the rest goes to tokens 1 and 2: heads look for the next
+# best place, and the row has to add up to 1 somewhere.
+#
 # ## The same in one number
 #
 # Let $\alpha_j$ be the mean attention to token $j$, of the heads that have a sink in
@@ -213,10 +216,10 @@ assert abs(own - effects["forge W_O"]) < 1e-3, "our share is not that of probe"
 # %%
 figure, axis = plt.subplots(figsize=(6.4, 3))
 figures.lines(axis, curves, factors, hot=["amplify"])
-axis.set(xscale="log", xticks=factors, xticklabels=factors, ylim=(0, 0.6))
-axis.minorticks_off()
+axis.set(xscale="log", ylim=(0, 0.6))
 figures.dress(axis, "Amplified variance makes a sink, length alone does not", {},
               xlabel="factor λ (log)", ylabel="token 10's share of the two sinks")
+axis.set_xticks(factors, factors)
 show(figure, "06_lambda", "Share of the forged sink over lambda: amplified deviations "
      "come near a half, scaling and a constant shift stay far below.")
 for by, amplified, *rest in zip(factors, *curves.values()):
@@ -317,7 +320,7 @@ for name, (one, apart) in together.items():
 # ## Beside the paper
 
 # %%
-beside(("token 10 sees only itself: a sink", "yes (Llama-2-7B)", effects["forge variance"]),
+beside(("token 10 sees only itself: a sink", "yes", effects["forge variance"]),
        ("amplified variance", "yes, rising with lambda", curves["amplify"][2]),
        ("  scaled", "none", curves["scale"][2]),
        ("  a shift to the same length", "not tried", curves["shift"][2]),

@@ -82,10 +82,10 @@ curves = {"the last w keys": plain, "the last w keys and token 0": first_kept}
 figures.lines(axis, curves, widths, hot=["the last w keys and token 0"])
 axis.plot([32, 32], [other[1], other[8]], "x", color="0.45", label="and token 1, or 8")
 axis.axhline(whole, color="black", lw=0.9, ls=":", label="all keys")
-axis.set(xscale="log", xticks=widths, xticklabels=widths)
-axis.minorticks_off()
+axis.set_xscale("log")
 figures.dress(axis, "One token kept, and the window works", {}, xlabel="window w (log)",
               ylabel="loss, nats per token\n(positions 128 to 255)")
+axis.set_xticks(widths, widths)
 show(figure, "08_streaming", "Loss over the width of a sliding window: far above that "
      "with all keys if the first token slides out, close to it if that one is kept.")
 
@@ -161,7 +161,7 @@ axis.grid(False, axis="x")
 figures.dress(axis, "int8 with one scale breaks on the first token",
               ylabel="loss, nats per token")
 show(figure, "08_int8", "Loss with states in int8: a scale a token costs nothing, one "
-     "scale for all makes the model useless, and an exact token 0 repairs most of that.")
+     "scale for all makes the model useless, and an exact token 0 repairs most of it.")
 print({name.replace("\n", " "): round(loss, 2) for name, loss in losses.items()})
 assert by_token < exact + 0.3, "with a scale a token int8 is good enough"
 assert one_scale > exact + 5, "with one scale for all it is not"

@@ -10,7 +10,7 @@ import probe
 def prediction(answer):
     names = ("variance", "W_O", "neurons", "disparity", "direction", "lock")
     assert set(answer) <= set(names), f"Names out of {', '.join(names)}."
-    assert "W_O" not in answer, "A usual length takes nothing. What does RMSNorm forget?"
+    assert "W_O" not in answer, "A usual length takes nothing: RMSNorm forgets it."
     missing = {"variance", "neurons", "direction", "lock"} - set(answer)
     assert not missing, f"Look at the bars: {', '.join(sorted(missing))} as well."
 
@@ -43,7 +43,7 @@ def alone_mask(answer):
 
 def first_layer(answer):
     """Layers before the answer are too few, layers up to it enough."""
-    assert type(answer) is int and 0 <= answer < 30, "The index of a layer, from 0 to 29."
+    assert type(answer) is int and 0 <= answer < 30, "A layer, from 0 to 29."
     (model, _), (x, _), k = real(), random_tokens(4), 10
     wanted = [n for n in probe.numbers() if n.key == "sink"]
 
