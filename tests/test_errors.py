@@ -20,7 +20,7 @@ from data.border import UserError
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parent.parent
-DIGITS = "1" * 400
+DIGITS, ENDLESS = "1" * 400, "1" * 5000
 
 # `python train.py` with the settings of a tiny model and --out new, unless the words say otherwise
 TRAIN = """
@@ -39,7 +39,7 @@ softmax                                      | unrecognized
 --steps 0                                    | --steps must be from 1
 --steps -1                                   | --steps must be from 1
 --steps {digits}                             | --steps must be from 1
---steps {digits}{digits}{digits}{digits}{digits}{digits}{digits}{digits}{digits}{digits}{digits} | invalid int
+--steps {endless}                            | invalid int
 --batch-size -1                              | --batch-size must be from 1
 --batch-size 99999999999999999999            | --batch-size must be from 1
 --batch-size 65536 --seq-len 4096            | GB of memory
@@ -158,7 +158,7 @@ PLAIN = """
 
 
 def rows(table):
-    fill = dict(digits=DIGITS, x300="x" * 300, bad="\udcff")
+    fill = dict(digits=DIGITS, endless=ENDLESS, x300="x" * 300, bad="\udcff")
     parts = [line.rpartition(" | ") for line in table.strip().splitlines()]
     return [(shlex.split(words.format(**fill)), message) for words, _, message in parts]
 
@@ -216,7 +216,7 @@ MODEL = {  # damage of model.pt that every door must find; and words of the line
     "hostile": (lambda f: torch.save({"model": {"x": Hostile()}}, f / "model.pt"), "no checkpoint"),
     "list": (lambda f: torch.save([1, 2], f / "model.pt"), "no checkpoint"),
     "tensor": (lambda f: torch.save(torch.ones(3), f / "model.pt"), "no checkpoint"),
-    "foreign": (lambda f: torch.save({"state_dict": {"w": SHORT}}, f / "model.pt"), "no checkpoint"),
+    "foreign": (lambda f: torch.save({"weights": {"w": SHORT}}, f / "model.pt"), "no checkpoint"),
     "no-weights": (resave(model=None), "no checkpoint"),
     "other-weights": (resave(model={"w": torch.ones(3)}), "model.pt"),
     "int-weights": (weights(lambda w: w.update({"norm.weight": torch.ones(32, dtype=torch.int)})),
@@ -280,8 +280,9 @@ def place(tmp_path_factory, tiny_run):
     folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
     tiny_run(folder / "old")
     os.chdir(folder)
-    texts = {"empty.txt": b"", "blank.txt": b" \n\n ", "binary.txt": b"GIF89a\0\1\2", "one.txt": b"x",
-             "latin1.txt": "caf\u00e9\n".encode("latin-1") * 500, "short.txt": b"too short",
+    texts = {"empty.txt": b"", "blank.txt": b" \n\n ", "binary.txt": b"GIF89a\0\1\2",
+             "one.txt": b"x", "latin1.txt": "caf\u00e9\n".encode("latin-1") * 500,
+             "short.txt": b"too short",
              "text.txt": "".join(f"{i} sheep and {i * i} legs\n" for i in range(300)).encode(),
              "pictures/a.png": b"\x89PNG", "mixed/a.txt": b"good\n" * 500, "mixed/bad.txt": b"\xff",
              "notes/todo.md": b"keep me", "llama/config.json": b'{"model_type": "llama"}',
@@ -381,7 +382,7 @@ def test_flipped_bits_are_found(tmp_path, tiny_run):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(steps="many"), "type int"), (dict(steps=2.0), "type int"), (dict(bos=True), "type float"),
-    (dict(attn="Softmax"), "one of"), (dict(data=3), "type str"), (dict(compile="yes"), "type bool"),
+    (dict(attn="Softmax"), "one of"), (dict(data=3), "type str"), (dict(compile=1), "type bool"),
     (dict(attn=None), "type str"), (dict(lr=10**400), "from 1e-30")])
 def test_bad_setting_in_python(changes, message):
     with pytest.raises(UserError, match=message):
