@@ -13,7 +13,8 @@
 # queries of nearly every head point to its side. Leave the norm out of the keys and
 # attention becomes a switch, and the model breaks.
 #
-# **You need** chapter 04: the first state is long, and almost all of it is dimension 507.
+# **You need** chapter 04: the first state is long, and almost all of it is dimension
+# 507.
 # **Run time**: about 25 seconds on 2 cores; the two small models must exist.
 
 # %%
@@ -41,10 +42,11 @@ states = [seen[f"{i}.resid_pre"] for i in range(L)]  # (N, T, C)
 # $$\mathrm{RMSNorm}(x) = \gamma \odot \frac{x}{\sqrt{\frac1C \sum_j x_j^2}}
 # = \sqrt C \; \gamma \odot \frac{x}{\lVert x \rVert} ,$$
 #
-# so the length cancels: $\mathrm{RMSNorm}(b x) = \mathrm{RMSNorm}(x)$ for every $b > 0$.
+# so the length cancels: $\mathrm{RMSNorm}(b x) = \mathrm{RMSNorm}(x)$ for every $b >
+# 0$.
 #
-# **One dimension dominates.** If $x$ is nearly $\pm a\,e_c$, with $e_c$ the unit vector of
-# dimension $c$, then
+# **One dimension dominates.** If $x$ is nearly $\pm a\,e_c$, with $e_c$ the unit
+# vector of dimension $c$, then
 #
 # $$\mathrm{RMSNorm}(x) \approx \pm \sqrt C \, \gamma_c \, e_c .$$
 #
@@ -59,19 +61,21 @@ gain = torch.stack([norm.weight.detach()[507] for norm in norms])
 sign = torch.stack([state[:, 0, 507].mean().sign() for state in states])
 limit = sign * C**0.5 * gain
 for i in (1, 3, 8, 11, 12, 20, 28):
-    print(f"layer {i:2}: entry 507 of the normed x_0 {entry[i]:6.2f}, limit {limit[i]:6.2f}")
-assert (entry[12:28] / limit[12:28] - 1).abs().max() < 0.05, "the limit describes the model"
+    print(f"layer {i:2}: entry 507 is {entry[i]:6.2f}, the limit {limit[i]:6.2f}")
+assert (entry / limit - 1)[12:28].abs().max() < 0.05, "the limit describes the model"
 assert abs(entry[11] / limit[11]) < 0.5, "but not where the dimension is erased"
 
 # %% [markdown]
-# **Any direction, with noise.** Let $x = a\,m + n$, with a fixed unit vector $m$ and noise
-# of mean squared length $s^2$ that differs from window to window. For two windows
+# **Any direction, with noise.** Let $x = a\,m + n$, with a fixed unit vector $m$ and
+# noise of mean squared length $s^2$ that differs from window to window. For two
+# windows
 #
-# $$\cos(x, x') \approx \frac{a^2}{a^2 + s^2} = \frac{r^2}{1 + r^2}, \qquad r = \frac as .$$
+# $$\cos(x, x') \approx \frac{a^2}{a^2 + s^2} = \frac{r^2}{1 + r^2},
+# \qquad r = \frac as .$$
 #
-# So *one* dimension is not needed. What fixes a direction is that the part shared by all
-# windows is longer than the rest. In the model, the cosine between the normed states of two
-# windows is `probe.direction_cos`.
+# So *one* dimension is not needed. What fixes a direction is that the part shared by
+# all windows is longer than the rest. In the model, the cosine between the normed
+# states of two windows is `probe.direction_cos`.
 
 # %%
 noise = torch.randn(400, 64, generator=torch.Generator().manual_seed(0)) / 8
@@ -84,12 +88,13 @@ fixed = [[probe.direction_cos(h[:, t]).item() for h in normed] for t in (0, 32)]
 first, other = torch.tensor(fixed)
 print(f"SmolLM2, layers 12 to 27: token 0 {first[12:28].min():.3f} or more, "
       f"token 32 on average {other[12:28].mean():.2f}")
-assert first[12:28].min() > 0.98 > other[12:28].mean() + 0.1, "one direction for all windows"
+assert first[12:28].min() > 0.98 > other[12:28].mean() + 0.1, "one direction"
 
 # %% [markdown]
 # ## What if the norm were left out?
 #
-# A cosine cannot tell: it has a norm of its own. What would change is *size*. Take the keys,
+# A cosine cannot tell: it has a norm of its own. What would change is *size*. Take the
+# keys,
 #
 # $$k_t = W_K \,\mathrm{RMSNorm}(x_t) = W_K \Bigl(\gamma \odot
 # \frac{x_t}{\mathrm{rms}(x_t)}\Bigr) ,$$
@@ -133,33 +138,35 @@ assert torch.allclose(gaps["with RMSNorm"][18], probe.lock_gap(seen["18.scores"]
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.6))
-figures.by_layer(left, lengths, "With the norm, key 0 is shorter than others",
+figures.by_layer(left, lengths, "RMSNorm keeps key 0 short",
                  ["with RMSNorm"], {"loc": "upper left"}, yscale="log", ylim=(0.1, 500),
                  ylabel="length of key 0 / median key (log)")
-figures.by_layer(right, gaps, "and its logit a few nats above theirs",
-                 ["with RMSNorm"], {"loc": "upper left"}, yscale="log", ylim=(0.5, 5000),
-                 ylabel="lock gap of the largest head, nats (log)")
-show(figure, "05_without", "Left: length of key 0 by layer, below 1 with RMSNorm, up to 40 "
-     "with a constant. Right: its logit, about 10 nats with RMSNorm, hundreds without.")
+figures.by_layer(right, gaps, "and its logit within a few nats",
+                 ["with RMSNorm"], dict(loc="upper left"), yscale="log",
+                 ylim=(0.5, 5000), ylabel="largest lock gap, nats (log)")
+show(figure, "05_without", "Left: length of key 0 by layer, below 1 with RMSNorm, far "
+     "above with a constant. Right: its logit, about 10 nats, and hundreds without.")
 
 # %% [markdown]
 # Chapter 04 found two waves: dimension 507 is about 800 in the first and 23,000 in the
-# second. With the norm the logits do not know: both waves have gaps of the same order. With
-# a constant, the second wave has gaps of hundreds of nats. A softmax with a gap of hundreds
-# is a switch: it puts everything on key 0 or nothing.
+# second. With the norm the logits do not know: both waves have gaps of the same order.
+# With a constant, the second wave has gaps of hundreds of nats. A softmax with a gap
+# of hundreds is a switch: it puts everything on key 0 or nothing.
 
 # %%
 kept, constant = (g.amax(1) for g in gaps.values())
 one, two = slice(3, 9), slice(12, 28)
-print(f"gap in the first wave {kept[one].mean():.0f}, in the second {kept[two].mean():.0f} "
-      f"nats; with a constant {constant[one].mean():.0f} and {constant[two].mean():.0f}")
+for name, g in (("RMSNorm", kept), ("a constant", constant)):
+    print(f"{name}: gap {g[one].mean():.0f} nats in the first wave, "
+          f"{g[two].mean():.0f} in the second")
 assert 0.3 < kept[two].mean() / kept[one].mean() < 3, "the norm hides the length"
 assert constant[two].mean() > 3 * constant[one].mean(), "a constant does not"
 assert lengths["with RMSNorm"][two].max() < 1 < lengths["with a constant"][two].min()
 
 # %% [markdown]
-# Now let the model *run* with such keys. Queries, values and MLPs are left as they are.
-# Predict: does the mean attention to token 0 of layers 12 to 27 "fall", "stay" or "rise"?
+# Now let the model *run* with such keys. Queries, values and MLPs are left as they
+# are. Predict: does the mean attention to token 0 of layers 12 to 27 "fall", "stay" or
+# "rise"?
 
 # %%
 prediction = ...  # "fall", "stay" or "rise"
@@ -167,7 +174,7 @@ prediction = ...  # "fall", "stay" or "rise"
 
 # %%
 def constant_scale():
-    """A tap: from layer 1 on, keys are made with a constant instead of each token's rms."""
+    """A tap: from layer 1 on, keys are made with a constant for each token's rms."""
     grown = {}
 
     def tap(name, value):
@@ -186,7 +193,7 @@ for name, tap in (("RMSNorm", None), ("constant", constant_scale())):
     attention[name] = found[two].mean().item()
     with torch.no_grad():
         loss[name] = model(text, target, tap)[1].item()
-    print(f"{name}: attention to token 0 {attention[name]:.3f}, loss {loss[name]:.2f} nats")
+    print(f"{name}: attention {attention[name]:.3f}, loss {loss[name]:.2f} nats")
 assert attention["constant"] > 0.95 > attention["RMSNorm"] + 0.2, "a switch"
 assert loss["constant"] > loss["RMSNorm"] + 1, "a model of switches cannot read"
 
@@ -194,13 +201,14 @@ assert loss["constant"] > loss["RMSNorm"] + 1, "a model of switches cannot read"
 check("05.prediction", prediction)
 
 # %% [markdown]
-# So RMSNorm does two things for a sink. It makes the direction of a long state the *same*
-# in every window, and it makes its size *ordinary*, so that a head can rest on it as much
-# as it wants and no more.
+# So RMSNorm does two things for a sink. It makes the direction of a long state the
+# *same* in every window, and it makes its size *ordinary*, so that a head can rest on
+# it as much as it wants and no more.
 #
 # ## One direction, one key
 #
-# If dimension $c$ alone survived the norm, the key of token 0 would be a column of $W_K$:
+# If dimension $c$ alone survived the norm, the key of token 0 would be a column of
+# $W_K$:
 #
 # $$k_0 \approx \pm \sqrt C\, \gamma_c\, W_K e_c .$$
 #
@@ -216,21 +224,22 @@ def column_cos(i):
 
 
 near = torch.stack([column_cos(i) for i in range(L)])
-print(f"layers 12 to 27, cosine of k_0 and the column: median {near[two].median():.2f}, "
-      f"from {near[two].min():.2f} to {near[two].max():.2f}")
+print(f"layers 12 to 27, cosine of k_0 and the column: from {near[two].min():.2f} "
+      f"to {near[two].max():.2f}, median {near[two].median():.2f}")
 assert near[two].median() > 0.5, "the column is a fair first guess of the key"
 
 # %% [markdown]
-# A fair guess, not an identity: the norm's gain turns dimension 507 down (chapter 04), so
-# the others have a say.
+# A fair guess, not an identity: the norm's gain turns dimension 507 down (chapter 04),
+# so the others have a say.
 #
 # ## The lock
 #
-# Which unit vector do the queries of a head lean on most? Stack them, from all windows and
-# all positions after the first, into a matrix $Q$ with a row for each. Maximise
-# $\lVert Q u \rVert^2$ for $\lVert u \rVert = 1$: the answer is the leading *right singular
-# vector* $u_1$ of $Q$. It has no sign of its own, so take the one for which the mean query
-# has a positive part along it. The lock is then $\cos(u_1, k_0)$, before rotation.
+# Which unit vector do the queries of a head lean on most? Stack them, from all windows
+# and all positions after the first, into a matrix $Q$ with a row for each. Maximise
+# $\lVert Q u \rVert^2$ for $\lVert u \rVert = 1$: the answer is the leading *right
+# singular vector* $u_1$ of $Q$. It has no sign of its own, so take the one for which
+# the mean query has a positive part along it. The lock is then $\cos(u_1, k_0)$,
+# before rotation.
 
 
 # %%
@@ -246,8 +255,8 @@ mine, theirs = (f(seen["18.q"][:, 1:]) for f in (leading, probe.leading_query))
 assert torch.allclose(mine, theirs, atol=1e-3), "the same direction in probe"
 
 # %% [markdown]
-# Beside it stand the share of later queries with $q_t \cdot k_0 > 0$ (after rotation; key 0
-# is turned by the angle 0), and the attention that the head gives to token 0.
+# Beside it stand the share of later queries with $q_t \cdot k_0 > 0$ (after rotation;
+# key 0 is turned by the angle 0), and the attention that the head gives to token 0.
 
 # %%
 lock, positive, sink = [], [], []
@@ -262,24 +271,24 @@ locked = positive > 0.95
 
 # %%
 figure, axis = plt.subplots(figsize=(8.8, 3.9))
-for which, style in ((~locked, dict(marker="x", color="0.4", label="fewer queries")),
+for which, style in ((~locked, dict(marker="x", color="0.4", label="fewer of its queries")),
                      (locked, dict(marker="o", color=figures.ACCENT,
-                                   label="more than 95 % of queries have q · k₀ > 0"))):
+                                   label="more than 95 % of its queries have q · k₀ > 0"))):
     axis.plot(lock[which], sink[which], ls="", **style)
 axis.axhline(probe.SINK, color="black", lw=0.9, ls=":")
 figures.dress(axis, "A sink only where nearly all queries are on the side of key 0",
               {"loc": "upper left"}, xlabel="cos(u₁, k₀) of a head, before rotation",
               ylabel="attention to token 0", ylim=(0, 1.15))
-show(figure, "05_heads", "Scatter of 261 heads. Those with most queries on the side of key "
-     "0 lie above the sink threshold, the others below it.")
+show(figure, "05_heads", "Scatter of 261 heads. Those with nearly all queries on the "
+     "side of key 0 lie mostly above the sink threshold, the others below it.")
 
 # %%
 has_sink = sink > probe.SINK
 tau = probe.kendall_tau(lock, sink).item()
-print(f"{len(sink)} heads: {has_sink.sum()} with a sink, of these {locked[has_sink].float().mean():.0%} "
-      f"locked; {locked.sum()} locked, of these {has_sink[locked].float().mean():.0%} with a sink")
-print(f"Kendall tau of the cosine and attention to token 0: {tau:.2f}")
-assert locked[has_sink].float().mean() > 0.9, "heads with a sink are locked"
+both = (locked & has_sink).sum()
+print(f"{len(sink)} heads: {has_sink.sum()} with a sink, {locked.sum()} locked, "
+      f"{both} both; Kendall tau of cosine and attention {tau:.2f}")
+assert both / has_sink.sum() > 0.9, "heads with a sink are locked"
 assert has_sink[~locked].float().mean() < 0.3, "heads without the lock have no sink"
 assert tau > 0.2, "the nearer the leading query, the stronger the sink"
 
@@ -293,17 +302,18 @@ assert tau > 0.2, "the nearer the leading query, the stronger the sink"
 inputs = {"softmax": windows("bos")[0], "micro-softmax": windows("rest")[0]}
 toys = {name: probe.chain(m, inputs[name]) for name, m in models(*inputs).items()}
 for name, c in toys.items():
-    print(f"{name:14} direction {c['direction']:.2f}, cos(u_1, k_0) {c['lock_cos']:5.2f}, "
-          f"gap {c['lock_gap']:.1f} nats, attention {c['sink']:.2f}")
+    shown = "direction", "lock_cos", "lock_gap", "sink"
+    print(f"{name:14}", ", ".join(f"{key} {c[key]:.2f}" for key in shown))
 assert toys["softmax"]["lock_cos"] > 0.3, "the text model locks as SmolLM2 does"
 assert min(c["lock_gap"] for c in toys.values()) > 1, "both have a gap"
 
 # %% [markdown]
 # In `softmax` the first token is always `<|bos|>`, so its direction is trivially 1. In
-# `micro-softmax` it is any of 24 symbols. There the cosine with the leading query may be
-# near zero, and the gap is several nats all the same. Why? Softmax sees only *differences*:
-# a key that every query likes by 0 is a sink if every other key is disliked. "On the side
-# of the queries" is the paper's count; "above the others" is what attention needs.
+# `micro-softmax` it is any of 24 symbols. There the cosine with the leading query may
+# be near zero, and the gap is several nats all the same. Why? Softmax sees only
+# *differences*: a key that every query likes by 0 is a sink if every other key is
+# disliked. "On the side of the queries" is the paper's count; "above the others" is
+# what attention needs.
 #
 # ## Beside the paper
 
@@ -320,17 +330,18 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 # %% [markdown]
 # ## What would falsify this
 #
-# Gaps that follow the length of the first state, with the norm in place. Heads with a sink
-# whose queries are on both sides of key 0. Heads of layer 11 with a sink though the
-# dimension is erased. The first two are asserted here, the third in chapter 04. That a key
-# must be *positive* is not shown: the copying model does without.
+# Gaps that follow the length of the first state, with the norm in place. Heads with a
+# sink whose queries are on both sides of key 0. Heads of layer 11 with a sink though
+# the dimension is erased. The first two are asserted here, the third in chapter 04.
+# That a key must be *positive* is not shown: the copying model does without.
 #
 # ## Exercises
 #
 # **1.** The prediction above the cell that runs with a constant.
 #
-# **2.** What does RMSNorm make of a state whose dimension `c` goes to plus (`sign` 1) or
-# minus (`sign` -1) infinity, while the others stay? `gamma` is the gain (C,); give (C,).
+# **2.** What does RMSNorm make of a state whose dimension `c` goes to plus (`sign` 1)
+# or minus (`sign` -1) infinity, while the others stay? `gamma` is the gain (C,); give
+# (C,).
 
 
 # %%
@@ -341,9 +352,9 @@ def norm_limit(gamma, c, sign):
 check("05.norm_limit", norm_limit)
 
 # %% [markdown]
-# **3.** The direction that the queries `q` (M, D) of one head share: a unit vector (D,),
-# with the mean query on its positive side. Do not subtract the mean. Neither `leading` nor
-# `probe.leading_query` may be called.
+# **3.** The direction that the queries `q` (M, D) of one head share: a unit vector
+# (D,), with the mean query on its positive side. Do not subtract the mean. Neither
+# `leading` nor `probe.leading_query` may be called.
 
 
 # %%
@@ -354,10 +365,10 @@ def common_direction(q):
 check("05.common_direction", common_direction)
 
 # %% [markdown]
-# **4.** An experiment. Take the sinks away by the keys of token 0 alone. Given `k`
-# (N, T, K, D), the keys of a layer before rotation, and `q` (N, T, H, D), its queries,
-# return keys in which `k[:, 0]` is changed, and is *as long as before*. The check uses it
-# in layers 12 to 27 and wants the mean attention to token 0 below 0.15.
+# **4.** An experiment. Take the sinks away by the keys of token 0 alone. Given `k` (N,
+# T, K, D), the keys of a layer before rotation, and `q` (N, T, H, D), its queries,
+# return keys in which `k[:, 0]` is changed, and is *as long as before*. The check uses
+# it in layers 12 to 27 and wants the mean attention to token 0 below 0.15.
 
 
 # %%

@@ -28,7 +28,7 @@ def mean_answer(answer):
     h = torch.randn(400_000, 6, generator=g) @ mix.T
     seen = float((F.silu(h @ gate) * (h @ up)).mean())
     got = float(answer(gate, up, mix @ mix.T))
-    assert abs(got - seen) < 0.05, "What is Cov(w_g . h, w_u . h) if the input is not round?"
+    assert abs(got - seen) < 0.05, "What is Cov(g, u) if the input is not round?"
 
 
 def twin(answer):
@@ -41,7 +41,7 @@ def twin(answer):
     assert (got != given).sum(1).max() <= 1, "Change one token of a window, no more."
     post = record(model, got, ["11.mlp_post"])[1]["11.mlp_post"][..., PAIR]
     assert torch.allclose(post[:, 1], post[:, 0], rtol=0.01, atol=0.01), \
-        "Token 1 averages its own value with that of token 0. When does that change nothing?"
+        "Token 1 averages its own value with that of token 0. When is that no change?"
 
 
 @torch.no_grad()
@@ -58,7 +58,8 @@ def rescue(answer):
         got = answer(out.clone())
         assert got is not None, "Return the changed tensor (N, T, C)."
         changed = (got != out).flatten(1).sum(1)
-        assert changed.max() <= 1, f"You changed {int(changed.max())} numbers of a window."
+        most = int(changed.max())
+        assert most <= 1, f"You changed {most} numbers of a window."
         return got
 
     tap = make_tap(model.cfg, {"11.mlp_post": silence, "11.mlp_out": change})

@@ -10,7 +10,7 @@ import probe
 
 def prediction(answer):
     assert answer in ("fall", "stay", "rise"), 'Answer "fall", "stay" or "rise".'
-    assert answer == "rise", "A key on the side of all queries, made many times as long?"
+    assert answer == "rise", "A key that all queries like, made many times as long?"
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def common_direction(answer):
     assert got is not None, "Return the leading right singular vector of q."
     assert got.shape == (8,), "One vector of width D: the right singular vectors."
     assert abs(float(got.norm()) - 1) < 1e-4, "It has to be a unit vector."
-    assert abs(float(got @ fixed)) > 0.98, "The largest singular value, with the mean left in."
+    assert abs(float(got @ fixed)) > 0.98, "The largest singular value, mean left in."
     turned = got @ fixed > 0 and answer(-q) @ fixed < 0
     assert turned, "A singular vector has no sign: turn it towards the mean query."
     few, wanted = q[:5], probe.leading_query(q[:5, None, None])[0]
@@ -60,10 +60,11 @@ def unlock(answer):
         assert got is not None, "Return the changed keys (N, T, K, D)."
         assert torch.equal(got[:, 1:], value[:, 1:]), "Change the keys of token 0 only."
         before, after = value[:, 0].norm(dim=-1), got[:, 0].norm(dim=-1)
-        assert torch.allclose(before, after, rtol=0.01), "They must stay as long as before."
+        assert torch.allclose(before, after, rtol=0.01), "They must stay as long."
         return got
 
     wanted = [n for n in probe.numbers() if n.key == "sink"]
-    found = probe.layers(model, x, tap, wanted=wanted)[0][0]["sink"][12:28].mean().item()
+    sinks = probe.layers(model, x, tap, wanted=wanted)[0][0]["sink"]
+    found = sinks[12:28].mean().item()
     assert found < 0.15, (f"Attention to token 0 is {found:.2f}. On which side of the "
                           "queries should the key lie?")
