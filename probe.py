@@ -30,7 +30,7 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from data.border import UserError, program, say, write_json
 from model import GPT, compose, make_tap
@@ -96,10 +96,10 @@ def energy(post, down):
 
 
 def contrast(e, k):
-    """(N, T, F): what the TOP neurons that write most at k write there, over what they write
-    elsewhere on average. 1: they answer to k as to any other token."""
-    few = e[..., e[:, k].mean(0).topk(TOP).indices].sum(-1)
-    return few[:, k].mean() / others(few, k, 1).mean().clamp_min(TINY)
+    """(N, T, F): what the TOP neurons that write most at k write there, over the median of what they
+    write elsewhere. 1: they answer to k as to any other token."""
+    few = e.mean(0)[:, e[:, k].mean(0).topk(TOP).indices].sum(-1)  # (T,)
+    return over_median(few, k)
 
 
 def dominance(x):
@@ -566,6 +566,9 @@ holds from 50 % on, a forgery from 25 %, partly from half of that, and only if n
 as much. Without a sink at token 0 (strongest head below 0.3) nothing is to explain: absent."""
 
 
+WHOLE = {"cut": 0.5, "forge": 0.25}  # of RULE
+
+
 def share(row, T) -> float:
     """The effect of one row of `cuts`, in the terms of RULE."""
     first, k = (c["resting"] - v["resting"] for c, v in zip(row["after"], row["before"]))
@@ -590,7 +593,7 @@ def verdicts(tables, T) -> list[dict]:
             row = {key: same[0][key] for key in ("link", "kind", "says")}
             found.append(row | {"share": effect[0], "spread": effect[1], "controls": []})
     for row in found:
-        whole = 0.5 if row["kind"] == "cut" else 0.25
+        whole = WHOLE[row["kind"]]
         control = max((c for c, _ in row["controls"]), default=0.0)
         word = "holds" if row["share"] >= whole else "partly"
         word = "no" if row["share"] < whole / 2 or control >= row["share"] / 2 else word

@@ -27,7 +27,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFor
 
 import probe
 from data.border import write_atomically
-from model import record
 
 SINK = "sink"  # the number of probe.LINKS that has the accent
 ACCENT, GREY, WIDTH = "#e8450c", "0.45", 8.8
@@ -205,12 +204,18 @@ def portrait(model, x) -> dict:
     """What `chain` draws of one model on windows x (N, T): the numbers of probe.LINKS
     by layer for token 0 and token T / 2, and the mean attention (T, T) of the strongest
     head after layer 0, rows made to sum to 1."""
-    (first, ordinary), _ = probe.layers(model, x, ks=(0, x.shape[1] // 2))
+    patterns = []
+
+    def keep(name, value):
+        if name.endswith(".pattern"):
+            patterns.append(value.float())
+        return value
+
+    (first, ordinary), _ = probe.layers(model, x, keep, ks=(0, x.shape[1] // 2))
     sink = probe.later(first["sink"]).nan_to_num()
     layer, head = divmod(sink.argmax().item(), sink.shape[1])
     layer += len(first["sink"]) - len(sink)
-    name = f"{layer}.pattern"
-    rows = record(model, x, [name])[1][name][:, head].float()
+    rows = patterns[layer][:, head]
     rows = rows / rows.sum(-1, keepdim=True).clamp_min(1e-12)
     return {"cfg": model.cfg, "T": x.shape[1], "first": first, "ordinary": ordinary,
             "layer": layer, "head": head, "map": rows.mean(0).cpu()}
@@ -280,21 +285,19 @@ def headline(ax, link, portraits):
 
 # ---------------------------------------------------------------- cut and forge
 
-WHOLE = {"cut": 0.5, "forge": 0.25}  # where probe.RULE says "holds"; half: partly
-
-
 @styled
 def cut(found) -> Figure:
     """cut.png: model -> `probe.verdicts`, a column each. Above, the share of the sink
     that a cut takes; below, the share of the two sinks that a forgery has; grey, the
     controls."""
     some = next(iter(found.values()))
-    heights = [places([v for v in some if v["kind"] == kind])[1] for kind in WHOLE]
+    heights = [places([v for v in some if v["kind"] == kind])[1]
+               for kind in probe.WHOLE]
     figure, axes = new(0.21 * sum(heights) + 2, 2, len(found), squeeze=False,
                        sharey="row", height_ratios=heights)
     for column, (name, verdicts) in zip(axes.T, found.items()):
-        for ax, kind in zip(column, WHOLE):
-            effects(ax, [v for v in verdicts if v["kind"] == kind], WHOLE[kind])
+        for ax, (kind, whole) in zip(column, probe.WHOLE.items()):
+            effects(ax, [v for v in verdicts if v["kind"] == kind], whole)
         column[0].set_title(name)
         column[0].set_xlabel("share of the sink that the cut takes")
         column[1].set_xlabel("share of the two sinks that is forged")

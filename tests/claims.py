@@ -486,11 +486,13 @@ FOUND = (  # the README's five bullets; what stands in braces comes from claims.
     "of the two sinks; one whose variance is amplified {amplified}, shifted to the same length "
     "{shifted}, scaled {scaled}. In our toys (micro, the {sinks} of 5 seeds that have a sink) "
     "it is the other way round: {toy_amplified} by variance, {toy_shifted} by the shift.",
-    "**Not everything holds.** In SmolLM2 the columns of W_O do not favour the dimensions of "
-    "high variance (Kendall tau {tau}, the paper 0.32), the rows that write do ({rows}). Giving "
-    "the first token the others' RMS before W_O takes only {cut_W_O} of the sink. A fixed "
-    "direction and a large DomRatio are not its own alone: it has {direction} and {dominance}, "
-    "an ordinary token {direction_ordinary} and {dominance_ordinary}.",
+    "**Not everything holds.** In SmolLM2 the columns of W_O do not favour the dimensions of high "
+    "variance (Kendall tau {tau}, the paper 0.32), nor do the rows that write ({rows}); it weakens "
+    "the outlier that it is said to pass on ({variance} times the median before it, {out} after it, "
+    "in text {text_variance} and {text_out}). Giving the first token the others' RMS before W_O "
+    "takes only {cut_W_O} of the sink. A fixed direction and a large DomRatio are not its own "
+    "alone: it has {direction} and {dominance}, an ordinary token {direction_ordinary} and "
+    "{dominance_ordinary}.",
     "**No cure is proven here.** Where every window begins with `<|bos|>` the strongest head "
     "gives it {text_softmax} (softmax), {text_headnorm} (headnorm), {text_sigmoid} (sigmoid) "
     "and {text_gated} (gated, a known cure): that is no test of a cure. On ordinary first "
@@ -515,7 +517,9 @@ def findings(found) -> str:
         "toy_amplified": (M, effect("forge W_O")), "toy_shifted": (M, control_of("forge W_O"))}
     plain = {
         "variance": (S, at("variance")), "norm": (S, at("norm_ratio")), "tau": (S, at("wo_tau")),
-        "rows": (S, own("softmax", "tau of rows")), "direction": (S, at("direction")),
+        "rows": (S, own("softmax", "tau of rows")), "out": (S, at("variance_out")),
+        "text_variance": (S, at("variance", "text")), "text_out": (S, at("variance_out", "text")),
+        "direction": (S, at("direction")),
         "dominance": (S, at("dominance")),
         "direction_ordinary": (S, at("direction", token="ordinary")),
         "dominance_ordinary": (S, at("dominance", token="ordinary"))}

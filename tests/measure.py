@@ -37,7 +37,8 @@ from data import smollm2
 from data.border import program, read_json, say, write_atomically, write_json
 from data.windows import english, random_windows, text_windows
 from model import GPT, compose, make_tap, record, rope_turns
-from probe import (SINK, TOP, amplify, at_token, contrast, dominance, energy, kendall_tau, later,
+from probe import (SINK, TOP, amplify, at_token, contrast, dominance, energy, kendall_tau, known,
+                   later,
                    layers, leading_query, numbers, over_median, scale, see_only_itself, share,
                    shift, similar, sink_score, uniform_sink, weight_score, wo_alignment)
 
@@ -265,7 +266,7 @@ def first_wave(value, main):
     the layer `main`, top and low being the two between which most is lost."""
     top = max(range(main + 1), key=lambda i: value[i] - min(value[i:main + 1]))
     low = min(range(top, main + 1), key=lambda i: value[i])
-    rise = next(i for i in range(top + 1) if value[i] >= value[top] / 2)
+    rise = next((i for i in range(top) if value[i] >= value[top] / 2), top)
     return rise, top, low
 
 
@@ -793,9 +794,53 @@ def draw_neurons(found):
 
 # ---------------------------------------------------------------- command line
 
-MEASUREMENTS = {"mask": mask, "variance": variance, "waves": waves,
+def maps(model, batches, bar):
+    """One head three times, mean over 8 windows of random tokens: the strongest of the untouched
+    model; with the TOP neurons of every layer silent, at all tokens; and with token 10 seeing only
+    itself. (Silent at token 0 alone, the sink is gone from there, and the next tokens have it.)
+
+    1. Silent everywhere, the head gives no token more than 0.2. 2. Token 10 gets over 0.25.
+    """
+    x = batches.random[0][0]
+    story, _ = known(model, x)
+    L, k = len(model.layers), 10
+
+    def quiet(i):
+        return lambda post: post.index_fill(-1, story.neurons[i], 0)
+
+    edits = {
+        "as it is": {},
+        "neurons silent": {f"{i}.mlp_post": quiet(i) for i in range(L)},
+        "silent at token 0": {f"{i}.mlp_post": at_token(0, lambda p, i=i: quiet(i)(p[:, 0]))
+                              for i in range(L)},
+        "token 10 alone": {f"{i}.scores": at_token(k, lambda s: see_only_itself(s, k, None, 0), 2)
+                           for i in range(L)}}
+    where, found = None, {"maps": {}, "attention": {}}
+    for name, changes in edits.items():
+        patterns = [f"{i}.pattern" for i in range(L)]
+        kept = record(model, x, patterns, tap=make_tap(model.cfg, changes))[1]
+        if where is None:
+            sink = torch.stack([sink_score(p, 0).mean(0) for p in kept.values()])
+            where = divmod(sink[1:].argmax().item(), sink.shape[1])
+            found |= {"layer": where[0] + 1, "head": where[1]}
+        pattern = kept[f"{found['layer']}.pattern"][:, found["head"]]
+        found["maps"][name] = pattern.mean(0).tolist()
+        found["attention"][name] = [sink_score(pattern[:, None], t).mean().item()
+                                    for t in range(T - 1)]
+    silent, alone = (found["attention"][name] for name in ("neurons silent", "token 10 alone"))
+    return found | {"held": [max(silent[:T // 2]) < 0.2, alone[k] > 0.25]}
+
+
+def draw_maps(found):
+    titles = {"as it is": "as it is", "neurons silent": "5 neurons a layer silent",
+              "token 10 alone": "token 10 sees only itself"}
+    patterns = {says: torch.tensor(found["maps"][name]) for name, says in titles.items()}
+    return figures.maps(patterns, [(0,), (0,), (0, 10)])
+
+
+MEASUREMENTS = {"maps": maps, "mask": mask, "variance": variance, "waves": waves,
                 "neurons": neurons, "wo": wo, "heads": heads}
-DRAWN = {"mask": draw_mask, "variance": draw_variance, "waves": draw_waves,
+DRAWN = {"maps": draw_maps, "mask": draw_mask, "variance": draw_variance, "waves": draw_waves,
          "neurons": draw_neurons, "wo": draw_wo, "heads": draw_heads}
 
 

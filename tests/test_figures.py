@@ -137,7 +137,7 @@ def test_verdicts_have_bars_with_spread_and_thresholds(seen):
 
 
 def test_rule_says_from_where_on_it_holds():
-    for whole in figures.WHOLE.values():
+    for whole in probe.WHOLE.values():
         assert f"from {whole:.0%}".replace("%", " %") in probe.RULE
 
 
