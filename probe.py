@@ -96,8 +96,8 @@ def energy(post, down):
 
 
 def contrast(e, k):
-    """(N, T, F): what the TOP neurons that write most at k write there, over the median of what they
-    write elsewhere. 1: they answer to k as to any other token."""
+    """(N, T, F): what the TOP neurons that write most at k write there, over the median of what
+    they write elsewhere. 1: they answer to k as to any other token."""
     few = e.mean(0)[:, e[:, k].mean(0).topk(TOP).indices].sum(-1)  # (T,)
     return over_median(few, k)
 

@@ -247,8 +247,8 @@ assert sink["pair silent"] < 0.5 * sink["untouched"], "the pair makes the later 
 assert sink["two others"] > 0.9 * sink["untouched"], "two others do not"
 
 # %% [markdown]
-# The state is no longer than any other now, and from layer 16 on attention to it is low.
-# Layers 12 to 15 keep a part of their sinks: they have another way to know the first
+# The state is no longer than any other now, and from layer 16 on attention to it is
+# low. Layers 12 to 15 keep a part of their sinks: they have another way to know the first
 # token.
 #
 # ## Let it write

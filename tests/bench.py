@@ -34,12 +34,23 @@ from model import ATTENTIONS, GPT, Attention, Config, RMSNorm, rope_turns, rotat
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 PAGE = RESULTS.with_name("speed.md")
-KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "seq_len", "batch_size")
-SHAPES = {"tiny": {key: train.SIZES["tiny"][key] for key in KEYS},
-          "wide": dict(zip(KEYS, (128, 344, 4, 2, 1024, 128, 16)))}
+KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "seq_len",
+    "batch_size",
+)
+SHAPES = {
+    "tiny": {key: train.SIZES["tiny"][key] for key in KEYS},
+    "wide": dict(zip(KEYS, (128, 344, 4, 2, 1024, 128, 16))),
+}
 
 
 # ---------------------------------------------------------------- the baseline
+
 
 class BaselineBlock(nn.Module):
     """GPT-2 as most people write it: LayerNorm, one matrix for q k v, GELU at 4 C, biases."""
@@ -53,7 +64,10 @@ class BaselineBlock(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.H, -1).transpose(1, 2) for t in self.c_attn(self.ln_1(x)).split(C, dim=2))
+        q, k, v = (
+            t.view(B, T, self.H, -1).transpose(1, 2)
+            for t in self.c_attn(self.ln_1(x)).split(C, dim=2)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
         return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x))))
@@ -62,8 +76,15 @@ class BaselineBlock(nn.Module):
 class Baseline(nn.Module):
     def __init__(self, s):
         super().__init__()
-        self.wte, self.wpe = nn.Embedding(s["vocab_size"], s["hidden_size"]), nn.Embedding(s["seq_len"], s["hidden_size"])
-        self.blocks = nn.Sequential(*(BaselineBlock(s["hidden_size"], s["num_attention_heads"]) for _ in range(s["num_hidden_layers"])))
+        self.wte, self.wpe = nn.Embedding(s["vocab_size"], s["hidden_size"]), nn.Embedding(
+            s["seq_len"], s["hidden_size"]
+        )
+        self.blocks = nn.Sequential(
+            *(
+                BaselineBlock(s["hidden_size"], s["num_attention_heads"])
+                for _ in range(s["num_hidden_layers"])
+            )
+        )
         self.ln_f = nn.LayerNorm(s["hidden_size"])
         self.lm_head = nn.Linear(s["hidden_size"], s["vocab_size"], bias=False)
         for p in self.parameters():
@@ -73,23 +94,27 @@ class Baseline(nn.Module):
     def forward(self, idx, targets):
         x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
         logits = self.lm_head(self.ln_f(self.blocks(x)))
-        return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-1)
+        return logits, F.cross_entropy(
+            logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-1
+        )
 
 
 def baseline(s, corpus, compiled=False):
     """Its usual loop: windows stacked one by one, AdamW as torch gives it, the loss read at every 10th step."""
     model = Baseline(s)
     forward = torch.compile(model) if compiled else model
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
     T, B, count = s["seq_len"], s["batch_size"], 0
 
     def step():
         nonlocal count
         ix = torch.randint(len(corpus.train) - T, (B,))
-        x = torch.stack([corpus.train[i:i + T].long() for i in ix])
-        y = torch.stack([corpus.train[i + 1:i + 1 + T].long() for i in ix])
+        x = torch.stack([corpus.train[i : i + T].long() for i in ix])
+        y = torch.stack([corpus.train[i + 1 : i + 1 + T].long() for i in ix])
         _, loss = forward(x, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -98,10 +123,12 @@ def baseline(s, corpus, compiled=False):
         count += 1
         if count % 10 == 0:
             loss.item()
+
     return step
 
 
 # ---------------------------------------------------------------- our step, and single changes of it
+
 
 class FusedAttention(Attention):
     """One matrix for q, k and v, and no taps."""
@@ -149,7 +176,9 @@ def norm_by_torch(self, x):
 
 
 def our_model(s, attn="softmax", fused_qkv=False, fused_mlp=False):
-    cfg = Config(**{key: s[key] for key in KEYS[:5]}, max_position_embeddings=s["seq_len"], attn=attn)
+    cfg = Config(
+        **{key: s[key] for key in KEYS[:5]}, max_position_embeddings=s["seq_len"], attn=attn
+    )
     model = GPT(cfg)
     for layer in model.layers:
         if fused_qkv:
@@ -172,15 +201,33 @@ def split_loss(model, x, y, chunks=1, head_dtype=torch.float32):
     return None, total / y.numel()
 
 
-def ours(s, corpus, attn="softmax", bf16=False, compiled=False, optimizer={}, clip={}, gather=None, set_to_none=True, loss={},
-         turn=rotate, norm=RMSNorm.forward, precision="highest", **shape):
+def ours(
+    s,
+    corpus,
+    attn="softmax",
+    bf16=False,
+    compiled=False,
+    optimizer={},
+    clip={},
+    gather=None,
+    set_to_none=True,
+    loss={},
+    turn=rotate,
+    norm=RMSNorm.forward,
+    precision="highest",
+    **shape,
+):
     """A step of train.py with everything at its default but what the keywords change."""
     model = our_model(s, attn, **shape)
     run = train.resolve(train.Run(attn=attn))
     adamw = train.make_optimizer(model, run, torch.device("cpu"))
     if optimizer:
         adamw = torch.optim.AdamW(adamw.param_groups, lr=run.lr, betas=(0.9, 0.95), **optimizer)
-    forward = torch.compile(model) if compiled else (lambda x, y: split_loss(model, x, y, **loss)) if loss else model
+    forward = (
+        torch.compile(model)
+        if compiled
+        else (lambda x, y: split_loss(model, x, y, **loss)) if loss else model
+    )
     cast = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
     draw = torch.Generator().manual_seed(1)
     batch = gather or (lambda: corpus.batch(s["batch_size"], s["seq_len"], draw, bos=run.bos))
@@ -201,6 +248,7 @@ def ours(s, corpus, attn="softmax", bf16=False, compiled=False, optimizer={}, cl
         count += 1
         if count % 10 == 0:
             value.item()
+
     return step
 
 
@@ -212,6 +260,7 @@ def index_table(s, corpus):
         starts = torch.randint(len(corpus.train) - T - 1, (B,), generator=draw)
         tokens = corpus.train[starts[:, None] + torch.arange(T + 1)].long()
         return tokens[:, :-1], tokens[:, 1:]
+
     return batch
 
 
@@ -223,26 +272,37 @@ def product(dtype, n=1024):
 def cases(s, corpus, threads, with_compile):
     """{name: (what makes the step, threads)}; the first is what all others are compared with."""
     bf16 = torch.cpu._is_avx512_bf16_supported()
-    found = {"softmax": {}} | {attn: dict(attn=attn) for attn in ATTENTIONS[1:]} | {
-        "AdamW not fused": dict(optimizer=dict(fused=False)),
-        "AdamW foreach": dict(optimizer=dict(foreach=True)),
-        "clip foreach": dict(clip=dict(foreach=True)),
-        "no clipping": dict(clip=None),
-        "gradients zeroed, not freed": dict(set_to_none=False),
-        "batch by index table": dict(gather=index_table(s, corpus)),
-        "rotation by halves": dict(turn=rotate_by_halves),
-        "RMSNorm by one reduction": dict(norm=norm_by_length),
-        "RMSNorm by F.rms_norm": dict(norm=norm_by_torch),
-        "q k v in one matrix": dict(fused_qkv=True),
-        "gate and up in one matrix": dict(fused_mlp=True),
-        "loss in 4 chunks": dict(loss=dict(chunks=4)),
-    }
+    found = (
+        {"softmax": {}}
+        | {attn: dict(attn=attn) for attn in ATTENTIONS[1:]}
+        | {
+            "AdamW not fused": dict(optimizer=dict(fused=False)),
+            "AdamW foreach": dict(optimizer=dict(foreach=True)),
+            "clip foreach": dict(clip=dict(foreach=True)),
+            "no clipping": dict(clip=None),
+            "gradients zeroed, not freed": dict(set_to_none=False),
+            "batch by index table": dict(gather=index_table(s, corpus)),
+            "rotation by halves": dict(turn=rotate_by_halves),
+            "RMSNorm by one reduction": dict(norm=norm_by_length),
+            "RMSNorm by F.rms_norm": dict(norm=norm_by_torch),
+            "q k v in one matrix": dict(fused_qkv=True),
+            "gate and up in one matrix": dict(fused_mlp=True),
+            "loss in 4 chunks": dict(loss=dict(chunks=4)),
+        }
+    )
     if bf16:
-        found |= {"bf16 autocast": dict(bf16=True), "output matrix bf16": dict(loss=dict(head_dtype=torch.bfloat16)),
-                  "products inside in bf16": dict(precision="medium")}
+        found |= {
+            "bf16 autocast": dict(bf16=True),
+            "output matrix bf16": dict(loss=dict(head_dtype=torch.bfloat16)),
+            "products inside in bf16": dict(precision="medium"),
+        }
     if with_compile:
-        found |= {"compile": dict(compiled=True)} | ({"compile, bf16": dict(compiled=True, bf16=True)} if bf16 else {})
-    made = {name: ((lambda how=how: ours(s, corpus, **how)), threads) for name, how in found.items()}
+        found |= {"compile": dict(compiled=True)} | (
+            {"compile, bf16": dict(compiled=True, bf16=True)} if bf16 else {}
+        )
+    made = {
+        name: ((lambda how=how: ours(s, corpus, **how)), threads) for name, how in found.items()
+    }
     made["baseline"] = (lambda: baseline(s, corpus)), threads
     if with_compile:
         made["baseline, compile"] = (lambda: baseline(s, corpus, compiled=True)), threads
@@ -256,6 +316,7 @@ def cases(s, corpus, threads, with_compile):
 
 
 # ---------------------------------------------------------------- measuring
+
 
 def measure(made, seconds):
     """{name: calls per second in each round} and {name: seconds that the first call took}."""
@@ -289,41 +350,70 @@ def middle(values):
 def bench(shape, seconds, threads, with_compile):
     """Measure one shape -> a row for each case, and what the shares of the peak are made of."""
     s = SHAPES[shape]
-    stream = torch.randint(s["vocab_size"] - 1, (10**6,), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    stream = torch.randint(
+        s["vocab_size"] - 1, (10**6,), generator=torch.Generator().manual_seed(0)
+    ).to(torch.int16)
     corpus = data.Corpus("random", s["vocab_size"], s["vocab_size"] - 1, train=stream, val=stream)
     rates, first = measure(cases(s, corpus, threads, with_compile), seconds)
     model = our_model(s)
     parameters = sum(p.numel() for p in model.parameters())
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    matrices = sum(
+        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name
+    )
     flops = 6 * matrices + 6 * s["num_hidden_layers"] * s["hidden_size"] * s["seq_len"]
     tokens, rows = s["batch_size"] * s["seq_len"], {}
     for name, values in rates.items():
         if name.startswith("peak"):
             rows[name] = {"gflops": [round(2 * 1024**3 * v / 1e9, 1) for v in middle(values)]}
             continue
-        rows[name] = {"tokens_per_second": [round(tokens * v) for v in middle(values)],
-                      "ratio": [round(v, 3) for v in middle([a / b for a, b in zip(values, rates["softmax"])])],
-                      "first_step_seconds": round(first[name], 2)}
-    for name, peak in (("softmax", "peak fp32"), ("bf16 autocast", "peak bf16"), ("compile", "peak fp32"), ("compile, bf16", "peak bf16")):
+        rows[name] = {
+            "tokens_per_second": [round(tokens * v) for v in middle(values)],
+            "ratio": [
+                round(v, 3) for v in middle([a / b for a, b in zip(values, rates["softmax"])])
+            ],
+            "first_step_seconds": round(first[name], 2),
+        }
+    for name, peak in (
+        ("softmax", "peak fp32"),
+        ("bf16 autocast", "peak bf16"),
+        ("compile", "peak fp32"),
+        ("compile, bf16", "peak bf16"),
+    ):
         if name in rows and peak in rows:
-            share = [tokens * flops * a / (2 * 1024**3 * b) for a, b in zip(rates[name], rates[peak])]
+            share = [
+                tokens * flops * a / (2 * 1024**3 * b) for a, b in zip(rates[name], rates[peak])
+            ]
             rows[name]["share_of_peak"] = [round(v, 3) for v in middle(share)]
-    return {"shape": s, "parameters": parameters, "flops_per_token": flops, "rounds": len(rates["softmax"]), "cases": rows}
+    return {
+        "shape": s,
+        "parameters": parameters,
+        "flops_per_token": flops,
+        "rounds": len(rates["softmax"]),
+        "cases": rows,
+    }
 
 
 def table(found):
     """The measurements of one shape as Markdown."""
     s, rows = found["shape"], found["cases"]
-    out = [f"width {s['hidden_size']}, {s['num_hidden_layers']} layers, V {s['vocab_size']}, T {s['seq_len']}, B {s['batch_size']}: "
-           f"{found['parameters']:,} parameters, {found['rounds']} rounds", "",
-           "| case | tokens/s | against softmax | quartiles | share of peak |", "|---|---|---|---|---|"]
+    out = [
+        f"width {s['hidden_size']}, {s['num_hidden_layers']} layers, V {s['vocab_size']}, T {s['seq_len']}, B {s['batch_size']}: "
+        f"{found['parameters']:,} parameters, {found['rounds']} rounds",
+        "",
+        "| case | tokens/s | against softmax | quartiles | share of peak |",
+        "|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         if "gflops" in row:
-            out.append(f"| {name} | {row['gflops'][1]:,.0f} GFLOP/s | | {row['gflops'][0]:,.0f} to {row['gflops'][2]:,.0f} | |")
+            out.append(
+                f"| {name} | {row['gflops'][1]:,.0f} GFLOP/s | | {row['gflops'][0]:,.0f} to {row['gflops'][2]:,.0f} | |"
+            )
         else:
             share = f"{row['share_of_peak'][1]:.0%}" if "share_of_peak" in row else ""
             low, mid, high = row["ratio"]
-            out.append(f"| {name} | {row['tokens_per_second'][1]:,} | {mid:.2f} | {low:.2f} to {high:.2f} | {share} |")
+            out.append(
+                f"| {name} | {row['tokens_per_second'][1]:,} | {mid:.2f} | {low:.2f} to {high:.2f} | {share} |"
+            )
     return "\n".join(out)
 
 
@@ -336,16 +426,34 @@ def render():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=180, help="of measuring, for each shape (default: 180)")
-    parser.add_argument("--shape", choices=list(SHAPES), action="append", help="only this one (default: all)")
-    parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 4), help="(default: the cores, at most 4)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes a minute to start")
+    parser.add_argument(
+        "--seconds", type=float, default=180, help="of measuring, for each shape (default: 180)"
+    )
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), action="append", help="only this one (default: all)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=min(os.cpu_count() or 1, 4),
+        help="(default: the cores, at most 4)",
+    )
+    parser.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="leave torch.compile out: it takes a minute to start",
+    )
     args = parser.parse_args()
-    result = {"environment": train.environment(torch.device("cpu"), args.threads),
-              "bf16_instructions": torch.cpu._is_avx512_bf16_supported(), "shapes": {}}
+    result = {
+        "environment": train.environment(torch.device("cpu"), args.threads),
+        "bf16_instructions": torch.cpu._is_avx512_bf16_supported(),
+        "shapes": {},
+    }
     for shape in args.shape or SHAPES:
         torch._dynamo.reset()
-        found = result["shapes"][shape] = bench(shape, args.seconds, args.threads, not args.no_compile)
+        found = result["shapes"][shape] = bench(
+            shape, args.seconds, args.threads, not args.no_compile
+        )
         print(f"{shape}: {table(found)}\n", flush=True)
     write_json(RESULTS, result)
     render()

@@ -644,7 +644,8 @@ def draw_wo(found):
              label=f"{label}: {found['average'][name]:.2f}")
     null = found["null_std"]
     ax.axhspan(-2 * null, 2 * null, color="0.9", zorder=0, label="two deviations of chance")
-    figures.dress(ax, "W$_O$ does not read most where z varies most, nor write where the state does",
+    title = "W$_O$ does not read most where z varies most, nor write where the state does"
+    figures.dress(ax, title,
                   {"loc": "center left", "bbox_to_anchor": (1, 0.5),
                    "title": "Kendall tau, mean of the layers"},
                   xlabel="layer", ylabel="spread against length")
@@ -669,7 +670,8 @@ def draw_heads(found):
                   "the first key", None, ylabel="queries with q·k > 0, after rotation",
                   xlabel="cos of the leading query and the key")
     figures.dress(axes[1], f"The better aligned, the stronger the sink (tau {found['tau']:.2f})",
-                  None, ylabel="attention to the token", xlabel="cos of the leading query and the key")
+                  None, ylabel="attention to the token",
+                  xlabel="cos of the leading query and the key")
     dot = {"ls": "", "marker": "o", "color": ACCENT}
     entries = [Line2D([], [], label="token 0, a head with a sink (> 0.3)", **dot),
                Line2D([], [], label="token 0, a head without", mfc="none", **dot),
