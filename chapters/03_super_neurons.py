@@ -248,8 +248,8 @@ assert sink["two others"] > 0.9 * sink["untouched"], "two others do not"
 
 # %% [markdown]
 # The state is no longer than any other now, and from layer 16 on attention to it is
-# low. Layers 12 to 15 keep a part of their sinks: they have another way to know the first
-# token.
+# low. Layers 12 to 15 keep a part of their sinks: they have another way to know the
+# first token.
 #
 # ## Let it write
 #

@@ -100,7 +100,7 @@ class Baseline(nn.Module):
 
 
 def baseline(s, corpus, compiled=False):
-    """Its usual loop: windows stacked one by one, AdamW as torch gives it, the loss read at every 10th step."""
+    """Its usual loop: windows stacked one by one, AdamW as torch gives it."""
     model = Baseline(s)
     forward = torch.compile(model) if compiled else model
     groups = [
@@ -127,7 +127,7 @@ def baseline(s, corpus, compiled=False):
     return step
 
 
-# ---------------------------------------------------------------- our step, and single changes of it
+# ---------------------------------------------------------------- our step, and changes of it
 
 
 class FusedAttention(Attention):
@@ -165,7 +165,7 @@ def rotate_by_halves(x, cos, sin):
 
 
 def norm_by_length(self, x):
-    """`model.RMSNorm` with one reduction for the sum of squares, where the formula has a square and a mean."""
+    """`model.RMSNorm` with one reduction for the sum of squares, instead of square and mean."""
     y = x.float()
     mean_square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / y.shape[-1]
     return self.weight * (y * torch.rsqrt(mean_square + self.eps)).type_as(x)
@@ -189,7 +189,7 @@ def our_model(s, attn="softmax", fused_qkv=False, fused_mlp=False):
 
 
 def split_loss(model, x, y, chunks=1, head_dtype=torch.float32):
-    """The forward pass with the loss taken over pieces of the batch, or the output matrix in another dtype."""
+    """The forward pass with the loss over pieces of the batch, or the head in another dtype."""
     rope, h = rope_turns(model.rope_freq, x.shape[1]), model.embed_tokens(x)
     for layer in model.layers:
         h = layer(h, rope, None, untapped)
@@ -397,7 +397,8 @@ def table(found):
     """The measurements of one shape as Markdown."""
     s, rows = found["shape"], found["cases"]
     out = [
-        f"width {s['hidden_size']}, {s['num_hidden_layers']} layers, V {s['vocab_size']}, T {s['seq_len']}, B {s['batch_size']}: "
+        f"width {s['hidden_size']}, {s['num_hidden_layers']} layers, V {s['vocab_size']}, "
+        f"T {s['seq_len']}, B {s['batch_size']}: "
         f"{found['parameters']:,} parameters, {found['rounds']} rounds",
         "",
         "| case | tokens/s | against softmax | quartiles | share of peak |",
@@ -406,13 +407,15 @@ def table(found):
     for name, row in rows.items():
         if "gflops" in row:
             out.append(
-                f"| {name} | {row['gflops'][1]:,.0f} GFLOP/s | | {row['gflops'][0]:,.0f} to {row['gflops'][2]:,.0f} | |"
+                f"| {name} | {row['gflops'][1]:,.0f} GFLOP/s | | "
+                f"{row['gflops'][0]:,.0f} to {row['gflops'][2]:,.0f} | |"
             )
         else:
             share = f"{row['share_of_peak'][1]:.0%}" if "share_of_peak" in row else ""
             low, mid, high = row["ratio"]
             out.append(
-                f"| {name} | {row['tokens_per_second'][1]:,} | {mid:.2f} | {low:.2f} to {high:.2f} | {share} |"
+                f"| {name} | {row['tokens_per_second'][1]:,} | {mid:.2f} | "
+                f"{low:.2f} to {high:.2f} | {share} |"
             )
     return "\n".join(out)
 

@@ -26,8 +26,8 @@ def sum_variance(answer):
 def prediction(answer):
     got = sorted(int(t) for t in answer)
     assert 10 in got, "Token 10 sees one value, its own. What is averaged there?"
-    assert got == [10], ("Only row 10 of the mask changed: in the first layer the others "
-                         "average the same values as before.")
+    assert got == [10], ("Only row 10 of the mask changed: in the first layer the "
+                         "others average the same values as before.")
 
 
 def initial_discrepancy(answer):
