@@ -73,10 +73,10 @@ def prepare(paths):
     lesson.models(*(name for name in lesson.RUNS if f'"{name}"' in text))
 
 
-def execute(path):
+def execute(path, notebook=None):
     """The notebook of a chapter, run from its first cell to its last in a kernel of its own
-    that stands in chapters/. Raises UserError with what a failing cell said above it."""
-    notebook = jupytext.read(path)
+    that stands in chapters/. Raises UserError, below what the failing cell says."""
+    notebook = notebook or jupytext.read(path)
     line, cells = Live(), len(notebook.cells)
     line.watched = sys.stdout.isatty()  # this program is no notebook, though it loads one
 
@@ -210,7 +210,7 @@ def fence(tokens, at, *_):
 def site():
     """out/book/ from every page and figure of chapters/book."""
     markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
-    markdown.use(dollarmath_plugin, renderer=formula)
+    markdown.use(dollarmath_plugin, renderer=formula, double_inline=True)
     markdown.renderer.rules["fence"] = fence
     colours = HtmlFormatter().get_style_defs(".highlight")
     files = {"style.css": (STYLE + colours).encode()}
