@@ -267,9 +267,13 @@ class Evaluation:
         row = {"val_loss": total / self.y.numel()}
         if self.bytes_per_token:
             row["bpb"] = row["val_loss"] / math.log(2) / self.bytes_per_token
-        if math.isfinite(total):  # else it has diverged, and has no chain
+        if not math.isfinite(total):  # it has diverged, and has no chain
+            return row
+        try:
             for name, idx in self.windows.items():
                 row[name] = finite(probe.chain(model, idx))
+        except torch.linalg.LinAlgError:  # states so large that their squares overflow
+            row["val_loss"] = math.nan
         return row
 
 
@@ -332,7 +336,10 @@ class State:
             if not all(t.isfinite().all() for t in moment.values()):
                 raise bad_checkpoint(self.path, f"moments {i} are not finite")
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.batches.set_state(saved["batches"])
+        try:
+            self.batches.set_state(saved["batches"])
+        except RuntimeError:  # torch looks inside
+            raise bad_checkpoint(self.path, "the generator's state is none") from None
         self.step, self.smooth, self.seconds = (saved[n] for n in ("step", "smooth", "seconds"))
         self.log = [row for row in read_log(self.folder) if row["step"] <= self.step]
 
