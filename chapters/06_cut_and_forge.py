@@ -273,11 +273,14 @@ print("share of the sink taken, or of two sinks made")
 for row in small:
     indent = "    " if row["control"] else f"{row['kind']} {row['link']}: "
     print(f"{indent}{row['says']:30} {probe.share(row, 64):4.0%}")
-toy = {row["says"]: probe.share(row, 64) for row in small}
+masked, amplified = (probe.share(row, 64) for row in small if row["says"] in
+                     ("token k sees only itself", "variance of z_k x 25"))
+assert masked > 0.25 and amplified < masked / 2, "variance does as much as the mask"
 
 # %% [markdown]
-# Here a *shift* or *scaling* can do as much as variance, or more: the opposite of
-# SmolLM2. One more test. Take the deviation $d = z_k - \mu$ that a token has which sees
+# The mask works here too. Amplified variance does not: it makes little more of a sink
+# than its controls, scaling and shift. And the toy's sink outlives the cut of its key.
+# One more test. Take the deviation $d = z_k - \mu$ that a token has which sees
 # only itself, and give $z_k$ the old mean plus
 #
 # - $d$ itself: **one token** speaks in all heads;
@@ -308,14 +311,18 @@ def agreement(net, tokens):
 together = {"micro": agreement(micro, rest), "SmolLM2": agreement(model, x)}
 for name, (one, apart) in together.items():
     print(f"{name:8} one token {one:.2f}, heads apart {apart:.2f}")
+assert together["micro"][0] > 2 * together["micro"][1], "the toy does not need agreement"
+assert together["SmolLM2"][1] > 2 * together["SmolLM2"][0], "SmolLM2 needs it"
 
 # %% [markdown]
-# In the toy the mark is that *all heads bring the same thing*: nothing was mixed in.
-# A larger variance comes with that, and is not what is read. SmolLM2 shows no such
-# need. Why should they differ? Three layers of four heads have little room: one
-# neuron must see the mark in one layer, by what the heads have in common. Thirty
-# layers can amplify any outlier step by step, from whichever head it comes. This is a
-# guess. What would test it is a toy of ten layers.
+# In the toy the mark is that *all heads bring the same thing*: nothing was mixed in. A
+# larger variance comes with that, and is not what is read. In SmolLM2 it is the other
+# way round: heads that disagree make a sink, one token's deviation does not.
+#
+# Why should they differ? A guess: three layers of four heads have little room, and one
+# neuron has to see the mark by what the heads have in common. Thirty layers can build
+# up anything *unusual* step by step, and heads from different windows are as unusual as
+# amplified ones. Test it: train a toy of ten layers.
 #
 # ## Beside the paper
 

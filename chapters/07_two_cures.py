@@ -251,7 +251,7 @@ for axis, (lane, title) in zip(axes, titles.items()):
     figures.dress(axis, title, ylim=(0, 0.8), xlim=(-0.5, 3.5))
 axes[0].set_ylabel("attention to token 0,\nstrongest head, one dot a seed")
 show(figure, "07_seeds", "The sink of each attention, a dot a seed. Text: all but "
-     "sigmoid above 0.3. Copying: softmax mostly above, headnorm below, gated on both sides.")
+     "sigmoid above 0.3. Copying: softmax mostly above, headnorm below, gated both.")
 
 # %%
 for lane in titles:
