@@ -311,7 +311,7 @@ def agreement(net, tokens):
 together = {"micro": agreement(micro, rest), "SmolLM2": agreement(model, x)}
 for name, (one, apart) in together.items():
     print(f"{name:8} one token {one:.2f}, heads apart {apart:.2f}")
-assert together["micro"][0] > 2 * together["micro"][1], "the toy does not need agreement"
+assert together["micro"][0] > 2 * together["micro"][1], "the toy needs no agreement"
 assert together["SmolLM2"][1] > 2 * together["SmolLM2"][0], "SmolLM2 needs it"
 
 # %% [markdown]
