@@ -70,7 +70,8 @@ def prepare(paths):
     text = "".join(path.read_text(encoding="utf-8") for path in paths)
     if "real()" in text:
         lesson.smollm2.fetch()
-    lesson.models(*(name for name in lesson.RUNS if f'"{name}"' in text))
+    every = "models(*names)" in text  # of names that are put together there
+    lesson.models(*(name for name in lesson.RUNS if every or f'"{name}"' in text))
 
 
 def execute(path, notebook=None):
