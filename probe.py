@@ -14,11 +14,13 @@ Letters in shapes: N windows, T position, H head, K key/value head, D head width
 F neuron, L layer. `k` is the token looked at: 0, the first one, unless told.
 """
 
+import os
 import signal
 import sys
 
-if __name__ == "__main__":  # torch takes seconds to import, and Ctrl-C should be one line then too
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("probe.py: stopped"))
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # the imports below take seconds, and Ctrl-C ends them in one line too
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"probe.py: stopped\n"), os._exit(130)))
 
 import argparse
 import math
@@ -791,7 +793,7 @@ def settings(args):
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="probe.py", description=(__doc__ or "").split("One table")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="numbers:\n" + "\n".join(f"  {key:18}{says}" for key, says in glossary()))
@@ -809,6 +811,11 @@ def parse(argv=None):
     p.add_argument("--out", help="folder for JSON and figures (default: that of the first run, "
                    "out/smollm2, or out/ and the name of the checkpoint)")
     return p.parse_args(argv)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see python probe.py --help")
 
 
 def check(args):
@@ -846,5 +853,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(program("probe.py", main))
