@@ -8,10 +8,10 @@
 # %% [markdown]
 # # 04 · Dimension disparity
 #
-# **Claim.** In SmolLM2 the state of the first token becomes over a hundred times as
-# long as any ordinary one, and nearly all of it is one dimension. Where that dimension
-# is large there are sinks, and where it is erased there are none. What counts is that
-# it is large, not what it says: put its mean in its place and nothing changes.
+# **Claim.** In SmolLM2 the state of the first token becomes over a hundred times as long
+# as that of an ordinary one, and nearly all of it is one dimension. Where that dimension is
+# large there are sinks, and where it is erased there are none. It carries no news: put its
+# mean in its place and nothing changes.
 #
 # **You need** chapter 03: the neurons that write it. **Run time**: about 30 seconds on
 # 2 cores; the two small models must exist.
@@ -197,7 +197,7 @@ for n, t in {(n, t) for n, t, _ in where[12].tolist() if t > 0}:
           f"dimension 507: {states[12][n, t, 507]:.0f}")
 
 # %% [markdown]
-# ## Is it the size, or what it says?
+# ## Does it say anything?
 #
 # Change one number: dimension 507 of token 0, in the state that layer 12 reads. Set it
 # to zero, or set it to the mean that it has on *random* tokens, the same for every
@@ -327,10 +327,15 @@ def shares_of(parts):
 check("04.shares_of", shares_of)
 
 # %% [markdown]
-# **4.** An experiment. How small may the number be? Give a value, as small as you can,
-# that dimension 507 of token 0 may have before layer 12 so that the loss on English
-# text rises by less than 0.3 nats. Try `with_507`; the check wants one below 6,000.
+# **4.** An experiment. Must the first state be long? Given the state `x` (N, T, C) that
+# layer 12 reads, change token 0 only, make it *at most a tenth as long*, and keep the loss
+# on English text within 0.3 nats of that of the untouched model. To make dimension 507
+# alone smaller is not the way: try `with_507(9000)` first, and think about why.
+
 
 # %%
-smallest = ...
-check("04.smallest", smallest)
+def shorten(x):
+    ...
+
+
+check("04.shorten", shorten)

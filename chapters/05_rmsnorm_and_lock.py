@@ -271,10 +271,11 @@ locked = positive > 0.95
 
 # %%
 figure, axis = plt.subplots(figsize=(8.8, 3.9))
-for which, style in ((~locked, dict(marker="x", color="0.4", label="fewer of its queries")),
-                     (locked, dict(marker="o", color=figures.ACCENT,
-                                   label="more than 95 % of its queries have q · k₀ > 0"))):
-    axis.plot(lock[which], sink[which], ls="", **style)
+kinds = {"more than 95 % of its queries have q · k₀ > 0":
+         (locked, dict(marker="o", color=figures.ACCENT)),
+         "fewer of its queries": (~locked, dict(marker="x", color="0.4"))}
+for label, (which, style) in kinds.items():
+    axis.plot(lock[which], sink[which], ls="", label=label, **style)
 axis.axhline(probe.SINK, color="black", lw=0.9, ls=":")
 figures.dress(axis, "A sink only where nearly all queries are on the side of key 0",
               {"loc": "upper left"}, xlabel="cos(u₁, k₀) of a head, before rotation",

@@ -43,18 +43,19 @@ def shares_of(answer):
 
 
 @torch.no_grad()
-def smallest(answer):
-    value = float(answer)
-    assert 0 <= value < 6000, "A value from 0 to below 6,000."
+def shorten(answer):
     model, _ = real()
     x, y = english(4)
 
     def change(state):
-        state = state.clone()
-        state[:, 0, 507] = value
-        return state
+        got = answer(state.clone())
+        assert got is not None, "Return the changed state (N, T, C)."
+        assert torch.equal(got[:, 1:], state[:, 1:]), "Change token 0 only."
+        part = (got[:, 0].norm(dim=-1) / state[:, 0].norm(dim=-1)).max().item()
+        assert part < 0.101, f"Its length is still {part:.2f} of what it was."
+        return got
 
     tap = make_tap(model.cfg, {"12.resid_pre": change})
     loss, whole = model(x, y, tap)[1].item(), model(x, y)[1].item()
-    assert loss < whole + 0.3, (f"With {value:.0f} the loss is {loss:.2f}, untouched "
-                                f"{whole:.2f}. Which other dimensions are large there?")
+    assert loss < whole + 0.3, (f"The loss is {loss:.2f}, untouched {whole:.2f}. What does "
+                                "the norm in front of every layer keep of a state?")
