@@ -8,10 +8,10 @@
 # %% [markdown]
 # # 04 · Dimension disparity
 #
-# **Claim.** In SmolLM2 the state of the first token becomes over a hundred times as long
-# as that of an ordinary one, and nearly all of it is one dimension. Where that dimension is
-# large there are sinks, and where it is erased there are none. It carries no news: put its
-# mean in its place and nothing changes.
+# **Claim.** In SmolLM2 the state of the first token becomes over a hundred times as
+# long as that of an ordinary one, and nearly all of it is one dimension. Where that
+# dimension is large there are sinks, and where it is erased there are none. It carries
+# no news: put its mean in its place and nothing changes.
 #
 # **You need** chapter 03: the neurons that write it. **Run time**: about 30 seconds on
 # 2 cores; the two small models must exist.
@@ -327,10 +327,11 @@ def shares_of(parts):
 check("04.shares_of", shares_of)
 
 # %% [markdown]
-# **4.** An experiment. Must the first state be long? Given the state `x` (N, T, C) that
-# layer 12 reads, change token 0 only, make it *at most a tenth as long*, and keep the loss
-# on English text within 0.3 nats of that of the untouched model. To make dimension 507
-# alone smaller is not the way: try `with_507(9000)` first, and think about why.
+# **4.** An experiment. Must the first state be long? Given the state `x` (N, T, C)
+# that layer 12 reads, change token 0 only, make it *at most a tenth as long*, and keep
+# the loss on English text within 0.3 nats of that of the untouched model. To make
+# dimension 507 alone smaller is not the way: try `with_507(9000)` first, and think
+# about why.
 
 
 # %%

@@ -57,5 +57,5 @@ def shorten(answer):
 
     tap = make_tap(model.cfg, {"12.resid_pre": change})
     loss, whole = model(x, y, tap)[1].item(), model(x, y)[1].item()
-    assert loss < whole + 0.3, (f"The loss is {loss:.2f}, untouched {whole:.2f}. What does "
-                                "the norm in front of every layer keep of a state?")
+    assert loss < whole + 0.3, (f"The loss is {loss:.2f}, untouched {whole:.2f}. What "
+                                "does the norm before every layer keep of a state?")
