@@ -616,7 +616,7 @@ def digits(v):
     """Three digits; "-" for a number that does not exist."""
     if v is None or not math.isfinite(v):
         return "-"
-    return f"{v:.3g}" if abs(v) < 1000 else f"{v:.0f}"
+    return f"{v:.3g}" if abs(v) < 1000 else f"{v:.0f}" if abs(v) < 1e5 else f"{v:.1e}"
 
 
 def with_spread(mean, spread):

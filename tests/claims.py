@@ -481,19 +481,20 @@ FOUND = (  # the README's five bullets; what stands in braces comes from claims.
     "controls take next to nothing.",
     "**A handful of neurons carries it**, which the paper did not test: with five of 1,536 a "
     "layer silent at that one token it has no sink (the next tokens take it over; with the five "
-    "silent everywhere there is none), and five others of like weight take {others}. Let the model "
-    "write without two of them: [chapter 03](chapters/book/03.md).",
+    "silent everywhere there is none), and five others of like weight take nothing ({others}). "
+    "Let the model write without two of them: [chapter 03](chapters/book/03.md).",
     "**Variance forges a sink, length does not.** A token that sees only itself gets {itself} "
     "of the two sinks; one whose variance is amplified {amplified}, shifted to the same length "
     "{shifted}, scaled {scaled}. In our toys (micro, the {sinks} of 5 seeds that have a sink) "
-    "it is the other way round: {toy_amplified} by variance, {toy_shifted} by the shift.",
-    "**Not everything holds.** In SmolLM2 the columns of W_O do not favour the dimensions of high "
-    "variance (Kendall tau {tau}, the paper 0.32), nor do the rows that write ({rows}); it weakens "
-    "the outlier that it is said to pass on ({variance} times the median before it, {out} after, in "
-    "text {text_variance} and {text_out}). Giving the first token the others' RMS before W_O "
-    "takes only {cut_W_O} of the sink. A fixed direction and a large DomRatio are not its own "
-    "alone: it has {direction} and {dominance}, an ordinary token {direction_ordinary} and "
-    "{dominance_ordinary}.",
+    "the first holds ({toy_itself}) and the second does not: {toy_amplified} by variance, "
+    "{toy_shifted} by the shift.",
+    "**Not everything holds.** In SmolLM2 the columns of W_O do not favour the dimensions of "
+    "high variance (Kendall tau {tau}, the paper 0.32), nor do the rows that write ({rows}); it "
+    "weakens the outlier that it is said to pass on ({variance} times the median before it, "
+    "{out} after, in text {text_variance} and {text_out}). Giving the first token the others' "
+    "RMS before W_O takes only {cut_W_O} of the sink. A fixed direction and a large DomRatio "
+    "are not its own alone: it has {direction} and {dominance}, an ordinary token "
+    "{direction_ordinary} and {dominance_ordinary}.",
     "**No cure is proven here.** Where every window begins with `<|bos|>` the strongest head "
     "gives it {text_softmax} (softmax), {text_headnorm} (headnorm), {text_sigmoid} (sigmoid) "
     "and {text_gated} (gated, a known cure): that is no test of a cure. On ordinary first "
@@ -513,7 +514,8 @@ def findings(found) -> str:
                 if link.cut}
     percents |= {
         "heads": (S, at("sink_rate")), "others": (S, control_of("cut neurons")),
-        "itself": (S, effect("forge variance")), "amplified": (S, effect("forge W_O")),
+        "itself": (S, effect("forge variance")),
+        "toy_itself": (M, effect("forge variance")), "amplified": (S, effect("forge W_O")),
         "shifted": (S, control_of("forge W_O")), "scaled": (S, control_of("forge W_O", 1)),
         "toy_amplified": (M, effect("forge W_O")), "toy_shifted": (M, control_of("forge W_O"))}
     plain = {

@@ -13,7 +13,8 @@ TRACKED = LISTED.stdout.split()
 FILES = [ROOT / name for name in TRACKED if name.endswith(".py")]
 KNOWS = {  # who may import whom, at the top of a file
     "data": {"data"}, "model": {"data"}, "probe": {"data", "model"},
-    "train": {"data", "model", "probe"}, "chapters": {"data", "model", "probe", "train", "chapters"}}
+    "train": {"data", "model", "probe"},
+    "chapters": {"data", "model", "probe", "train", "chapters"}}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
