@@ -1,11 +1,11 @@
 """The chapters as a book that is read without running anything.
 
-    python -m chapters.book            run every chapter, write chapters/book and out/book
+    python -m chapters.book            run every chapter, write the book and the site
     python -m chapters.book 03 05      only these; of the others, what is there stays
-    python -m chapters.book --check    run nothing: does the book show the chapters as they are?
+    python -m chapters.book --check    run nothing: is the book as the chapters are?
 
-chapters/book/NN.md has the text, code, output and figures of a chapter, and is committed:
-the repository's page shows it. The same pages are a site in out/book/, with formulas as
+chapters/book/NN.md has the text, code, output and figures of a chapter, and is
+committed: the repository's page shows it. The same pages are a site in out/book/, with formulas as
 MathML, which browsers draw by themselves, without a network. The same numbers give the
 same bytes: no times, no counts, and of what a cell prints only its standard output.
 """
@@ -43,10 +43,10 @@ PAGE = """<!DOCTYPE html>
 {body}</main>
 </html>
 """
-STYLE = """body { margin: 0; font: 17px/1.55 Georgia, serif; color: #111; background: #fff }
+STYLE = """body { margin: 0; font: 17px/1.55 Georgia, serif; color: #111 }
 main { max-width: 845px; margin: 2em auto; padding: 0 1em }
 h1, h2, h3 { font-family: system-ui, sans-serif; line-height: 1.2; margin-top: 1.6em }
-code, pre { font: 14px/1.4 ui-monospace, "DejaVu Sans Mono", monospace }
+code, pre { font: 13px/1.4 ui-monospace, "DejaVu Sans Mono", monospace }
 pre { overflow-x: auto; padding: .7em .9em; border-radius: 4px; background: #f6f6f6 }
 pre.output { background: #fff; border: 1px solid #ddd }
 img { max-width: 100%; height: auto; display: block; margin: 1em 0 }
@@ -64,7 +64,7 @@ def chapters() -> list[Path]:
 # ---------------------------------------------------------------- running
 
 def prepare(paths):
-    """Fetch and train what these chapters use. Training tells how long it takes: inside a
+    """Fetch and train what these chapters use. Training tells how long it takes: in a
     chapter, that would stand in the book."""
     from chapters import lesson
     text = "".join(path.read_text(encoding="utf-8") for path in paths)
@@ -75,11 +75,11 @@ def prepare(paths):
 
 
 def execute(path, notebook=None):
-    """The notebook of a chapter, run from its first cell to its last in a kernel of its own
+    """The notebook of a chapter, run from first cell to last in a kernel of its own
     that stands in chapters/. Raises UserError, below what the failing cell says."""
     notebook = notebook or jupytext.read(path)
     line, cells = Live(), len(notebook.cells)
-    line.watched = sys.stdout.isatty()  # this program is no notebook, though it loads one
+    line.watched = sys.stdout.isatty()  # no notebook, though it loads one
 
     def begins(cell, cell_index):
         line.next = 0
@@ -116,7 +116,7 @@ def page(path, notebook):
 
 
 def links(text):
-    """A link of a chapter, from the folder of the book: other chapters are pages there."""
+    """Links as seen from the folder of the book: other chapters are pages there."""
     text = re.sub(r"\]\((\d\d)_\w+\.py", r"](\1.md", text)
     return re.sub(r"\]\((?!\w+:|#|\d\d\.md)", "](../", text)
 
@@ -134,13 +134,16 @@ def outputs(path, found, figures):
             text += data.get("text/plain", "") + "\n"
     if ADDRESS.search(text):
         raise UserError(f"{path.name} prints a memory address, which no two runs share")
-    shown = "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
+    text = re.sub(r"[^\n]*\r", "", text)  # what a terminal writes over
+    lines = text.strip("\n").split("\n")
+    shown = "\n".join(line.rstrip() for line in lines)
     return [f"```text\n{shown}\n```"] * bool(shown) + pictures
 
 
 def picture(path, output, figures):
     name, of = output.metadata.get("name", ""), output.metadata.get("image/png", {})
-    if not name.startswith(path.stem[:3]) or not of.get("alt") or f"{name}.png" in figures:
+    named = name.startswith(path.stem[:3]) and f"{name}.png" not in figures
+    if not named or not of.get("alt"):
         raise UserError(f"{path.name}: a figure without a name and text of its own; "
                         f'use show(figure, "{path.stem[:2]}_name", "text")')
     figures[f"{name}.png"] = base64.b64decode(output.data["image/png"])
@@ -149,7 +152,7 @@ def picture(path, output, figures):
 
 
 def neighbours(path):
-    """The last line of a page: the page before, all pages, the chapter itself, the next."""
+    """The last line of a page: the page before, all pages, the chapter, the next."""
     paths = chapters()
     at = paths.index(path)
     row = ["[Contents](README.md)", f"[Source](../{path.name})"]
@@ -184,15 +187,13 @@ def write(name, content):
 
 
 def stale():
-    """What the committed book does not show as the chapters have it, in words. Output is
-    left out of the comparison: only a run can tell."""
-    wrong = []
-    for path in chapters():
-        made = BOOK / f"{path.stem[:2]}.md"
-        text = read_bytes(made).decode() if made.exists() else ""
-        if OUTPUT.sub("", text) != page(path, jupytext.read(path))[0]:
-            wrong.append(path.stem[:2])
-    return wrong
+    """Names of pages that do not show the chapters as they are. Output is left out of the
+    comparison: only a run can tell."""
+    pages = {path.stem[:2]: page(path, jupytext.read(path))[0] for path in chapters()}
+    pages["README"] = contents()
+    made = {path.stem: read_bytes(path).decode() for path in BOOK.glob("*.md")}
+    return [name for name in sorted(pages.keys() | made.keys())
+            if OUTPUT.sub("", made.get(name, "")) != pages.get(name)]
 
 
 # ---------------------------------------------------------------- the site
@@ -218,11 +219,12 @@ def site():
     for path in sorted(BOOK.glob("*.md")):
         text = path.read_text(encoding="utf-8")
         text = re.sub(r"\]\((\d\d|README)\.md\)", r"](\1.html)", text)
-        text = text.replace("](../", "](../../chapters/").replace("README.html", "index.html")
+        text = text.replace("](../", "](../../chapters/")
+        text = text.replace("README.html", "index.html")
         heading = text.split("\n", 1)[0].removeprefix("# ")
-        body = markdown.render(text)
+        shown = PAGE.format(title=html.escape(heading), body=markdown.render(text))
         name = "index" if path.stem == "README" else path.stem
-        files[f"{name}.html"] = PAGE.format(title=html.escape(heading), body=body).encode()
+        files[f"{name}.html"] = shown.encode()
     for path in BOOK.glob("*.png"):
         files[path.name] = path.read_bytes()
     for name, content in files.items():
