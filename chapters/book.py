@@ -5,9 +5,10 @@
     python -m chapters.book --check    run nothing: is the book as the chapters are?
 
 chapters/book/NN.md has the text, code, output and figures of a chapter, and is
-committed: the repository's page shows it. The same pages are a site in out/book/, with formulas as
-MathML, which browsers draw by themselves, without a network. The same numbers give the
-same bytes: no times, no counts, and of what a cell prints only its standard output.
+committed: the repository's page shows it. The same pages are a site in out/book/, with
+formulas as MathML, which browsers draw by themselves, without a network. The same
+numbers give the same bytes: no times, no counts, and of what a cell prints only its
+standard output.
 """
 
 import argparse
@@ -187,8 +188,8 @@ def write(name, content):
 
 
 def stale():
-    """Names of pages that do not show the chapters as they are. Output is left out of the
-    comparison: only a run can tell."""
+    """Names of pages that do not show the chapters as they are. Output is left out of
+    the comparison: only a run can tell."""
     pages = {path.stem[:2]: page(path, jupytext.read(path))[0] for path in chapters()}
     pages["README"] = contents()
     made = {path.stem: read_bytes(path).decode() for path in BOOK.glob("*.md")}
