@@ -95,8 +95,9 @@ def execute(path, notebook=None):
     except CellExecutionError as error:
         say(error, to=sys.stderr)
         raise UserError(f"{path.name} stops at the cell above") from None
-    except (DeadKernelError, TimeoutError) as error:
-        raise UserError(f"{path.name}: {error}") from None
+    except (DeadKernelError, TimeoutError, AssertionError):  # nbclient's, after Ctrl-C
+        raise UserError(f"{path.name}: its kernel was stopped, or a cell took longer "
+                        f"than {SLOWEST} seconds") from None
     finally:
         line.clear()
     return notebook
