@@ -39,7 +39,7 @@ def test_measured_and_drawn(name, model, batches):
 @pytest.mark.parametrize("name", measure.MEASUREMENTS)
 def test_results(name):
     found = read_json(measure.path(name))
-    wanted = {"model", "file", "versions", "hardware", "hypothesis", "held", "cpu_seconds"}
+    wanted = {"model", "file", "versions", "hardware", "hypothesis", "held"}
     assert wanted <= set(found)
     assert found["hypothesis"] == measure.MEASUREMENTS[name].__doc__  # written down, and kept
     measure.DRAWN[name](found)

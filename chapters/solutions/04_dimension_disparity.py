@@ -16,5 +16,5 @@ def shares_of(parts):
 
 def shorten(x):
     x = x.clone()
-    x[:, 0] /= 10  # all dimensions alike: RMSNorm keeps the direction, which is as before
+    x[:, 0] /= 10  # all dimensions alike: RMSNorm keeps the direction
     return x
