@@ -36,9 +36,8 @@ from chapters.figures import ACCENT, GREY
 from data import smollm2
 from data.border import program, read_json, say, write_atomically, write_json
 from data.windows import english, random_windows, text_windows
-from model import GPT, compose, make_tap, record, rope_turns
-from probe import (SINK, TOP, amplify, at_token, contrast, dominance, energy, kendall_tau, known,
-                   later,
+from model import GPT, make_tap, record, rope_turns
+from probe import (SINK, TOP, amplify, at_token, dominance, energy, kendall_tau, known, later,
                    layers, leading_query, numbers, over_median, scale, see_only_itself, share,
                    shift, similar, sink_score, uniform_sink, weight_score, wo_alignment)
 
@@ -569,11 +568,52 @@ def heads(model, batches, bar):
                      "3": tau > 0.2}}
 
 
+def maps(model, batches, bar):
+    """One head three times, mean over 8 windows of random tokens: the strongest of the untouched
+    model; with the TOP neurons of every layer silent, at all tokens; and with token 10 seeing only
+    itself. (Silent at token 0 alone, the sink is gone from there, and the next tokens have it.)
+
+    1. Silent everywhere, the head gives no token more than 0.2. 2. Token 10 gets over 0.25.
+    """
+    x = batches.random[0][0]
+    story, _ = known(model, x)
+    L, k = len(model.layers), 10
+
+    def quiet(i):
+        return lambda post: post.index_fill(-1, story.neurons[i], 0)
+
+    edits = {
+        "as it is": {},
+        "neurons silent": {f"{i}.mlp_post": quiet(i) for i in range(L)},
+        "silent at token 0": {f"{i}.mlp_post": at_token(0, lambda p, i=i: quiet(i)(p[:, 0]))
+                              for i in range(L)},
+        "token 10 alone": {f"{i}.scores": at_token(k, lambda s: see_only_itself(s, k, None, 0), 2)
+                           for i in range(L)}}
+    where, found = None, {"maps": {}, "attention": {}}
+    for name, changes in edits.items():
+        patterns = [f"{i}.pattern" for i in range(L)]
+        kept = record(model, x, patterns, tap=make_tap(model.cfg, changes))[1]
+        if where is None:
+            sink = torch.stack([sink_score(p, 0).mean(0) for p in kept.values()])
+            where = divmod(sink[1:].argmax().item(), sink.shape[1])
+            found |= {"layer": where[0] + 1, "head": where[1]}
+        pattern = kept[f"{found['layer']}.pattern"][:, found["head"]]
+        found["maps"][name] = pattern.mean(0).tolist()
+        found["attention"][name] = [sink_score(pattern[:, None], t).mean().item()
+                                    for t in range(T - 1)]
+    silent, alone = (found["attention"][name] for name in ("neurons silent", "token 10 alone"))
+    return found | {"held": [max(silent[:T // 2]) < 0.2, alone[k] > 0.25]}
+
+
 # ---------------------------------------------------------------- the figures
 # (what stands in the JSON) -> Figure. The accent is token 0, or the sink that was forged.
 
-TITLES = {"mask": "The mask is needed in several layers", "variance": "Variance amplification",
-          "neurons": "A few neurons write the sink", "loss": "The loss", "erasers": "By layer"}
+TITLES = {
+    "mask": "Masked up to layer 2 it has half of that sink, up to 10 all; one layer is not enough",
+    "variance": "Amplified variance forges a sink, most at λ = 8; scaling and shift stay behind",
+    "neurons": "Five neurons write the sink", "loss": "What text loses without them",
+    "erasers": "Wave one carries the sinks of layers 2 to 10, wave two most of those from 12 on"}
+NAMES = {"weights": "first by weight", "like": "like weight: control"}
 
 
 def band(ax, found, **style):
@@ -582,6 +622,13 @@ def band(ax, found, **style):
     x = range(len(mean))
     ax.plot(x, mean, **style)
     ax.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.2, lw=0)
+
+
+def draw_maps(found):
+    titles = {"as it is": "as it is", "neurons silent": "5 neurons a layer silent",
+              "token 10 alone": "token 10 sees only itself"}
+    patterns = {says: torch.tensor(found["maps"][name]) for name, says in titles.items()}
+    return figures.maps(patterns, [(0,), (0,), (0, 10)])
 
 
 @figures.styled
@@ -733,6 +780,7 @@ def draw_variance(found):
     axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1))
     axes[0, 0].set_ylabel("share of the two sinks")
     axes[1, 0].set_yscale("log")
+    axes[1, 0].set_ylim(0.8)
     axes[1, 0].set_ylabel("longest state over the median")
     figure.suptitle(TITLES["variance"])
     entries = [Line2D([], [], color=color, ls=ls, label=label) for (color, ls), label in
@@ -750,8 +798,8 @@ def draw_neurons(found):
     shown = [(name, name) for name in found["sets"]]
     rows = [pick(found["rows"], set=name, tokens="first", value="zero")[0] for name, _ in shown]
     rows += pick(found["rows"], set="one", tokens="first")
-    labels = [f"{row['set']} ({len(row['neurons'])})" if row["set"] != "one" else
-              "only {}, neuron {}".format(*row["neurons"][0]) for row in rows]
+    labels = [f"{NAMES.get(row['set'], row['set'])} ({len(row['neurons'])})" if row["set"] != "one"
+              else "only {} of layer {}".format(*row["neurons"][0][::-1]) for row in rows]
     y = list(range(len(rows)))
     base = found["untouched"]["mean"]["text loss"]
     for shift_, (kind, color) in zip((-0.2, 0.2), (("random", ACCENT), ("text", "0.6"))):
@@ -795,50 +843,6 @@ def draw_neurons(found):
 
 
 # ---------------------------------------------------------------- command line
-
-def maps(model, batches, bar):
-    """One head three times, mean over 8 windows of random tokens: the strongest of the untouched
-    model; with the TOP neurons of every layer silent, at all tokens; and with token 10 seeing only
-    itself. (Silent at token 0 alone, the sink is gone from there, and the next tokens have it.)
-
-    1. Silent everywhere, the head gives no token more than 0.2. 2. Token 10 gets over 0.25.
-    """
-    x = batches.random[0][0]
-    story, _ = known(model, x)
-    L, k = len(model.layers), 10
-
-    def quiet(i):
-        return lambda post: post.index_fill(-1, story.neurons[i], 0)
-
-    edits = {
-        "as it is": {},
-        "neurons silent": {f"{i}.mlp_post": quiet(i) for i in range(L)},
-        "silent at token 0": {f"{i}.mlp_post": at_token(0, lambda p, i=i: quiet(i)(p[:, 0]))
-                              for i in range(L)},
-        "token 10 alone": {f"{i}.scores": at_token(k, lambda s: see_only_itself(s, k, None, 0), 2)
-                           for i in range(L)}}
-    where, found = None, {"maps": {}, "attention": {}}
-    for name, changes in edits.items():
-        patterns = [f"{i}.pattern" for i in range(L)]
-        kept = record(model, x, patterns, tap=make_tap(model.cfg, changes))[1]
-        if where is None:
-            sink = torch.stack([sink_score(p, 0).mean(0) for p in kept.values()])
-            where = divmod(sink[1:].argmax().item(), sink.shape[1])
-            found |= {"layer": where[0] + 1, "head": where[1]}
-        pattern = kept[f"{found['layer']}.pattern"][:, found["head"]]
-        found["maps"][name] = pattern.mean(0).tolist()
-        found["attention"][name] = [sink_score(pattern[:, None], t).mean().item()
-                                    for t in range(T - 1)]
-    silent, alone = (found["attention"][name] for name in ("neurons silent", "token 10 alone"))
-    return found | {"held": [max(silent[:T // 2]) < 0.2, alone[k] > 0.25]}
-
-
-def draw_maps(found):
-    titles = {"as it is": "as it is", "neurons silent": "5 neurons a layer silent",
-              "token 10 alone": "token 10 sees only itself"}
-    patterns = {says: torch.tensor(found["maps"][name]) for name, says in titles.items()}
-    return figures.maps(patterns, [(0,), (0,), (0, 10)])
-
 
 MEASUREMENTS = {"maps": maps, "mask": mask, "variance": variance, "waves": waves,
                 "neurons": neurons, "wo": wo, "heads": heads}
