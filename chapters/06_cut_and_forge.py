@@ -385,6 +385,6 @@ check("06.first_layer", first_layer)
 # ## Appendix: the whole matrix
 
 # %%
-figure = figures.matrix([table], T)
+figure = figures.matrix([table])
 show(figure, "06_matrix", "Every edit and control by every link: the numbers after it, "
      "darker where they changed more.")
