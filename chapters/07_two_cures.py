@@ -245,6 +245,7 @@ def has_learned(run):
     return run["val_loss"] < 1
 
 
+# %%
 figure, axes = plt.subplots(1, 2, figsize=(8.8, 3), sharey=True)
 titles = {"text": "Text, after <|bos|>", "micro": "Copying, ordinary first token"}
 for axis, (lane, title) in zip(axes, titles.items()):
