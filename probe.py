@@ -742,15 +742,19 @@ def open_runs(args):
 def show_chains(models, out, args):
     """The chain table of each kind of windows, chain.json and chain.png."""
     from chapters import figures
-    saved, told = {}, []
+    saved, portraits, told = {}, {}, []
     for kind in next(iter(models.values()))[1]:
         columns = {}
         for name, (model, kinds, null) in models.items():
             T = kinds[kind][0][0].shape[1]
             pairs = []
             for x, y in tqdm(kinds[kind], f"{name}, {kind}", leave=False, disable=None):
-                both, loss = layers(model, x, ks=(0, T // 2), y=y)
+                patterns = []
+                tap = None if name in portraits else figures.keep_in(patterns)
+                both, loss = layers(model, x, tap, ks=(0, T // 2), y=y)
                 pairs.append([summary(found) | {"loss": loss} for found in both])
+                if tap:  # the figure shows the first batch of the first kind
+                    portraits[name] = figures.picture(model.cfg, both, patterns)
             first, ordinary = (average(c) for c in zip(*pairs))
             columns |= {name: first, f"{name}, token {T // 2}": ordinary}
             if null is not None:
@@ -759,10 +763,7 @@ def show_chains(models, out, args):
             told.append((f"{name}, {kind}", first[0], ordinary[0], model.cfg, T))
         print_chain(kind, columns, model.cfg, T)
         saved[kind] = {name: {"mean": c[0], "std": c[1]} for name, c in columns.items()}
-    main = next(iter(saved))
-    portraits = {name: figures.portrait(model, kinds[main][0][0])
-                 for name, (model, kinds, _) in models.items()}
-    figures.save(out / "chain.png", figures.chain(portraits, main))
+    figures.save(out / "chain.png", figures.chain(portraits, next(iter(saved))))
     write_json(out / "chain.json", settings(args) | {"chain": saved})
     for line in told:
         tell_chain(*line)

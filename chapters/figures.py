@@ -205,19 +205,28 @@ def portrait(model, x) -> dict:
     by layer for token 0 and token T / 2, and the mean attention (T, T) of the strongest
     head after layer 0, rows made to sum to 1."""
     patterns = []
+    both, _ = probe.layers(model, x, keep_in(patterns), ks=(0, x.shape[1] // 2))
+    return picture(model.cfg, both, patterns)
 
+
+def keep_in(patterns):
+    """A tap that appends the pattern (N, H, T, T) of each layer to a list."""
     def keep(name, value):
         if name.endswith(".pattern"):
             patterns.append(value.float())
         return value
+    return keep
 
-    (first, ordinary), _ = probe.layers(model, x, keep, ks=(0, x.shape[1] // 2))
+
+def picture(cfg, both, patterns) -> dict:
+    """`portrait`, from one pass of probe.layers and what `keep_in` has kept of it."""
+    first, ordinary = both
     sink = probe.later(first["sink"]).nan_to_num()
     layer, head = divmod(sink.argmax().item(), sink.shape[1])
     layer += len(first["sink"]) - len(sink)
     rows = patterns[layer][:, head]
     rows = rows / rows.sum(-1, keepdim=True).clamp_min(1e-12)
-    return {"cfg": model.cfg, "T": x.shape[1], "first": first, "ordinary": ordinary,
+    return {"cfg": cfg, "T": rows.shape[-1], "first": first, "ordinary": ordinary,
             "layer": layer, "head": head, "map": rows.mean(0).cpu()}
 
 
