@@ -221,7 +221,7 @@ def hush(stream) -> None:
 def watched(stream) -> bool:
     """Whether somebody sees a line change: a terminal or a notebook, and no file or pipe."""
     try:
-        return stream.isatty() or "ipykernel" in sys.modules
+        return stream.isatty() or type(stream).__module__.startswith("ipykernel")
     except (ValueError, AttributeError):
         return False
 

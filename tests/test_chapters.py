@@ -178,7 +178,7 @@ def test_figures_of_the_book(path):
     assert {name for name, _, _ in found} == on_disk
     for name, width, alt in found:
         assert int(width) <= 845 and len(alt.split()) >= 6, (name, alt)
-        assert (book.BOOK / name).stat().st_size < 300_000
+        assert (book.BOOK / name).stat().st_size < 400_000
     assert not book.ADDRESS.search(text) and "Traceback" not in text
 
 
