@@ -834,6 +834,8 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name} must be from {least} to {most}, not {value!r:.40}")
+    if args.out == "":
+        raise UserError("--out is empty; give the name of a folder, or leave it out")
     if args.threads or not llama:
         torch.set_num_threads(args.threads or 1)  # a small model gains nothing from a second one
     if args.out is None:
@@ -846,6 +848,7 @@ def main(argv=None):
     check(args)
     llama = args.llama or args.runs == ["smollm2"]
     models, out = open_llama(args) if llama else open_runs(args), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)  # told now, and not when all is measured
     (show_cuts if args.cut else show_chains)(models, out, args)
     files = "cut.json, cut.png" if args.cut else "chain.json, chain.png"
     again = "" if args.cut else f"; next: python probe.py {' '.join(sys.argv[1:])} --cut"

@@ -34,14 +34,15 @@ from tqdm.auto import tqdm
 from chapters import figures
 from chapters.figures import ACCENT, GREY
 from data import smollm2
-from data.border import program, read_json, say, write_atomically, write_json
-from data.windows import english, random_windows, text_windows
+from data.border import UserError, program, read_json, say, write_atomically, write_json
+from data.windows import english, llama_encoder, random_windows, text_windows
 from model import GPT, make_tap, record, rope_turns
 from probe import (SINK, TOP, amplify, at_token, dominance, energy, kendall_tau, known, later,
                    layers, leading_query, numbers, over_median, scale, see_only_itself, share,
                    shift, similar, sink_score, uniform_sink, weight_score, wo_alignment)
 
 RESULTS = Path(__file__).parent / "results"
+SUBJECT = "smollm2"  # whose results; with RESULTS, what --llama changes
 BATCHES, N, T = 8, 8, 64
 TOKENS = (5, 10, 20, 40)  # where a sink is forged; the paper has 10
 FACTORS = (2, 4, 8, 16, 32)
@@ -851,7 +852,8 @@ DRAWN = {"maps": draw_maps, "mask": draw_mask, "variance": draw_variance, "waves
 
 
 def settings():
-    return {"model": smollm2.PACKAGE, "file": smollm2.GGUF, "windows": N, "tokens": T,
+    source = {"model": smollm2.PACKAGE, "file": smollm2.GGUF}
+    return {**(source if SUBJECT == "smollm2" else {"model": SUBJECT}), "windows": N, "tokens": T,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "hardware": f"1 thread of a {os.cpu_count()}-core CPU, float32"}
 
@@ -876,7 +878,7 @@ def rounded(value):
 
 
 def path(name, kind="json"):
-    return RESULTS / f"smollm2_{name}.{kind}"
+    return RESULTS / f"{SUBJECT}_{name}.{kind}"
 
 
 def with_palette(png):
@@ -890,18 +892,27 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m tests.measure", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("which", nargs="+", choices=[*MEASUREMENTS, "all"])
+    p.add_argument("--llama", metavar="FOLDER", help="another checkpoint in the format of Llama; "
+                   "its results go to out/ and the name of the folder")
     p.add_argument("--again", action="store_true", help="measure what is there already, too")
     p.add_argument("--render", action="store_true", help="measure nothing, draw the figures")
     args = p.parse_args(argv)
     torch.set_num_threads(1)
+    if args.llama:
+        global RESULTS, SUBJECT
+        SUBJECT = Path(args.llama).resolve().name
+        RESULTS = Path("out") / SUBJECT
     model = None
     for name in MEASUREMENTS if "all" in args.which else args.which:
         if not args.render and (args.again or not path(name).exists()):
             if model is None:
-                folder = smollm2.fetch()
+                folder = Path(args.llama) if args.llama else smollm2.fetch()
                 model = GPT.from_llama(folder).eval().requires_grad_(False)
-                batches = draw_windows(model.cfg.vocab_size,
-                                       smollm2.encoding(folder).encode_ordinary)
+                encode = (llama_encoder(folder) if args.llama
+                          else smollm2.encoding(folder).encode_ordinary)
+                if encode is None:
+                    raise UserError("these measurements need text, and so a tokenizer.json")
+                batches = draw_windows(model.cfg.vocab_size, encode)
             measure = MEASUREMENTS[name]
             begin = time.process_time()
             found = settings() | {"hypothesis": measure.__doc__} | measure(model, batches, bar)
