@@ -620,8 +620,9 @@ def digits(v):
 
 
 def with_spread(mean, spread):
-    return digits(mean) + (f" ±{spread:.1g}" if 1e-6 < abs(spread) < 10 else
-                           f" ±{spread:.0f}" if abs(spread) >= 10 else "")
+    if abs(spread) < 1e-6:
+        return digits(mean)
+    return digits(mean) + (f" ±{spread:.1g}" if abs(spread) < 9.5 else f" ±{digits(spread)}")
 
 
 def print_chain(title, columns, cfg, T):
