@@ -765,8 +765,8 @@ def story(run: Run, result: Result) -> str:
              f"{FIRST[kind]}: {after:.2f} of the attention of the strongest head, before training "
              f"{before:.2f} (one that attends to all alike: {probe.uniform_sink(run.seq_len):.2f})"]
     if run.bos:
-        lines.append("a sink on <|bos|> knows it by name, so this run is no test of a cure; "
-                     "--size micro is")
+        lines.append("a sink on <|bos|> knows it by name, so this run is no test of a cure: "
+                     "see chapter 07")
     text, share = write_text(result.model, corpus), 1.0 if corpus.task else run.repeat
     lines.append(f"a sample:\n{text}\n")
     if share and any(text.find(text[i:i + 12], i + 1) > 0 for i in range(len(text) - 12)):
