@@ -805,7 +805,8 @@ def parse(argv=None):
     p.add_argument("--cut", action="store_true", help="cut and forge every link")
     p.add_argument("--position", type=int, default=10, help="with --cut: the token where a sink is "
                    "forged (default 10)")
-    p.add_argument("--windows", type=int, help="windows a batch (default 32; 8 for a Llama)")
+    p.add_argument("--windows", type=int, help="windows a batch (default 32; for a Llama 8, "
+                   "or 6 with --cut)")
     p.add_argument("--batches", type=int, help="disjoint batches, for the spread (default 4; for a "
                    "Llama 1, or 2 with --cut)")
     p.add_argument("--seed", type=int, default=0, help="of random windows and random controls")
@@ -826,7 +827,8 @@ def check(args):
     if bool(args.runs) == bool(args.llama) or args.file and args.runs != ["smollm2"]:
         raise UserError("give smollm2 (with --file, if you have it), or the folders of one or more "
                         "runs, or --llama FOLDER")
-    usual = {"windows": 8 if llama else 32, "batches": 4 if not llama else 2 if args.cut else 1}
+    usual = {"windows": 32 if not llama else 6 if args.cut else 8,
+             "batches": 4 if not llama else 2 if args.cut else 1}
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
