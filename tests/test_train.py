@@ -10,16 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import data
 import probe
 import train
-from data.border import UserError
 from model import ATTENTIONS
 from tests.conftest import TINY
 from train import Run
@@ -313,37 +312,6 @@ def test_the_folder_follows_what_was_changed(changes, out):
     assert len(train.resolve(Run(**changes | dict(data="x" * 300))).out) < 120
 
 
-def test_trained_trains_what_is_missing_and_nothing_else(tmp_path, capsys):
-    attns = ("softmax", "headnorm")
-    runs = [Run(**{**TINY, "attn": a, "out": str(tmp_path / a)}) for a in attns]
-    assert train.trained(*runs) == [tmp_path / a for a in attns]
-    said = capsys.readouterr().out
-    assert said == f"training {runs[0].out}, {runs[1].out}, about 1 minutes\n"
-    before = (tmp_path / "softmax/model.pt").stat().st_mtime_ns
-    train.trained(*runs)
-    assert capsys.readouterr().out == ""
-    assert (tmp_path / "softmax/model.pt").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="holds a run with --steps 12, not 13"):
-        train.trained(replace(runs[0], steps=13))
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new/notes").touch()  # what the other process says reaches the caller
-    with pytest.raises(UserError, match="new: train.py: .*holds files that are no run"):
-        train.trained(replace(runs[0], out=str(tmp_path / "new")))
-
-
-def test_an_interrupt_of_trained_saves_all(tmp_path, monkeypatch, capsys):
-    long = {**TINY, "steps": 10**6, "evals": 1}
-    runs = [Run(**long, seed=seed, out=str(tmp_path / f"{seed}")) for seed in (0, 1)]
-
-    def show(self, text):
-        if text.count("to go") == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(train.Live, "show", show)
-    with pytest.raises(UserError, match="run it again to go on"):
-        train.trained(*runs)
-    assert all(saved(run.out)["step"] > 5 for run in runs)
-
-
 # ---------------------------------------------------------------- what a run leaves and says
 
 def test_files_of_a_run(tmp_path, tiny_run, book):
@@ -387,20 +355,23 @@ def test_the_end_says_what_was_shown(tmp_path, capsys):
     assert "knows it by name" in capsys.readouterr().out
 
 
-def test_time_to_go_counts_evaluations(tmp_path, monkeypatch, tiny_run):
-    slow, said, lines = train.Evaluation.__call__, [], []
+def test_time_to_go_counts_evaluations(tmp_path, monkeypatch):
+    slow, said, shown = train.Evaluation.__call__, [], []
 
     def call(self, model):
         time.sleep(0.5)
         return slow(self, model)
+
+    class Bar(tqdm):
+        def set_description_str(self, text, refresh):
+            shown.append((time.monotonic(), text))
     monkeypatch.setattr(train.Evaluation, "__call__", call)
-    settings = Run(**{**TINY, "steps": 40, "evals": 12, "out": str(tmp_path)})
+    monkeypatch.setattr(train, "bar", Bar)
     begin = time.monotonic()
-    stamped = lambda text: lines.append((time.monotonic(), text))
-    train.train(settings, say=said.append, live=stamped)
+    train.train(Run(**{**TINY, "steps": 40, "evals": 12, "out": str(tmp_path)}), say=said.append)
     end = time.monotonic()
     assert "tok/s" not in next(line for line in said if line.startswith("step      0"))
-    when, text = next(line for line in lines if "to go" in line[1])
+    when, text = next(line for line in shown if "to go" in line[1])
     told = int(text.split(" to go")[0].rpartition(":")[2])
     assert 0.5 * (end - when) - 1 < told < 2 * (end - when) + 1 and end - begin > 3
 
