@@ -88,7 +88,7 @@ class Corpus:
     def optimal_loss(self, seq_len: int, bos: float = 0.5) -> float | None:
         """The loss in nats of a perfect predictor on such batches, computed; None for text, and
         for windows so long that this would take minutes."""
-        if not self.task or seq_len > 1024:
+        if not self.task or seq_len > 128:
             return None
         loss = self.task.position_loss(seq_len + 1)  # (T + 1,)
         return float(bos * loss[:-1].mean() + (1 - bos) * loss[1:].mean())

@@ -1,7 +1,7 @@
 """A synthetic task whose perfect predictor is known: a loss can be read as a distance from it.
 
-Some queries must look back and others have nothing to copy, so that a head must rest. That is where
-attention sinks grow within minutes (Guo et al. 2024, arXiv 2410.13835).
+Some queries must look back and others have nothing to look for, so that a head must rest. That is
+where attention sinks grow within minutes (Guo et al. 2024, arXiv 2410.13835).
 """
 import functools
 
@@ -12,40 +12,65 @@ from .border import UserError
 
 
 class Copy:
-    """In-context copying: a window shows one random passage over and over, as an induction head
-    likes it. Token ids are 0 .. K-1, one character of `symbols` each; <|bos|> is id K.
+    """In-context copying: a window shows a random passage once in lower case, then over and over in
+    upper case, beginning anywhere in it; a quarter of the windows shows lower case only.
 
-    The passage's length L is uniform from an eighth to three eighths of the window, its symbols are
-    uniform. While the first showing lasts there is nothing to copy: heads must rest.
+        hbnkeamdjcKEAMDJCHBNKEAMDJCHBNKE...   ogfjbkdnaimhpcelbdjkagfinemo...
+
+    Token ids: 0 .. K-1 lower case, K .. 2K-1 upper case, then <|bos|>. The passage's length L is
+    uniform from an eighth to three eighths of the window, its letters and the place where the
+    repeats begin are uniform too.
+
+    Two things make it a fair test of a sink's cures. The case tells a query whether there is
+    something to look for, so that a gate, which sees nothing but its query, can know when to close.
+    And because the repeats begin anywhere, the first token is of no use: where they begin with it,
+    heads look at it to read it, and no cure takes away what is useful.
     """
 
-    def __init__(self, symbols: str = "abcdefghijklmnopqrstuvwx"):
-        self.symbols = symbols
+    def __init__(self, letters: str = "abcdefghijklmnop"):
+        self.symbols = letters + letters.upper()
+        self.K = len(letters)
 
     def _spans(self, length: int) -> np.ndarray:
         """All the lengths that a passage may have, (n,)."""
         return np.arange(max(1, length // 8), max(2, 3 * length // 8 + 1))
 
+    def rest(self, n: int, length: int, generator: torch.Generator) -> torch.Tensor:
+        """Windows that repeat nothing, so that every query rests, (n, length) int64."""
+        return torch.randint(self.K, (n, length), generator=generator)
+
     def windows(self, n: int, length: int, generator: torch.Generator) -> torch.Tensor:
-        """Fresh windows of tokens, (n, length) int64."""
+        """Fresh windows of tokens, (n, length) int64; every fourth one repeats nothing."""
         spans = torch.from_numpy(self._spans(length))
-        span = spans[torch.randint(len(spans), (n,), generator=generator)][:, None]
-        passage = torch.randint(len(self.symbols), (n, length), generator=generator)
-        return passage.gather(1, torch.arange(length) % span)
+        span = spans[torch.randint(len(spans), (n,), generator=generator)]
+        span[3::4] = length
+        return self._show(span[:, None], length, generator)
+
+    def _show(self, span: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
+        """Windows whose passages have these lengths, (n, 1) -> (n, length) int64."""
+        passage = self.rest(len(span), length, generator)
+        begin = (torch.rand(len(span), 1, generator=generator) * span).long()
+        at = torch.arange(length)
+        again = at >= span
+        return passage.gather(1, torch.where(again, (at + begin) % span, at)) + self.K * again
 
     def token_loss(self, tokens: np.ndarray) -> np.ndarray:
         """(n, length) nats: -log p(s_t | s_<t) of these windows for somebody who knows the task.
 
-        Bayes' rule over L: `p(s_t | s_<t) = sum_L p(L | s_<t) p(s_t | L)`, the last factor being 1
-        or 0 after the first showing, and 1 / K within it.
+        Bayes' rule over the length L and the place b where the repeats begin:
+        `p(s_t | s_<t) = sum_Lb p(L, b | s_<t) p(s_t | L, b)`, the last factor being 1 / K for lower
+        case at t < L, 1 for the letter at (t + b) mod L in upper case at t >= L, and else 0.
         """
         n, length = tokens.shape
         spans = self._spans(length)
-        belief = np.full((n, len(spans)), 1 / len(spans))
+        span = np.append(np.repeat(spans, spans), length)  # a pair (L, b) each; the last: no repeat
+        begin = np.append(np.concatenate([np.arange(L) for L in spans]), 0)
+        belief = np.tile(np.append(0.75 / len(spans) / span[:-1], 0.25), (n, 1))
         loss = np.empty((n, length))
         for at in range(length):
-            again = tokens[:, np.maximum(at - spans, 0)] == tokens[:, at, None]
-            belief = belief * np.where(at < spans, 1 / len(self.symbols), again)
+            now = tokens[:, at, None]
+            copied = tokens[:, np.minimum((at + begin) % span, at)] + self.K == now
+            belief = belief * np.where(at < span, (now < self.K) / self.K, copied)
             seen = belief.sum(1, keepdims=True)
             with np.errstate(divide="ignore"):  # infinite, where a window cannot be of the task
                 loss[:, at] = -np.log(seen[:, 0])
@@ -55,12 +80,13 @@ class Copy:
     @functools.cache
     def position_loss(self, length: int) -> np.ndarray:
         """(length,) nats: the mean of `token_loss` over a fixed sample with equally many windows of
-        each L, as chance repeats leave no closed form. The error is below 0.001 nats."""
+        each L, as letters that repeat by chance leave no closed form. Its error is below 0.005."""
         spans = self._spans(length)
-        spans = np.repeat(spans, 2048 // len(spans) + 1)[:, None]
+        spans = np.repeat(spans, 256 // len(spans) + 1)
+        span = np.append(spans, [length] * (len(spans) // 3))  # with them a quarter
         fixed = torch.Generator().manual_seed(0)
-        passage = torch.randint(len(self.symbols), (len(spans), length), generator=fixed).numpy()
-        return self.token_loss(np.take_along_axis(passage, np.arange(length) % spans, 1)).mean(0)
+        tokens = self._show(torch.from_numpy(span)[:, None], length, fixed)
+        return self.token_loss(tokens.numpy()).mean(0)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a string of symbols. UserError names the first character that is none."""

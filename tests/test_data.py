@@ -320,24 +320,42 @@ def test_optimal_loss_is_known_for_the_task_only(book):
     assert data.load("copy").optimal_loss(10_000) is None  # would take minutes
 
 
-def test_a_window_repeats_a_passage():
-    tokens, seen = tasks.Copy().windows(500, 65, generator()), []
-    for row in tokens.tolist():
-        spans = [n for n in range(8, 25) if all(row[t] == row[t - n] for t in range(n, 65))]
-        seen.append(spans[0])  # raises where there is none
-    assert set(seen) == set(range(8, 25))
-    fresh = torch.bincount(tokens[:, :8].flatten(), minlength=24) / (8 * 500)
-    assert len(fresh) == 24 and (fresh - 1 / 24).abs().max() < 0.015
+def test_a_window_repeats_a_passage_from_anywhere():
+    task = tasks.Copy()
+    tokens, spans, begins = task.windows(800, 65, generator()), [], []
+    for i, row in enumerate(tokens.tolist()):
+        span = next((t for t, token in enumerate(row) if token >= task.K), 65)
+        if i % 4 == 3:
+            assert span == 65
+            continue
+        copied = [token - task.K for token in row[span:]]
+        shown = [b for b in range(span)
+                 if copied == [row[(t + b) % span] for t in range(span, 65)]]
+        spans.append(span)
+        begins.append(shown[0] / span)  # raises where it is no repeat
+    assert set(spans) == set(range(8, 25))
+    assert 0.4 < sum(begins) / len(begins) < 0.5  # of all places, and not the first one
+    fresh = torch.bincount(tokens[:, :8].flatten(), minlength=16) / (8 * 800)
+    assert len(fresh) == 16 and (fresh - 1 / 16).abs().max() < 0.015
+    assert task.rest(5, 7, generator()).shape == (5, 7) and task.rest(99, 9, generator()).max() == 15
 
 
 def test_copy_filter_is_exact():
-    task, length = tasks.Copy("ab"), 9  # passages of 1, 2 or 3 symbols
+    task, length = tasks.Copy("ab"), 9  # passages of 1, 2 or 3 letters
     chance = {}
+
+    def add(window, p):
+        for t in range(length + 1):
+            chance[window[:t]] = chance.get(window[:t], 0) + p
+
     for span in (1, 2, 3):
         for passage in itertools.product(range(2), repeat=span):
-            window = (passage * length)[:length]
-            for t in range(length + 1):
-                chance[window[:t]] = chance.get(window[:t], 0) + 2.0**-span / 3
+            for begin in range(span):
+                again = (passage[begin:] + passage[:begin]) * length
+                window = passage + tuple(2 + token for token in again)
+                add(window[:length], 0.75 / 3 / span / 2**span)
+    for window in itertools.product(range(2), repeat=length):
+        add(window, 0.25 / 2**length)
     assert chance[()] == pytest.approx(1)
     possible = [w for w in chance if len(w) == length]
     loss = task.token_loss(np.array(possible))
@@ -346,21 +364,21 @@ def test_copy_filter_is_exact():
             wanted = -math.log(chance[window[:t + 1]] / chance[window[:t]])
             assert row[t] == pytest.approx(wanted, abs=1e-9)
     exact = sum(chance[w] * l for w, l in zip(possible, loss))
-    mean = task.position_loss(length).mean()  # symbols "ab" repeat by chance
-    assert mean == pytest.approx(exact.mean(), abs=0.02)
-    assert task.token_loss(np.array([[0, 1, 1, 1, 0, 1, 0, 0, 0]]))[0, 4] == math.inf
+    assert task.position_loss(length).mean() == pytest.approx(exact.mean(), abs=0.02)
+    assert task.token_loss(np.array([[0, 1, 2, 1, 0, 1, 0, 0, 0]]))[0, 3] == math.inf
 
 
 def test_copy_optimum_lies_between_oracle_and_uniform():
     corpus = data.load("copy")
     optimum = corpus.optimal_loss(64, bos=0)
-    fresh = 15 / 64  # 8 .. 24 symbols of the 65, of which the first is no target
-    # The oracle is told when the passage is over; who is not errs there, on about one symbol in 16.
-    assert fresh * math.log(24) < optimum < fresh * math.log(24) + math.log(17) / 16
-    assert corpus.optimal_loss(64, bos=1) > optimum  # its first target is a fresh symbol
+    fresh = 0.75 * 15 / 64 + 0.25  # of the 64 targets; a passage has 8 .. 24 letters
+    oracle = fresh * math.log(16)  # who is told when and where the repeats begin
+    assert oracle < optimum < oracle + 0.75 * (math.log(17) + 2 * math.log(24)) / 64 + 0.25 / 10
+    assert corpus.optimal_loss(64, bos=1) > optimum  # its first target is a fresh letter
     tokens = corpus.task.windows(4000, 65, generator(9))
     sample = corpus.task.token_loss(tokens.numpy())[:, 1:].mean(1)
     assert abs(sample.mean() - optimum) < 4 * sample.std() / 4000**0.5
+
 
 
 def test_task_encodes_its_symbols():
