@@ -6,7 +6,8 @@ settings -> corpus -> model -> loop -> out/<run>/ with
     model.pt      the last state: weights, optimiser, generator of the batches
     curve.png     losses and the birth of the sink over the steps
 
-In this order: settings, machine, measuring, loop, the folder of a run, several runs, command line.
+In this order: settings, measuring, loop, the folder of a run, command line. What can go wrong with
+files, terminals and machines is dealt with in data/border.py.
 """
 
 import os
@@ -22,13 +23,9 @@ import bisect
 import contextlib
 import json
 import math
-import platform
 import re
 import shlex
-import subprocess
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -39,9 +36,10 @@ import torch
 
 import data
 import probe
-from data.border import (Live, UserError, crc_is_right, finite, one_writer, open_regular, parts,
-                         program, read_bytes, read_json, reason, remove_parts, show,
-                         write_atomically, write_json)
+from data.border import (Parser, UserError, bar, check_settings, environment, finite, flag,
+                         interrupts, load_tensors, memory_of, one_writer, parts, pick_device,
+                         program, read_bytes, read_json, reason, say, setting, show, type_of,
+                         within, write_atomically, write_json)
 from model import ATTENTIONS, GPT, Config
 
 # ---------------------------------------------------------------- settings
@@ -53,8 +51,8 @@ SIZES = {  # model and schedule that fit together; each of these can be overridd
         lr=dict(softmax=2.5e-3, headnorm=2.5e-3, sigmoid=5e-3, gated=2.5e-3)),
     "micro": dict(
         hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4,
-        vocab_size=25, seq_len=64, batch_size=16, steps=6000, threads=1,
-        lr=dict(softmax=5e-3, headnorm=1e-2, sigmoid=5e-3, gated=5e-3),
+        vocab_size=33, seq_len=64, batch_size=16, steps=4000, threads=1,
+        lr=5e-3,
         data="copy", bos=0.0, weight_decay=0.1, initializer_range=0.08),
     "small": dict(
         hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5,
@@ -66,10 +64,6 @@ SIZES = {  # model and schedule that fit together; each of these can be overridd
 COMMON = dict(data="stdlib", bos=1.0, weight_decay=0.3)  # of each size that does not say otherwise
 MINUTES = {"tiny": 2, "micro": 4}  # of a training, about, on one core of a laptop
 MACHINE = ("device", "threads", "compile")  # how a run computes, and not what
-
-
-def setting(default, text, least=None, most=None, choices=None):
-    return field(default=default, metadata=dict(help=text, limits=(least, most), choices=choices))
 
 
 @dataclass
@@ -112,34 +106,10 @@ class Run:
                               "whatever else was changed, as in out/micro-softmax-seed1)")
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def type_of(f) -> type:
-    """The type of a field of Run, without its `| None`."""
-    return f.type if isinstance(f.type, type) else f.type.__args__[0]
-
-
-def check(f, value) -> None:
-    """Raise UserError if this is no value for a field of Run."""
-    kind, choices, (least, most) = type_of(f), f.metadata["choices"], f.metadata["limits"]
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise UserError(f"{flag(f.name)} must be of type {kind.__name__}, not {value!r:.60}")
-    if choices and value not in choices:
-        raise UserError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r:.60}")
-    if most and not least <= value <= most:
-        raise UserError(f"{flag(f.name)} must be from {least} to {most}, not {value!r:.60}")
-    if value == "":
-        raise UserError(f"{flag(f.name)} is empty; give a name, or leave the flag out")
-
-
 def resolve(run: Run) -> Run:
     """Fill in what depends on the size, and check all that can be checked without the data. Raises
     UserError, naming the flag."""
-    for f in fields(Run):
-        if getattr(run, f.name) is not None or f.default is not None:
-            check(f, getattr(run, f.name))
+    check_settings(run)
     usual = {f.name: f.default for f in fields(Run)} | COMMON | SIZES[run.size]
     if isinstance(usual["lr"], dict):  # tuned for each attention
         usual["lr"] = usual["lr"][run.attn]
@@ -168,40 +138,6 @@ def usual_folder(run: Run, usual: dict) -> str:
     return "out/" + re.sub(r"[^\w.+-]", "_", name)[:100]
 
 
-# ---------------------------------------------------------------- the machine
-
-def pick_device(name: str) -> tuple[torch.device, str]:
-    """The device and the reason for it. Raises UserError when the wanted one is absent."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda"), "a CUDA GPU is here"
-        if torch.backends.mps.is_available():
-            return torch.device("mps"), "an Apple GPU is here"
-        return torch.device("cpu"), "no GPU is here"
-    try:
-        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-            raise UserError
-        torch.empty(1, device=name)
-    except Exception:  # each kind of device fails in its own way
-        raise UserError(f"--device must be auto, cpu, or a cuda or mps that torch finds here, not "
-                        f"{show(name)!r:.60}; leave the flag out") from None
-    return torch.device(name), "asked for"
-
-
-def environment(device: torch.device, threads: int) -> dict:
-    """Versions and hardware, for config.json. Names no user, host or path."""
-    here, git = Path(__file__).parent, None
-    with contextlib.suppress(OSError):  # no git on this machine
-        words = ["git", "-C", here, "rev-parse", "HEAD"]
-        found = subprocess.run(words, capture_output=True, text=True).stdout.strip()
-        git = found if (here / ".git").exists() and found else None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"torch": torch.__version__, "numpy": np.__version__,
-            "python": platform.python_version(), "system": platform.system(),
-            "machine": platform.machine(), "cores": os.cpu_count(), "threads": threads,
-            "device": name, "git": git}
-
-
 def check_memory(run: Run, cfg: Config, device: torch.device) -> None:
     """Raise UserError for a training that cannot fit: it would take the machine down with it."""
     with torch.device("meta"):  # shapes without memory
@@ -209,11 +145,7 @@ def check_memory(run: Run, cfg: Config, device: torch.device) -> None:
     B, T, H, L = run.batch_size, run.seq_len, run.num_attention_heads, run.num_hidden_layers
     states = B * T * L * (8 * run.hidden_size + 4 * run.intermediate_size)
     patterns = 3 * max(8, PROBE_TOKENS // T) * H * T * T  # of one layer, in an evaluation
-    need, there = 4 * (4 * parameters + states + patterns), math.inf  # AdamW has two moments
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
+    need, there = 4 * (4 * parameters + states + patterns), memory_of(device)  # of four bytes each
     if need > there:
         raise UserError(f"this needs about {need / 1e9:,.0f} GB of memory, there are "
                         f"{there / 1e9:,.0f}; use a smaller --batch-size, --seq-len or "
@@ -250,9 +182,8 @@ class Evaluation:
         self.windows = {"links": draw(few, 0.0)[0]}
         if bos > 0:
             self.windows["links_bos"] = draw(few, 1.0)[0]
-        if corpus.name == "copy":  # random symbols: nothing to copy, so that every query rests
-            random = torch.randint(corpus.bos, (few, seq_len), generator=fixed)
-            self.windows["links_rest"] = random.to(device)
+        if corpus.task:  # nothing to copy, so that every query rests
+            self.windows["links_rest"] = corpus.task.rest(few, seq_len, fixed).to(device)
         self.bytes_per_token = corpus.bytes_per_token
 
     @torch.no_grad()
@@ -331,15 +262,12 @@ class State:
             raise bad_checkpoint(self.path, "it is not of this run")
         for i, moment in moments.items():
             wanted = {"step": (), "exp_avg": params[i].shape, "exp_avg_sq": params[i].shape}
-            if {name: tuple(t.shape) for name, t in moment.items()} != wanted:
-                raise bad_checkpoint(self.path, f"moments {i} do not have their parameter's shape")
-            if not all(t.isfinite().all() for t in moment.values()):
-                raise bad_checkpoint(self.path, f"moments {i} are not finite")
+            right = {name: tuple(t.shape) for name, t in moment.items()} == wanted
+            if not right or not all(t.isfinite().all() for t in moment.values()):
+                raise bad_checkpoint(self.path, f"moments {i} are not finite, or not of the shape "
+                                     "of their parameter")
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        try:
-            self.batches.set_state(saved["batches"])
-        except RuntimeError:  # torch looks inside
-            raise bad_checkpoint(self.path, "the generator's state is none") from None
+        self.batches.set_state(saved["batches"])
         self.step, self.smooth, self.seconds = (saved[n] for n in ("step", "smooth", "seconds"))
         self.log = [row for row in read_log(self.folder) if row["step"] <= self.step]
 
@@ -360,20 +288,6 @@ class State:
                          f"{self.run.lr}) or a longer --warmup")
 
 
-@contextlib.contextmanager
-def interrupts():
-    """An event that Ctrl-C sets: it is obeyed between two steps, where the state is whole."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 @dataclass
 class Result:
     """What `train` leaves: the folder, the rows of its log.jsonl, and what it trained."""
@@ -385,19 +299,19 @@ class Result:
     corpus: data.Corpus = field(repr=False)
 
 
-def train(run: Run, resume=False, overwrite=False, say=None, live=None) -> Result:
+def train(run: Run, resume=False, overwrite=False, say=say) -> Result:
     """Train as `run` says, in the folder run.out; `resume` goes on there, `overwrite` starts anew.
 
     Every step depends on nothing but the settings: a resumed run ends in the same weights, bit for
-    bit on the same machine with as many threads. `say` gets the lines that stay, `live` the one
-    that changes. Ctrl-C saves and returns. Raises UserError.
+    bit on the same machine with as many threads. `say` gets the lines that stay. Ctrl-C saves and
+    returns. Raises UserError.
     """
-    run, line = resolve(run), Live()
-    say, live, folder = say or line.say, live or line.show, Path(run.out)
-    device, why = pick_device(run.device)
+    run = resolve(run)
+    folder, (device, why) = Path(run.out), pick_device(run.device)
     torch.set_num_threads(run.threads)
     old = read_config(folder)[1] if resume else None
-    check_folder(folder, resume, overwrite)
+    if not resume:
+        check_folder(folder, overwrite)
     corpus = load_corpus(run, old)
     check_memory(run, shape(run, corpus), device)
     with one_writer(folder), interrupts() as stop:
@@ -413,13 +327,13 @@ def train(run: Run, resume=False, overwrite=False, say=None, live=None) -> Resul
         if old:
             say(f"resuming at step {state.step:,}{new_machine(old, header)}")
 
-        remove_parts(folder, FILES)  # before this line nothing has been written or removed
-        for name in () if resume else FILES:
-            (folder / name).unlink(missing_ok=True)
+        left = parts(folder, FILES)  # before this line nothing has been written or removed
+        for path in left if resume else [*left, *(folder / name for name in FILES)]:
+            path.unlink(missing_ok=True)
         if state.step < run.steps:
             write_json(folder / "config.json", header)
-        loop(state, corpus, header, stop, say, live)
-        line.clear()
+        with bar(total=run.steps, initial=state.step, bar_format=BAR) as live:
+            loop(state, corpus, header, stop, say, live)
         if state.step < run.steps:
             say(f"stopped at step {state.step:,} and saved; go on with: python train.py --resume "
                 f"{shlex.quote(show(folder))}")
@@ -431,10 +345,12 @@ def train(run: Run, resume=False, overwrite=False, say=None, live=None) -> Resul
     return Result(folder, state.log, state.step >= run.steps, state.model, corpus)
 
 
+BAR = "{bar:10}{percentage:4.0f}% | {desc}"  # of tqdm, whose own time to go knows no evaluations
+
+
 def loop(state: State, corpus, header: dict, stop, say, live) -> None:
     """From state.step to the last one, or to Ctrl-C; the state is saved at each evaluation."""
-    run, model, optimizer = state.run, state.model, state.optimizer
-    device = model.lm_head.weight.device
+    run, model, device = state.run, state.model, state.model.lm_head.weight.device
     evaluation = Evaluation(corpus, run.seq_len, run.bos, device)
     evaluate_at, tokens = evaluation_steps(run.steps, run.evals), run.batch_size * run.seq_len
     cast = contextlib.nullcontext()
@@ -475,17 +391,7 @@ def loop(state: State, corpus, header: dict, stop, say, live) -> None:
             return state.save(header)
 
         begin = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(state.step, run)
-        x, y = corpus.batch(run.batch_size, run.seq_len, state.batches, bos=run.bos,
-                            repeat=run.repeat)
-        with cast:
-            loss = model(x.to(device), y.to(device))[1]
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        state.step += 1
+        loss = train_step(state, corpus, device, cast)
         if state.step % 10 == 0 or state.step in evaluate_at:  # .item() waits for a GPU
             value, before = loss.item(), state.smooth
             if not math.isfinite(value):
@@ -495,8 +401,24 @@ def loop(state: State, corpus, header: dict, stop, say, live) -> None:
         state.seconds, count = state.seconds + seconds, count + 1
         if count > 0:
             step_seconds += (seconds - step_seconds) / min(count, 200)  # a mean of the last steps
-        share = state.step / run.steps
-        live(f"{'#' * int(10 * share):.<10} {share:4.0%} | loss {state.smooth or 0:.3f}{speed()}")
+        live.set_description_str(f"loss {state.smooth or 0:.3f}{speed()}", refresh=False)
+        live.update()
+
+
+def train_step(state: State, corpus, device, cast) -> torch.Tensor:
+    """One batch, one step of AdamW -> the loss of the batch before it."""
+    run, model, optimizer = state.run, state.model, state.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, run)
+    x, y = corpus.batch(run.batch_size, run.seq_len, state.batches, bos=run.bos, repeat=run.repeat)
+    with cast:
+        loss = model(x.to(device), y.to(device))[1]
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    state.step += 1
+    return loss
 
 
 # ---------------------------------------------------------------- the folder of a run
@@ -504,26 +426,23 @@ def loop(state: State, corpus, header: dict, stop, say, live) -> None:
 FILES = ("model.pt", "curve.png", "log.jsonl", "config.json")  # in which order they are removed
 
 
-def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise UserError where no run can be started (or gone on with). Writes nothing."""
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raise UserError where no run can be started. Writes nothing."""
     try:
-        left = [path.name for path in parts(folder, FILES)]  # of a killed run
-        names = {path.name for path in folder.iterdir()} - {".lock", *left}
+        left = {path.name for path in parts(folder, FILES)}  # of a killed run
+        names = {path.name for path in folder.iterdir()} - {".lock"} - left
     except FileNotFoundError:
-        names = set()
+        return
     except (OSError, ValueError) as error:
         raise UserError(f"{show(folder)} cannot be a run's folder ({reason(error)}); "
                         "choose another --out") from None
-    if resume or not names:
-        return
-    try:
+    ours = False
+    with contextlib.suppress(UserError):
         ours = read_json(folder / "config.json").keys() >= {"run", "model", "environment"}
-    except UserError:
-        ours = False
-    if not ours:
+    if names and not ours:
         raise UserError(f"{show(folder)} holds files that are no run of train.py; "
                         "choose another --out")
-    if not overwrite:
+    if names and not overwrite:
         raise UserError(f"{show(folder)} already holds a run; go on with --resume {show(folder)}, "
                         "start anew with --overwrite, or choose another --out")
 
@@ -596,33 +515,22 @@ def load_checkpoint(path) -> dict:
     code in them runs. Whether the tensors fit, `GPT.from_weights` and `State.restore` find out.
     Raises UserError.
     """
-    with open_regular(path, most=2**36) as file:
-        size = os.fstat(file.fileno()).st_size
-    if not crc_is_right(path):  # torch does not look
-        raise bad_checkpoint(path, "it is damaged, or no checkpoint")
-    try:  # mapped, because only then are sizes that the file states compared with its own
-        saved = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        model, moments = saved["model"], saved["optimizer"]["state"]
+    saved = load_tensors(path, lambda it: (it["model"], *it["optimizer"]["state"].values()))
+    try:
         rest = {key: saved[key] for key in ("batches", "step", "smooth", "seconds")}
-        tensors = [t for group in (model, *moments.values()) for t in group.values()]
-        total = sum(t.numel() * (t.dtype == torch.float32) for t in tensors)
-    except Exception as error:  # torch has a dozen ways to say that this is no checkpoint
-        raise bad_checkpoint(path, f"it is no checkpoint ({type(error).__name__})") from None
-    plain = all(t.layout == torch.strided and t.device.type == "cpu" for t in tensors)
-    if not plain or not 0 < total <= size or any(t.dtype != torch.float32 for t in tensors):
-        raise bad_checkpoint(path, "a weight or moment is no plain tensor of float32")
-    state, fresh = rest["batches"], torch.Generator().get_state()
-    if getattr(state, "shape", None) != fresh.shape or state.dtype != fresh.dtype:
-        raise bad_checkpoint(path, "the generator's state has the wrong size")
-    numbers = (rest["seconds"], 0.0 if rest["smooth"] is None else rest["smooth"])
-    if not all(type(n) is float and math.isfinite(n) for n in numbers):
-        raise bad_checkpoint(path, "loss or seconds is no number")
-    if type(rest["step"]) is not int or rest["step"] < 0:
-        raise bad_checkpoint(path, "step is no number")
+        torch.Generator().set_state(rest["batches"])  # which looks inside
+        if type(rest["step"]) is not int or rest["step"] < 0:
+            raise ValueError("step is no number")
+        for number in (rest["seconds"], rest["smooth"] or 0.0):
+            if type(number) is not float or not math.isfinite(number):
+                raise ValueError("loss or seconds is no number")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise bad_checkpoint(path, reason(error)) from None
 
     def copied(group):  # lets go of the file
         return {n: t.clone(memory_format=torch.contiguous_format) for n, t in group.items()}
-    return {"model": copied(model), "optimizer": {i: copied(m) for i, m in moments.items()}, **rest}
+    moments = {i: copied(m) for i, m in saved["optimizer"]["state"].items()}
+    return {"model": copied(saved["model"]), "optimizer": moments, **rest}
 
 
 def load_run(folder, untrained=False) -> tuple[GPT, data.Corpus, dict]:
@@ -659,94 +567,14 @@ def read_log(folder) -> list[dict]:
                         "without the old evaluations") from None
 
 
-# ---------------------------------------------------------------- several runs at once
-
-def is_finished(run: Run) -> bool:
-    """Whether the folder of this run holds it, trained to its last step. Raises UserError where it
-    holds a run of other settings."""
-    if not (Path(run.out) / "config.json").exists():
-        return False
-    there, path = read_config(run.out)[0], Path(run.out) / "model.pt"
-    for name, value in asdict(run).items():
-        if name not in (*MACHINE, "out") and getattr(there, name) != value:
-            raise UserError(f"{show(run.out)} holds a run with {flag(name)} {getattr(there, name)}"
-                            f", not {value}; move that folder out of the way")
-    return path.exists() and load_checkpoint(path)["step"] == run.steps
-
-
-def trained(*runs: Run, jobs: int = 2) -> list[Path]:
-    """The folders of these runs. What is missing is trained and what was stopped goes on, `jobs` at
-    a time, each in a process of its own: models this small gain nothing from a second thread. Says
-    first what it trains and for how long, then shows how far each one is. Raises UserError."""
-    runs, line = [resolve(run) for run in runs], Live()
-    missing = [run for run in runs if not is_finished(run)]
-    if missing:
-        minutes = [MINUTES.get(r.size, 0) * r.steps / SIZES[r.size]["steps"] for r in missing]
-        about = f", about {math.ceil(sum(minutes) / jobs)} minutes" if all(minutes) else ""
-        line.say(f"training {', '.join(show(run.out) for run in missing)}{about}")
-        for run in missing:  # built once, and not by two processes at the same time
-            load_corpus(run)
-        train_together(missing, jobs, line)
-    return [Path(run.out) for run in runs]
-
-
-def train_together(runs: list[Run], jobs: int, line: Live) -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import train; train.work(sys.argv[2])"
-    started, news, here = [], {}, str(Path(__file__).parent)
-
-    def one(run):
-        words = [sys.executable, "-c", code, here, json.dumps(asdict(run))]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as process:
-            started.append(process)
-            for text in process.stdout:  # the line of `loop`
-                bar, _, rest = text.strip().partition(" | ")
-                news[run.out] = f"{Path(run.out).name} {bar} {rest.rpartition(', ')[2]}"
-                line.show("   ".join(news.values()))
-            error = process.stderr.read().strip()
-        news.pop(run.out, None)
-        if process.returncode:
-            raise UserError(f"{show(run.out)}: {error or 'its training was stopped'}")
-
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(one, run) for run in runs]
-        try:
-            for future in waiting:
-                future.result()
-        except BaseException as error:  # one has failed, or Ctrl-C
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in started:  # they save and stop
-                process.send_signal(signal.SIGINT)
-            if not isinstance(error, KeyboardInterrupt):
-                raise
-            raise UserError("stopped; run it again to go on from the last save") from None
-        finally:
-            line.clear()
-
-
-def work(settings: str) -> None:
-    """One training of `trained`, in a process of its own."""
-    def main():
-        run, shown = Run(**json.loads(settings)), [0.0]
-
-        def live(text):
-            if time.monotonic() > shown[0] + 0.5:
-                shown[0] = time.monotonic()
-                print(text, flush=True)
-        resume = (Path(run.out) / "config.json").exists()
-        return 0 if train(run, resume, say=lambda text: None, live=live).finished else 130
-    sys.exit(program("train.py", main))
-
-
 # ---------------------------------------------------------------- the command line
 
 def write_text(model: GPT, corpus, prompt=None, tokens=200, temperature=0.8, seed=0) -> str:
     """A prompt and what the model writes after it, each token one of the 40 likeliest. Any text can
     be a prompt, of a task any of its symbols. Raises UserError."""
-    if not 1 <= tokens <= 100_000:
-        raise UserError(f"--tokens must be from 1 to 100000, not {tokens!r:.60}")
-    if temperature != 0 and not 0.01 <= temperature <= 100:
-        raise UserError(f"--temperature must be 0 or from 0.01 to 100, not {temperature}")
+    within("--tokens", tokens, 1, 100_000)
+    if temperature != 0:
+        within("--temperature", temperature, 0.01, 100)
     if prompt is None:
         prompt = "import " if corpus.name == "stdlib" else ""
     device = model.lm_head.weight.device
@@ -775,11 +603,6 @@ def story(run: Run, result: Result) -> str:
     return "\n".join(["", *lines, "", f"next: python probe.py {shlex.quote(show(result.folder))}"])
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message:.300}; see python train.py --help")
-
-
 SAMPLING = {"prompt": (str, "what --sample goes on from"),
             "tokens": (int, "how many --sample writes (default: 200)"),
             "temperature": (float, "of --sample; 0: always the likeliest token (default: 0.8)")}
@@ -789,9 +612,8 @@ def parse(words=None) -> dict:
     """The flags that were given, by name."""
     sizes = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in s.items())}"
                       for name, s in SIZES.items())
-    parser = Parser(description="Train one decoder and watch its attention sink being born.",
-                    epilog=f"Sizes: {sizes}", argument_default=argparse.SUPPRESS,
-                    allow_abbrev=False)
+    parser = Parser("train.py", epilog=f"Sizes: {sizes}", argument_default=argparse.SUPPRESS,
+                    description="Train one decoder and watch its attention sink being born.")
     for f in fields(Run):
         text = f.metadata["help"].replace("%", "%%")
         if f.default is None and "default" not in text:

@@ -29,7 +29,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from data.border import Live, UserError, program, read_bytes, say, write_atomically
+from data.border import UserError, bar, program, read_bytes, say, write_atomically
 
 HERE = Path(__file__).resolve().parent
 BOOK, SITE = HERE / "book", HERE.parent / "out" / "book"
@@ -79,15 +79,10 @@ def execute(path, notebook=None):
     """The notebook of a chapter, run from first cell to last in a kernel of its own
     that stands in chapters/. Raises UserError, below what the failing cell says."""
     notebook = notebook or jupytext.read(path)
-    line, cells = Live(), len(notebook.cells)
-    line.watched = sys.stdout.isatty()  # no notebook, though it loads one
-
-    def begins(cell, cell_index):
-        line.next = 0
-        line.show(f"{path.stem}: cell {cell_index + 1} of {cells}")
-
+    progress = bar(what=path.stem, total=len(notebook.cells), unit="cell")
     client = NotebookClient(
-        notebook, timeout=SLOWEST, kernel_name="python3", on_cell_start=begins,
+        notebook, timeout=SLOWEST, kernel_name="python3",
+        on_cell_complete=lambda cell, cell_index: progress.update(),
         resources={"metadata": {"path": str(path.parent)}},
         extra_arguments=["--log-level=ERROR"])
     try:
@@ -99,7 +94,7 @@ def execute(path, notebook=None):
         raise UserError(f"{path.name}: its kernel was stopped, or a cell took longer "
                         f"than {SLOWEST} seconds") from None
     finally:
-        line.clear()
+        progress.close()
     return notebook
 
 

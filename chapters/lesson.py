@@ -28,11 +28,15 @@ import contextlib
 import dis
 import functools
 import importlib.util
+import math
 import os
+import signal
+import subprocess
 import sys
 import sysconfig
 import traceback
-import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from types import CodeType, FunctionType
 
@@ -45,13 +49,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
-warnings.filterwarnings("ignore", "IProgress")  # tqdm's bar needs no ipywidgets
 import probe  # noqa: E402
 import train  # noqa: E402
 from chapters import figures  # noqa: E402
 from data import smollm2  # noqa: E402
-from data.border import UserError  # noqa: E402
-from data.windows import random_windows  # noqa: E402
+from data import windows as of_text  # noqa: E402
+from data.border import UserError, bar, say  # noqa: E402
+from data.border import show as shown  # noqa: E402
 from model import GPT  # noqa: E402
 
 torch.set_num_threads(min(os.cpu_count() or 1, 4))
@@ -83,10 +87,6 @@ def notebook():
     return hasattr(shell, "kernel")
 
 
-if notebook():
-    os.environ.setdefault("COLUMNS", "100")  # the bars of two trainings fit in a cell
-
-
 @contextlib.contextmanager
 def in_one_line():
     """What a user can mend, and an interrupt, end the cell or script in one line."""
@@ -110,14 +110,17 @@ def real():
 
 def random_tokens(N=8, T=64, seed=0):
     """x, y (N, T): windows of random tokens for `real`, with nothing to predict."""
-    return random_windows(N, T, real()[0].cfg.vocab_size, seed)
+    return of_text.random_windows(N, T, real()[0].cfg.vocab_size, seed)
 
 
 def english(N=8, T=64, batch=0):
-    """x, y (N, T): windows of a text that no model was trained on, for `real`."""
-    real()
+    """x, y (N, T): windows of a text that no model was trained on, for `real`. They lie
+    end to end, and each batch has some of all parts of the text."""
+    ids = real()[1].encode_ordinary(of_text.english())
+    batches = max(1, (len(ids) - 1) // (N * T))
+    end_to_end = ids[:batches * N * T + 1]
     with in_one_line():
-        return smollm2.english(count=N, T=T, batch=batch)
+        return of_text.text_windows(end_to_end, batches, N, T)[batch]
 
 
 def placed(name):
@@ -131,8 +134,9 @@ def models(*names):
     """{name: GPT} of these RUNS, on the CPU. What is missing is trained first, two at a
     time; what was interrupted goes on."""
     with in_one_line():
-        folders = train.trained(*(placed(name) for name in names))
-        return {n: train.load_run(folder)[0] for n, folder in zip(names, folders)}
+        runs = {name: placed(name) for name in names}
+        trained(*runs.values())
+        return {name: train.load_run(run.out)[0] for name, run in runs.items()}
 
 
 def untrained(name):
@@ -159,7 +163,81 @@ def windows(kind, N=64, seed=0):
     corpus = data.load("copy")
     if kind == "copy":
         return corpus.batch(N, 64, generator, "val", bos=0.0)
-    return random_windows(N, 64, corpus.bos, seed)
+    return of_text.random_windows(N, 64, corpus.bos, seed)
+
+
+# ---------------------------------------------------------------- several trainings
+
+def trained(*runs, jobs=2):
+    """Have these runs trained. What is missing starts, what was stopped goes on, `jobs`
+    at a time, each by `python train.py` in a process of its own: models this small gain
+    nothing from a second thread. Raises UserError."""
+    missing = [run for run in map(train.resolve, runs) if not is_finished(run)]
+    if not missing:
+        return
+    minutes = [train.MINUTES.get(run.size, math.nan) * run.steps
+               / train.SIZES[run.size]["steps"] for run in missing]
+    about = ""
+    if not math.isnan(sum(minutes)):
+        about = math.ceil(sum(minutes) / jobs)
+        about = f", about {about} minute{'s' * (about > 1)}"
+    say(f"training {', '.join(shown(run.out) for run in missing)}{about}")
+    for run in missing:  # a text is built once, and not by two processes at a time
+        train.load_corpus(run)
+    with bar(bar_format="{desc}") as line, ThreadPoolExecutor(jobs) as pool:
+        started, news = [], {}
+        waiting = [pool.submit(train_one, run, started, news, line) for run in missing]
+        try:
+            for future in waiting:
+                future.result()
+        except BaseException as error:  # one has failed, or Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:  # they save and stop
+                process.send_signal(signal.SIGINT)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            raise UserError("stopped; run it again to go on") from None
+
+
+def is_finished(run):
+    """Whether the folder of a run holds it, trained to its last step. Raises UserError
+    where it holds a run of other settings."""
+    folder = Path(run.out)
+    if not (folder / "config.json").exists():
+        return False
+    there = train.read_config(folder)[0]
+    for name, value in asdict(run).items():
+        old = getattr(there, name)
+        if name not in (*train.MACHINE, "out") and old != value:
+            raise UserError(f"{shown(folder)} holds a run with {train.flag(name)} "
+                            f"{old}, not {value}; move that folder out of the way")
+    path = folder / "model.pt"
+    return path.exists() and train.load_checkpoint(path)["step"] == run.steps
+
+
+def train_one(run, started, news, line):
+    """`python train.py`; what its bar shows goes into `news`, all news on one line."""
+    words = [f"--resume={run.out}"]
+    if not (Path(run.out) / "config.json").exists():
+        given = {train.flag(name): value for name, value in asdict(run).items()
+                 if value is not None and value is not False}
+        words = [name if value is True else f"{name}={value}"
+                 for name, value in given.items()]
+    with subprocess.Popen(
+            [sys.executable, ROOT / "train.py", *words], text=True, errors="replace",
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env=os.environ | {"SHOW_PROGRESS": "1"}) as process:
+        started.append(process)
+        last = ""
+        for text in process.stderr:  # what a bar writes anew counts as another line
+            last = text.strip() or last
+            start, _, rest = last.partition(" | ")
+            news[run.out] = f"{Path(run.out).name} {start} {rest.rpartition(', ')[2]}"
+            line.set_description_str("   ".join(news.values()))
+    news.pop(run.out, None)
+    if process.returncode:
+        error = last if last.startswith("train.py") else "its training was stopped"
+        raise UserError(f"{shown(run.out)}: {error}")
 
 
 # ---------------------------------------------------------------- what a reader sees

@@ -3,19 +3,25 @@ the disk, the terminal, Ctrl-C. Every other module opens, reads and writes throu
 and raises UserError for what a user can mend; `program` turns that into one line and exit code 2.
 """
 
+import argparse
 import contextlib
 import json
 import os
+import platform
 import re
-import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
-import time
-import zlib
+import zipfile
+from dataclasses import field, fields
 from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
 
 MOST = 2**30  # bytes; whatever is larger is no config, checkpoint or text of ours
 
@@ -69,6 +75,30 @@ def read_json(path, most=2**26) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{show(path)} is not a JSON object")
     return content
+
+
+def load_tensors(path, groups) -> dict:
+    """What torch.save wrote, a dict: damage is found, and no code in it runs. `groups(saved)` gives
+    its {name: tensor}, one after the other; each tensor must be a plain one of float32. The
+    numbers stay on the disk until they are read. Raises UserError."""
+    with open_regular(path, most=2**36) as file:
+        size = os.fstat(file.fileno()).st_size
+    try:
+        with zipfile.ZipFile(path) as packed:  # torch does not look at the checksums
+            if packed.testzip() is not None:
+                raise ValueError("it is damaged")
+        saved = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        tensors = [t for group in groups(saved) for t in group.values()]
+        for t in tensors:
+            if (t.dtype, t.layout, t.device.type) != (torch.float32, torch.strided, "cpu"):
+                raise ValueError("a tensor is no plain one of float32")
+        if sum(t.numel() for t in tensors) > size:  # it would grow when it is copied
+            raise ValueError("its tensors are larger than the file")
+        return saved
+    except Exception as error:  # both have a dozen ways to say that a file is none of theirs
+        why = f"{type(error).__name__}: {reason(error):.150}"
+        raise UserError(f"{show(path)} is damaged, or no checkpoint ({why}); train it "
+                        "anew") from None
 
 
 def show(path) -> str:
@@ -140,11 +170,6 @@ def parts(folder, names) -> list[Path]:
     return [path for path in Path(folder).iterdir() if ours.fullmatch(path.name)]
 
 
-def remove_parts(folder, names) -> None:
-    for path in parts(folder, names):
-        path.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def one_writer(folder):
     """Make a folder and hold it for writing, or raise UserError naming the process that does. The
@@ -185,15 +210,95 @@ def lock(handle) -> None:
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
 
 
-def crc_is_right(path) -> bool:
-    """Whether every member of a zip, as torch.save writes them, has the checksum that it should."""
-    import zipfile
+# ---------------------------------------------------------------- flags and settings
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong flag as every other mistake is told, and guesses at no shortened one."""
+
+    def __init__(self, prog: str, **how):
+        super().__init__(prog=prog, allow_abbrev=False, **how)
+
+    def error(self, message):
+        raise UserError(f"{message:.300}; see python {self.prog} --help")
+
+
+def within(flag: str, value, least, most) -> None:
+    """Raise UserError for a number out of all proportion, and for nan."""
+    if not least <= value <= most:
+        raise UserError(f"{flag} must be from {least} to {most}, not {value!r:.60}")
+
+
+def setting(default, text, least=None, most=None, choices=None):
+    """A field of a dataclass of settings, and what its flag may be."""
+    return field(default=default, metadata=dict(help=text, limits=(least, most), choices=choices))
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def type_of(f) -> type:
+    """The type of a field, without its `| None`."""
+    return f.type if isinstance(f.type, type) else f.type.__args__[0]
+
+
+def check_settings(settings) -> None:
+    """Raise UserError, naming the flag, for a value that its field cannot have."""
+    for f in fields(settings):
+        value, name, kind = getattr(settings, f.name), flag(f.name), type_of(f)
+        choices, limits = f.metadata["choices"], f.metadata["limits"]
+        if value is None and f.default is None:  # it will be filled in
+            continue
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"{name} must be of type {kind.__name__}, not {value!r:.60}")
+        if choices and value not in choices:
+            raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r:.60}")
+        if value == "":
+            raise UserError(f"{name} is empty; give a name, or leave the flag out")
+        if limits != (None, None):
+            within(name, value, *limits)
+
+
+# ---------------------------------------------------------------- the machine
+
+def pick_device(name: str) -> tuple[torch.device, str]:
+    """The device and the reason for it. Raises UserError when the wanted one is absent."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), "a CUDA GPU is here"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "an Apple GPU is here"
+        return torch.device("cpu"), "no GPU is here"
+    if name.split(":")[0] in ("cpu", "cuda", "mps"):
+        with contextlib.suppress(Exception):  # each kind of device fails in its own way
+            torch.empty(1, device=name)
+            return torch.device(name), "asked for"
+    raise UserError("--device must be auto, cpu, or a cuda or mps that torch finds here, not "
+                    f"{show(name)!r:.60}; leave the flag out")
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that there are, used or not; infinity where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     try:
-        with zipfile.ZipFile(path) as packed:
-            return packed.testzip() is None
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError,
-            zlib.error):
-        return False
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return float("inf")
+
+
+def environment(device: torch.device, threads: int) -> dict:
+    """Versions and hardware, to stand beside a result. Names no user, host or path."""
+    here, git = Path(__file__).parent.parent, None
+    if (here / ".git").exists():
+        with contextlib.suppress(OSError):  # no git on this machine
+            words = ["git", "-C", here, "rev-parse", "HEAD"]
+            git = subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"torch": torch.__version__, "numpy": np.__version__,
+            "python": platform.python_version(), "system": platform.system(),
+            "machine": platform.machine(), "cores": os.cpu_count(), "threads": threads,
+            "device": name, "git": git}
 
 
 # ---------------------------------------------------------------- the terminal
@@ -202,7 +307,8 @@ def say(*words, end="\n", to=None) -> None:
     """Print, and go on quietly when nobody reads any more: a training outlives its terminal."""
     stream = to or sys.stdout
     try:
-        print(*words, end=end, file=stream, flush=True)
+        with tqdm.external_write_mode(stream):  # a bar makes room
+            print(*words, end=end, file=stream, flush=True)
     except (OSError, ValueError):  # the reader is gone, the disk is full, the stream is closed
         hush(stream)
 
@@ -219,39 +325,34 @@ def hush(stream) -> None:
 
 
 def watched(stream) -> bool:
-    """Whether somebody sees a line change: a terminal or a notebook, and no file or pipe."""
+    """Whether somebody sees a line change: a terminal, a notebook, or whoever sets SHOW_PROGRESS
+    and reads it through a pipe, as the chapters do."""
     try:
-        return stream.isatty() or type(stream).__module__.startswith("ipykernel")
+        notebook = type(stream).__module__.startswith("ipykernel")
+        return stream.isatty() or notebook or "SHOW_PROGRESS" in os.environ
     except (ValueError, AttributeError):
         return False
 
 
-class Live:
-    """One line that is written over and over where somebody watches, and nothing elsewhere."""
+def bar(of=None, what="", **how) -> tqdm:
+    """A bar on stderr for the iterable `of`, or to be moved by `update`. Where nobody watches there
+    is none, and when it is closed it is gone."""
+    how = dict(leave=False, mininterval=0.2, dynamic_ncols=True, file=sys.stderr) | how
+    return tqdm(of, what, disable=not watched(sys.stderr), **how)
 
-    def __init__(self, to=None):
-        self.stream = to or sys.stdout
-        self.watched = watched(self.stream)
-        self.shown = 0  # letters of the line that stands there
-        self.next = 0.0  # seconds: not more often than one can read
 
-    def show(self, text: str) -> None:
-        if not self.watched or time.monotonic() < self.next:
-            return
-        self.next = time.monotonic() + 0.2
-        text = text[:shutil.get_terminal_size().columns - 1]
-        say(f"\r{text:<{self.shown}}", end="", to=self.stream)
-        self.shown = len(text)
-
-    def clear(self) -> None:
-        if self.shown:
-            say("\r" + " " * self.shown + "\r", end="", to=self.stream)
-        self.shown, self.next = 0, 0.0
-
-    def say(self, text: str) -> None:
-        """A line that stays, above the live one."""
-        self.clear()
-        say(text, to=self.stream)
+@contextlib.contextmanager
+def interrupts():
+    """An event that Ctrl-C sets, for a program that obeys it when its state is whole."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def program(name: str, main) -> int:

@@ -8,14 +8,13 @@ Text is first cut into words, and no merge crosses a word. So it is enough to co
 word once and to merge inside those: minutes become seconds.
 """
 import base64
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import regex
 import tiktoken
 
-from .border import Live, UserError
+from .border import UserError, bar
 
 # A word is: letters, up to three digits, or punctuation, each with the blank before it; or white
 # space, whose last blank is left to the word that follows. A line end and the indentation after it
@@ -51,12 +50,12 @@ def train(texts: Iterable[str], vocab_size: int) -> list[bytes]:
     """
     if vocab_size < 257:
         raise UserError(f"vocab_size is {vocab_size}, but 256 bytes and {BOS} need at least 257")
-    counts, live = Counter(), Live(sys.stderr)
-    find = regex.compile(PATTERN).findall
-    for i, text in enumerate(texts if vocab_size > 257 else ()):
-        for piece in pieces(text):
-            counts.update(word for word in find(piece) if len(word) <= LONGEST)
-            live.show(f"data: counting the words of document {i + 1:,}")
+    counts, find = Counter(), regex.compile(PATTERN).findall
+    with bar(what="data: words counted", unit=" letters", unit_scale=True) as progress:
+        for text in texts if vocab_size > 257 else ():
+            for piece in pieces(text):
+                counts.update(word for word in find(piece) if len(word) <= LONGEST)
+                progress.update(len(piece))
     words = [list(word.encode()) for word in counts]  # each distinct word as a list of token ids
     times = list(counts.values())  # and how often it occurs
 
@@ -69,11 +68,11 @@ def train(texts: Iterable[str], vocab_size: int) -> list[bytes]:
 
     tokens = [bytes([byte]) for byte in range(256)]
     ids = {token: i for i, token in enumerate(tokens)}
+    progress = bar(what="data: tokens learned", total=vocab_size - 1, initial=len(tokens))
     while len(tokens) < vocab_size - 1 and pairs:
         most = max(pairs.values())
         if most < 2:
             break
-        live.show(f"data: {len(tokens):,} of {vocab_size:,} tokens are learned")
         best = min(pair for pair, count in pairs.items() if count == most)
         merged = tokens[best[0]] + tokens[best[1]]
         # Two pairs can spell the same bytes (a+bc, ab+c). tiktoken knows tokens by their bytes, so
@@ -81,6 +80,7 @@ def train(texts: Iterable[str], vocab_size: int) -> list[bytes]:
         new = ids.setdefault(merged, len(tokens))
         if new == len(tokens):
             tokens.append(merged)
+            progress.update()
         for w in where[best]:
             words[w], gone, born = _merge(words[w], best, new)
             for pair in gone:
@@ -89,7 +89,7 @@ def train(texts: Iterable[str], vocab_size: int) -> list[bytes]:
                 pairs[pair] += times[w]
                 where[pair].add(w)
         del pairs[best], where[best]  # not one is left
-    live.clear()
+    progress.close()
     return tokens
 
 

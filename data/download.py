@@ -1,12 +1,11 @@
 """Two small public corpora by name, for readers who are online. Checked by SHA-256, not trusted."""
 import hashlib
 import http.client
-import sys
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from .border import Live, UserError, read_bytes, reason, write_atomically
+from .border import UserError, bar, read_bytes, reason, write_atomically
 
 ADVICE = "mend that and try again, or use a corpus that needs no download, such as stdlib"
 
@@ -52,19 +51,19 @@ def fetch(name: str, file: File, folder: Path, timeout: float = 30) -> Path:
 
 def receive(name: str, file: File, part: Path, timeout: float) -> None:
     """Download into `part`. Raises UserError with what happened and what to do."""
-    digest, done, live = hashlib.sha256(), 0, Live(sys.stderr)
+    digest, done = hashlib.sha256(), 0
     try:
         answer = urllib.request.urlopen(file.url, timeout=timeout)
     except OSError as error:  # no network, no such page
         why = getattr(error, "reason", None) or error
         raise UserError(f"cannot download {name} ({reason(why)}); {ADVICE}") from None
-    with answer, part.open("wb") as out:
+    progress = bar(what=f"data: {name}", total=file.size, unit="B", unit_scale=True)
+    with answer, part.open("wb") as out, progress:
         while done <= file.size and (block := answer.read(1 << 16)):  # never fill the disk
             out.write(block)
             digest.update(block)
             done += len(block)
-            live.show(f"data: {name} {done / 1e6:.1f} of {file.size / 1e6:.1f} MB")
-    live.clear()
+            progress.update(len(block))
     if done < file.size:
         raise UserError(f"the download of {name} was cut at {done} of {file.size} bytes; {ADVICE}")
     if digest.hexdigest() != file.sha256:

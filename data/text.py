@@ -15,7 +15,7 @@ import numpy as np
 import tiktoken
 
 from . import bpe
-from .border import Live, UserError, read_bytes, reason, say, show, write_atomically
+from .border import UserError, bar, read_bytes, reason, say, show, write_atomically
 
 Document = tuple[str, str]
 MOST = 2**27  # bytes of text; with all its copies, and tokens of one byte, this takes 2 GB
@@ -190,14 +190,12 @@ def tokenise(name: str, key: str, read_documents: Callable[[], list[Document]], 
 def stream(docs: list[Document], encoding: tiktoken.Encoding) -> np.ndarray:
     """(N,) the tokens of all documents one after another, each preceded by the last id, the
     `<|bos|>`. Where a text says `<|bos|>`, that is ordinary text."""
-    bos, live = encoding.n_vocab - 1, Live(sys.stderr)
+    bos, total, parts = encoding.n_vocab - 1, sum(len(text) for _, text in docs), []
     dtype = np.int16 if encoding.n_vocab <= 2**15 else np.int32
-    total, done, parts = sum(len(text) for _, text in docs), 0, []
-    for _, text in docs:
-        parts.append(np.array([bos], dtype))
-        for piece in bpe.pieces(text):  # a list of all tokens would take 20 times the text
-            parts.append(np.array(encoding.encode_ordinary(piece), dtype))
-            done += len(piece)
-            live.show(f"data: {done / 1e6:.1f} of {total / 1e6:.1f} million letters are tokens")
-    live.clear()
+    with bar(what="data: to tokens", total=total, unit=" letters", unit_scale=True) as progress:
+        for _, text in docs:
+            parts.append(np.array([bos], dtype))
+            for piece in bpe.pieces(text):  # a list of all tokens would take 20 times the text
+                parts.append(np.array(encoding.encode_ordinary(piece), dtype))
+                progress.update(len(piece))
     return np.concatenate([np.zeros(0, dtype), *parts])

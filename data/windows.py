@@ -13,15 +13,18 @@ def random_windows(N: int, T: int, vocab_size: int, seed: int = 0):
 
 
 def english() -> str:
-    """A text of 6,000 words, written for this repository (CC0): no model was trained on it."""
+    """A text of 6,000 words, written for this repository (CC0): no model was trained on it. SmolLM2
+    reads it at 3.8 nats a token in windows of 64 tokens and 3.3 in windows of 512, where Python's
+    manual, of which it may have read much, gives 2.6."""
     return (Path(__file__).parent / "english.txt").read_text(encoding="utf-8")
 
 
 def text_windows(ids, batches: int, N: int, T: int):
-    """[(x, y)] of each batch, (N, T) int64: disjoint windows of one text, evenly spaced, and dealt
-    out so that every batch has some of all its parts. UserError for a text that is too short."""
+    """[(x, y)] of each batch, (N, T) int64: windows of one text, evenly spaced, and dealt out so
+    that every batch has some of all its parts. y is the token that follows each of x, and no two
+    windows share a token of x. UserError for a text that is too short."""
     ids, n = torch.as_tensor(ids), batches * N
-    if len(ids) < n * (T + 1):
+    if len(ids) < n * T + 1:
         raise UserError(f"the text has {len(ids)} tokens, too few for {n} windows of {T}; "
                         "ask for fewer windows or batches")
     starts = torch.linspace(0, len(ids) - T - 1, n).long()

@@ -29,6 +29,7 @@ import torch
 
 import probe
 import train
+from chapters.lesson import trained
 from data import smollm2
 from data.border import fill, read_json, write_atomically, write_json
 from data.windows import english, random_windows, text_windows
@@ -576,7 +577,7 @@ def measure(jobs, lanes) -> None:
     found["environment"] = {"torch": torch.__version__, "python": platform.python_version(),
                             "cores": os.cpu_count(), "machine": platform.machine()}
     runs = {key: run for key, run in plan().items() if key[0] in lanes}
-    train.trained(*runs.values(), jobs=jobs)
+    trained(*runs.values(), jobs=jobs)
     with ProcessPoolExecutor(jobs) as pool:
         waiting = []
         for lane in lanes:

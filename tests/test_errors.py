@@ -145,7 +145,7 @@ PLAIN = """
 --sample llama                               | llama/config.json is not that of a run
 --sample {x300}                              | holds no run
 --sample old --steps 3                       | leave --steps out
---sample old --prompt A                      | 'A' is not a symbol
+--sample old --prompt 7                      | '7' is not a symbol
 --sample old --temperature nan               | --temperature must be
 --sample old --temperature -1                | --temperature must be
 --sample old --temperature 1e-9              | --temperature must be
@@ -208,7 +208,7 @@ def settings(**changes):
 
 SHORT, LONG, NAN = torch.zeros(3), torch.zeros(10**4), torch.tensor(math.nan)
 MODEL = {  # damage of model.pt that every door must find; and words of the line
-    "empty": (bytes_of("model.pt", lambda b: b""), "model.pt cannot be used"),
+    "empty": (bytes_of("model.pt", lambda b: b""), "damaged"),
     "cut": (bytes_of("model.pt", lambda b: b[:-1000]), "damaged"),
     "half": (bytes_of("model.pt", lambda b: b[:len(b) // 2]), "damaged"),
     "words": (bytes_of("model.pt", lambda b: b"hello"), "damaged"),
@@ -220,11 +220,11 @@ MODEL = {  # damage of model.pt that every door must find; and words of the line
     "no-weights": (resave(model=None), "no checkpoint"),
     "other-weights": (resave(model={"w": torch.ones(3)}), "model.pt"),
     "int-weights": (weights(lambda w: w.update({"norm.weight": torch.ones(32, dtype=torch.int)})),
-                    "no plain tensor"),
+                    "no plain one"),
     "sparse": (weights(lambda w: w.update({"norm.weight": torch.ones(32).to_sparse()})),
-               "no plain tensor"),
+               "no plain one"),
     "huge": (weights(lambda w: w.update({"norm.weight": torch.ones(1).expand(2**40)})),
-             "no plain tensor"),
+             "larger than the file"),
     "shape": (weights(lambda w: w.update({"norm.weight": torch.ones(31)})), "of shape (31,)"),
     "nan": (weights(lambda w: w["norm.weight"].fill_(math.nan)), "not finite"),
     "inf": (weights(lambda w: w["embed_tokens.weight"].fill_(math.inf)), "not finite"),

@@ -1,7 +1,11 @@
 """What the chapters share: exercises, tables, figures, and where it works."""
 
+import contextlib
+import os
+import signal
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 import probe
 import train
 from data.border import UserError
+from tests.conftest import TINY
 
 CHAPTERS = Path(__file__).parent.parent / "chapters"
 
@@ -151,3 +156,39 @@ def test_runs_live_in_out_of_the_repository(lesson, monkeypatch, tmp_path):
         assert Path(lesson.placed(name).out).resolve() == CHAPTERS.parent / "out" / name
     run = train.resolve(train.Run())
     assert Path(lesson.placed("softmax").out).resolve() == CHAPTERS.parent / run.out
+
+
+# ---------------------------------------------------------------- several trainings
+
+def test_what_is_missing_is_trained_and_nothing_else(lesson, tmp_path, capsys):
+    a, b = (train.Run(**{**TINY, "seed": n, "out": str(tmp_path / f"{n}")}) for n in (0, 1))
+    lesson.trained(a, b)
+    assert capsys.readouterr().out == f"training {a.out}, {b.out}, about 1 minute\n"
+    before = (tmp_path / "0/model.pt").stat().st_mtime_ns
+    lesson.trained(a, b)
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "0/model.pt").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="holds a run with --steps 12, not 13"):
+        lesson.trained(replace(a, steps=13))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/notes").touch()  # what the other process says reaches the caller
+    with pytest.raises(UserError, match="new: train.py: .*holds files that are no run"):
+        lesson.trained(replace(a, out=str(tmp_path / "new")))
+
+
+def test_an_interrupt_saves_all(lesson, tmp_path, monkeypatch):
+    """Ctrl-C while the one line shows both at work; then they go on."""
+    runs = [train.Run(**{**TINY, "steps": 10**6, "evals": 1, "seed": n, "out": f"{tmp_path}/{n}"})
+            for n in (0, 1)]
+
+    def show(text):
+        if text.count("to go") == 2 and not stopped:
+            stopped.append(os.kill(os.getpid(), signal.SIGINT))
+    line = types.SimpleNamespace(set_description_str=show)
+    monkeypatch.setattr(lesson, "bar", lambda **_: contextlib.nullcontext(line))
+    for before in (0, 5):
+        stopped = []
+        with pytest.raises(UserError, match="run it again to go on"):
+            lesson.trained(*runs)
+        steps = [train.load_checkpoint(f"{run.out}/model.pt")["step"] for run in runs]
+        assert min(steps) > before

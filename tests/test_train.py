@@ -333,7 +333,7 @@ def test_files_of_a_run(tmp_path, tiny_run, book):
     assert (first["step"], last["step"]) == (0, 12) and last["tokens"] == 12 * 4 * 16
     bits = last["val_loss"] / math.log(2) / result.corpus.bytes_per_token
     assert last["bpb"] == pytest.approx(bits) and last == result.log[-1]
-    assert last["links"].keys() == last["links_bos"].keys() >= {k for k, _ in probe.glossary()}
+    assert last["links"].keys() == last["links_bos"].keys() >= {n.key for n in probe.numbers()}
     assert same(saved(tmp_path)["model"], result.model.state_dict())
 
     model, corpus, settings = train.load_run(tmp_path)
