@@ -5,9 +5,10 @@
     logits = lm_head(rms(x))
 
 Letters in shapes: B batch, T position, H query head, K key/value head, D head width, C model
-width, F FFN width, V vocabulary. Module names are those of Hugging Face's Llama, names of
-activations those of TransformerLens (`tap_names`). The one thing that `attn` changes is
-`Attention.mix`. UserError is what a user can mend: one line.
+width, F FFN width, V vocabulary. Modules and settings have the names of Hugging Face's Llama
+(z_norm and z_gate are ours). A *tap* is a function that is called with every activation, by name,
+and may replace it; the names are TransformerLens's (`tap_names`, with all shapes). The one thing
+that `attn` changes is `Attention.mix`. A UserError is one line on what the user can mend.
 """
 
 import math
@@ -19,14 +20,31 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.border import UserError, open_regular, read_json
+from data.border import UserError, read_json
+from data.llama import map_weights
 
 ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what weights may be
 Tap = Callable[[str, torch.Tensor], torch.Tensor]
 
 
+def untapped(name, x):
+    return x
+
+
 # ---------------------------------------------------------------- config
+
+HF_WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+HF_SIZES = (*HF_WHOLE, "head_dim", "rms_norm_eps")
+# Keys that change the forward pass, and the one value of each that we compute. Whatever else a
+# config.json holds (token ids, dtype, cache, dropout, versions) changes nothing and is dropped.
+HF_FIXED = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+    "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+    "partial_rotary_factor": 1.0, "rope_interleaved": False, "quantization_config": None,
+}
+
 
 def require(right: bool, name: str, value, wanted: str):
     if not right:
@@ -41,11 +59,6 @@ def require_whole(name, value):
 def require_positive(name, value):
     right = type(value) in (int, float) and 1e-30 < value < 1e30  # fp32 can compute with it
     require(right, name, value, "a positive number")
-
-
-HF_WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-HF_SIZES = (*HF_WHOLE, "head_dim", "rms_norm_eps")
 
 
 @dataclass
@@ -78,9 +91,9 @@ class Config:
             require_whole(name, getattr(self, name))
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             require_positive(name, getattr(self, name))
-        tie, attn = self.tie_word_embeddings, self.attn
+        tie, known = self.tie_word_embeddings, ", ".join(ATTENTIONS)
         require(type(tie) is bool, "tie_word_embeddings", tie, "true or false")
-        require(attn in ATTENTIONS, "attn", attn, f"one of {', '.join(ATTENTIONS)}")
+        require(self.attn in ATTENTIONS, "attn", self.attn, f"one of {known}")
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         require(H % K == 0, "num_key_value_heads", K, f"a divisor of num_attention_heads {H}")
         if self.head_dim is None:
@@ -389,50 +402,7 @@ class GPT(nn.Module):
         return model.to(dtype or model.lm_head.weight.dtype)  # one for all, where a file mixes them
 
 
-# ---------------------------------------------------------------- a Llama's files
-
-# Keys that change the forward pass, and the one value of each that we compute. Whatever else a
-# config.json holds (token ids, dtype, cache, dropout, versions) changes nothing and is dropped.
-HF_FIXED = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-    "attention_bias": False, "mlp_bias": False, "sliding_window": None,
-    "partial_rotary_factor": 1.0, "rope_interleaved": False, "quantization_config": None,
-}
-
-
-def map_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a Llama's safetensors files, by our names, as views of the mapped files."""
-    try:
-        from safetensors import safe_open
-    except ImportError:
-        raise UserError("a Llama needs the safetensors package: pip install safetensors") from None
-    single, shards = folder.glob("model.safetensors"), folder.glob("model-*.safetensors")
-    paths = list(single) or sorted(shards)  # the names that Hugging Face gives
-    if not paths:
-        raise UserError(f"{folder} has neither model.safetensors nor model-*.safetensors "
-                        "(pickled weights could run code and are not read: convert them)")
-    weights = {}
-    for path in paths:
-        open_regular(path, most=2**50).close()  # mapping a pipe or a device could wait for ever
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}
-        except Exception as error:  # damaged files raise many kinds, in the package and in torch
-            raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-        for name, weight in found.items():
-            ours = name.removeprefix("model.")
-            if ours in weights:
-                raise UserError(f"{path}: tensor {name!r:.99} is there twice")
-            if not ours.endswith("rotary_emb.inv_freq"):  # old files hold `rope_frequencies`
-                weights[ours] = weight
-    return weights
-
-
 # ---------------------------------------------------------------- looking inside
-
-def untapped(name, x):
-    return x
-
 
 def tap_names(cfg: Config) -> list[str]:
     """Every name that `forward` gives to a tap, in the order of the call.

@@ -351,13 +351,13 @@ def chance(number, cfg, T, k=0):
 
 
 @torch.no_grad()
-def layers(model, x, tap=None, mask=None, ks=(0,), y=None, wanted=None):
+def layers(model, x, tap=None, ks=(0,), y=None, wanted=None):
     """Every number of every layer for the tokens `ks` of windows x (N, T), in one forward pass
     -> [{key: (L,) or (L, H)} for each k], and the mean loss in nats for targets y (None without).
 
     A layer is measured when it ends and then forgotten, so that a large model needs little more
-    memory than its own forward pass. `tap` and `mask` intervene; `wanted` are the Numbers, all if
-    None. Raises UserError.
+    memory than its own forward pass. `tap` intervenes; `wanted` are the Numbers, all if None.
+    Raises UserError.
     """
     (N, T), wanted = x.shape, wanted or numbers()
     if N < 2 or not all(0 <= k < T - 1 for k in ks):
@@ -377,7 +377,7 @@ def layers(model, x, tap=None, mask=None, ks=(0,), y=None, wanted=None):
             seen.clear()
         return value
 
-    loss = model(x, y, tap=compose(tap, look), mask=mask)[1]
+    loss = model(x, y, tap=compose(tap, look))[1]
     stacked = [{key: torch.stack(v) for key, v in values.items()} for values in found]
     return stacked, None if loss is None else loss.item()
 
@@ -391,14 +391,14 @@ def later(v):
 def summary(found) -> dict[str, float]:
     """One token of `layers` -> one float a number. Sink head: the strongest of later layers."""
     head = later(found["sink"]).flatten().nan_to_num().argmax()
-    read = {"first": lambda v: v[0], "mean": lambda v: v.mean(), "largest": lambda v: v.max(),
+    read = {"first": lambda v: v[0], "mean": torch.mean, "largest": torch.max,
             "sink head": lambda v: later(v).flatten()[head]}
     return {n.key: read[n.read](found[n.key]).item() for n in numbers() if n.key in found}
 
 
-def chain(model, x, tap=None, mask=None, k=0, y=None) -> dict[str, float]:
+def chain(model, x, tap=None, k=0, y=None) -> dict[str, float]:
     """One float a number of LINKS for token k of windows x (N, T); and `loss`, for targets y."""
-    (found,), loss = layers(model, x, tap, mask, (k,), y)
+    (found,), loss = layers(model, x, tap, (k,), y)
     return summary(found) | ({} if loss is None else {"loss": loss})
 
 
@@ -514,7 +514,7 @@ def cuts(model, x, y, k=10, seed=0, names=(), step=lambda: None) -> list[dict]:
     wanted, rows = [link.numbers[0] for link in LINKS], []
 
     def measure(tap=None):
-        return layers(model, x, tap, None, (0, k), y, wanted)
+        return layers(model, x, tap, (0, k), y, wanted)
 
     def told(found, loss):
         resting = (later(f["sink"])[heads].mean().item() for f in found)

@@ -444,7 +444,7 @@ def silenced(model, x, y, ids=(), first=True, to=None):
 
         edits[f"{i}.mlp_post"] = edit
     wanted = [n for n in numbers() if n.key in ("sink", "norm_ratio", "dominance")]
-    (found,), loss = layers(model, x, make_tap(model.cfg, edits), None, (0,), y, wanted)
+    (found,), loss = layers(model, x, make_tap(model.cfg, edits), (0,), y, wanted)
     return found | {"loss": loss}
 
 
