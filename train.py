@@ -26,7 +26,7 @@ import math
 import re
 import shlex
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,10 +36,10 @@ import torch
 
 import data
 import probe
-from data.border import (Parser, UserError, bar, check_settings, environment, finite, flag,
-                         interrupts, load_tensors, memory_of, one_writer, parts, pick_device,
-                         program, read_bytes, read_json, reason, say, setting, show, type_of,
-                         within, write_atomically, write_json)
+from data.border import (Parser, UserError, bar, check_folder, check_settings, environment, finite,
+                         flag, interrupts, load_tensors, memory_of, one_writer, parts, pick_device,
+                         program, read_bytes, read_json, reason, say, setting, show, within,
+                         write_atomically, write_json)
 from model import ATTENTIONS, GPT, Config
 
 # ---------------------------------------------------------------- settings
@@ -236,10 +236,11 @@ def make_optimizer(model: GPT, run: Run, device) -> torch.optim.AdamW:
 
 
 class State:
-    """All that changes while a model is trained: what model.pt and log.jsonl hold."""
+    """A training: settings, corpus, and all that changes: what model.pt and log.jsonl hold."""
 
     def __init__(self, run: Run, corpus, device, saved: dict | None):
-        self.run, self.folder, self.path = run, Path(run.out), Path(run.out) / "model.pt"
+        self.run, self.corpus, self.device = run, corpus, device
+        self.folder, self.path = Path(run.out), Path(run.out) / "model.pt"
         cfg = shape(run, corpus)
         if saved is None:
             self.model = GPT(cfg, seed=run.seed).to(device)
@@ -250,6 +251,10 @@ class State:
         self.step, self.smooth, self.seconds, self.log = 0, None, 0.0, []
         if saved is not None:
             self.restore(saved)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.run.steps
 
     def restore(self, saved: dict) -> None:
         """Everything but the weights. AdamW writes into its moments without looking, so they must
@@ -288,18 +293,7 @@ class State:
                          f"{self.run.lr}) or a longer --warmup")
 
 
-@dataclass
-class Result:
-    """What `train` leaves: the folder, the rows of its log.jsonl, and what it trained."""
-
-    folder: Path
-    log: list[dict] = field(repr=False)
-    finished: bool
-    model: GPT = field(repr=False)
-    corpus: data.Corpus = field(repr=False)
-
-
-def train(run: Run, resume=False, overwrite=False, say=say) -> Result:
+def train(run: Run, resume=False, overwrite=False, say=say) -> State:
     """Train as `run` says, in the folder run.out; `resume` goes on there, `overwrite` starts anew.
 
     Every step depends on nothing but the settings: a resumed run ends in the same weights, bit for
@@ -311,13 +305,13 @@ def train(run: Run, resume=False, overwrite=False, say=say) -> Result:
     torch.set_num_threads(run.threads)
     old = read_config(folder)[1] if resume else None
     if not resume:
-        check_folder(folder, overwrite)
+        check_folder(folder, FILES, ("run", "model", "environment"), overwrite)
     corpus = load_corpus(run, old)
     check_memory(run, shape(run, corpus), device)
     with one_writer(folder), interrupts() as stop:
         there = resume and (folder / "model.pt").exists()  # no: killed before its first save
         state = State(run, corpus, device, load_checkpoint(folder / "model.pt") if there else None)
-        header = make_header(state, corpus, device, old)
+        header = make_header(state, old)
         say(f"{run.attn} attention, {header['parameters']:,} parameters, {run.steps:,} steps of "
             f"{run.batch_size} x {run.seq_len} tokens of {show(run.data)}")
         say(f"device {device} ({why}), threads {run.threads}, seed {run.seed} -> {show(folder)}/")
@@ -330,11 +324,11 @@ def train(run: Run, resume=False, overwrite=False, say=say) -> Result:
         left = parts(folder, FILES)  # before this line nothing has been written or removed
         for path in left if resume else [*left, *(folder / name for name in FILES)]:
             path.unlink(missing_ok=True)
-        if state.step < run.steps:
+        if not state.finished:
             write_json(folder / "config.json", header)
         with bar(total=run.steps, initial=state.step, bar_format=BAR) as live:
-            loop(state, corpus, header, stop, say, live)
-        if state.step < run.steps:
+            loop(state, header, stop, say, live)
+        if not state.finished:
             say(f"stopped at step {state.step:,} and saved; go on with: python train.py --resume "
                 f"{shlex.quote(show(folder))}")
         try:
@@ -342,16 +336,16 @@ def train(run: Run, resume=False, overwrite=False, say=say) -> Result:
             curve(folder, state.log, header["optimal_loss"])
         except ImportError as error:
             say(f"no curve.png ({reason(error)})")
-    return Result(folder, state.log, state.step >= run.steps, state.model, corpus)
+    return state
 
 
 BAR = "{bar:10}{percentage:4.0f}% | {desc}"  # of tqdm, whose own time to go knows no evaluations
 
 
-def loop(state: State, corpus, header: dict, stop, say, live) -> None:
+def loop(state: State, header: dict, stop, say, live) -> None:
     """From state.step to the last one, or to Ctrl-C; the state is saved at each evaluation."""
-    run, model, device = state.run, state.model, state.model.lm_head.weight.device
-    evaluation = Evaluation(corpus, run.seq_len, run.bos, device)
+    run, model, device = state.run, state.model, state.device
+    evaluation = Evaluation(state.corpus, run.seq_len, run.bos, device)
     evaluate_at, tokens = evaluation_steps(run.steps, run.evals), run.batch_size * run.seq_len
     cast = contextlib.nullcontext()
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -385,13 +379,13 @@ def loop(state: State, corpus, header: dict, stop, say, live) -> None:
             evaluation_seconds = time.perf_counter() - begin
             state.seconds += evaluation_seconds
             say(row_line(run, row, speed()))
-        if state.step >= run.steps:
+        if state.finished:
             return
         if stop.is_set():
             return state.save(header)
 
         begin = time.perf_counter()
-        loss = train_step(state, corpus, device, cast)
+        loss = train_step(state, cast)
         if state.step % 10 == 0 or state.step in evaluate_at:  # .item() waits for a GPU
             value, before = loss.item(), state.smooth
             if not math.isfinite(value):
@@ -405,14 +399,15 @@ def loop(state: State, corpus, header: dict, stop, say, live) -> None:
         live.update()
 
 
-def train_step(state: State, corpus, device, cast) -> torch.Tensor:
+def train_step(state: State, cast) -> torch.Tensor:
     """One batch, one step of AdamW -> the loss of the batch before it."""
     run, model, optimizer = state.run, state.model, state.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(state.step, run)
-    x, y = corpus.batch(run.batch_size, run.seq_len, state.batches, bos=run.bos, repeat=run.repeat)
+    x, y = state.corpus.batch(run.batch_size, run.seq_len, state.batches, bos=run.bos,
+                              repeat=run.repeat)
     with cast:
-        loss = model(x.to(device), y.to(device))[1]
+        loss = model(x.to(state.device), y.to(state.device))[1]
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -426,27 +421,6 @@ def train_step(state: State, corpus, device, cast) -> torch.Tensor:
 FILES = ("model.pt", "curve.png", "log.jsonl", "config.json")  # in which order they are removed
 
 
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raise UserError where no run can be started. Writes nothing."""
-    try:
-        left = {path.name for path in parts(folder, FILES)}  # of a killed run
-        names = {path.name for path in folder.iterdir()} - {".lock"} - left
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise UserError(f"{show(folder)} cannot be a run's folder ({reason(error)}); "
-                        "choose another --out") from None
-    ours = False
-    with contextlib.suppress(UserError):
-        ours = read_json(folder / "config.json").keys() >= {"run", "model", "environment"}
-    if names and not ours:
-        raise UserError(f"{show(folder)} holds files that are no run of train.py; "
-                        "choose another --out")
-    if names and not overwrite:
-        raise UserError(f"{show(folder)} already holds a run; go on with --resume {show(folder)}, "
-                        "start anew with --overwrite, or choose another --out")
-
-
 def shape(run: Run, corpus) -> Config:
     """The model that a run trains."""
     same = ("attn", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -455,9 +429,10 @@ def shape(run: Run, corpus) -> Config:
                   **{name: getattr(run, name) for name in same})
 
 
-def make_header(state: State, corpus, device, old: dict | None) -> dict:
+def make_header(state: State, old: dict | None) -> dict:
     """config.json. A run that goes on elsewhere keeps what is known of where it was before."""
-    run, now, earlier = state.run, environment(device, state.run.threads), []
+    run, corpus, earlier = state.run, state.corpus, []
+    now = environment(state.device, run.threads)
     if old:
         earlier = [e for e in (*old.get("earlier", []), old["environment"]) if e != now]
     return {"run": asdict(run), "model": asdict(state.model.cfg),
@@ -478,11 +453,9 @@ def new_machine(old: dict, header: dict) -> str:
 def read_config(folder) -> tuple[Run, dict]:
     """The settings of a run and its whole config.json. Raises UserError."""
     path = Path(folder) / "config.json"
-    try:
-        path.stat()
-    except (OSError, ValueError):
+    if not os.path.exists(path):
         raise UserError(f"{show(folder)} holds no run of train.py (no config.json); train one: "
-                        "python train.py") from None
+                        "python train.py")
     raw = read_json(path)
     try:
         settings = {f.name: raw["run"][f.name] for f in fields(Run)}
@@ -533,15 +506,11 @@ def load_checkpoint(path) -> dict:
     return {"model": copied(saved["model"]), "optimizer": moments, **rest}
 
 
-def load_run(folder, untrained=False) -> tuple[GPT, data.Corpus, dict]:
-    """A folder of `train` -> (model, corpus, settings); untrained: with the weights it started
-    from. Raises UserError."""
+def load_run(folder) -> tuple[GPT, data.Corpus, dict]:
+    """A folder of `train` -> (model, corpus, settings). Raises UserError."""
     run, raw = read_config(folder)
     path = Path(folder) / "model.pt"
     corpus = load_corpus(run, None if run.vocab_size == 257 else raw)  # bytes are bytes in any text
-    if untrained:
-        check_memory(run, shape(run, corpus), torch.device("cpu"))
-        return GPT(shape(run, corpus), seed=run.seed).eval(), corpus, asdict(run)
     if not path.exists():
         raise UserError(f"{show(folder)} has no model.pt: its training never saved; go on with: "
                         f"python train.py --resume {show(folder)}")
@@ -583,24 +552,24 @@ def write_text(model: GPT, corpus, prompt=None, tokens=200, temperature=0.8, see
     return corpus.decode(model.generate(idx, tokens, temperature, 40, generator)[0, 1:])
 
 
-def story(run: Run, result: Result) -> str:
+def story(state: State) -> str:
     """What a training has shown, in plain sentences."""
-    first, last, corpus = result.log[0], result.log[-1], result.corpus
+    run, corpus, first, last = state.run, state.corpus, state.log[0], state.log[-1]
     kind = next(kind for kind in FIRST if kind in last)
     before, after = (row[kind]["sink"] or 0.0 for row in (first, last))
     lines = [f"validation loss {last['val_loss']:.4f} nats per token; files in "
-             f"{show(result.folder)}/",
+             f"{show(run.out)}/",
              f"{FIRST[kind]}: {after:.2f} of the attention of the strongest head, before training "
              f"{before:.2f} (one that attends to all alike: {probe.uniform_sink(run.seq_len):.2f})"]
     if run.bos:
         lines.append("a sink on <|bos|> knows it by name, so this run is no test of a cure: "
                      "see chapter 07")
-    text, share = write_text(result.model, corpus), 1.0 if corpus.task else run.repeat
+    text, share = write_text(state.model, corpus), 1.0 if corpus.task else run.repeat
     lines.append(f"a sample:\n{text}\n")
     if share and any(text.find(text[i:i + 12], i + 1) > 0 for i in range(len(text) - 12)):
         lines.append(f"(it repeats itself, because {share:.0%} of the training windows show one "
                      "passage over and over)")
-    return "\n".join(["", *lines, "", f"next: python probe.py {shlex.quote(show(result.folder))}"])
+    return "\n".join(["", *lines, "", f"next: python probe.py {shlex.quote(show(run.out))}"])
 
 
 SAMPLING = {"prompt": (str, "what --sample goes on from"),
@@ -614,15 +583,7 @@ def parse(words=None) -> dict:
                       for name, s in SIZES.items())
     parser = Parser("train.py", epilog=f"Sizes: {sizes}", argument_default=argparse.SUPPRESS,
                     description="Train one decoder and watch its attention sink being born.")
-    for f in fields(Run):
-        text = f.metadata["help"].replace("%", "%%")
-        if f.default is None and "default" not in text:
-            text += " (default: by size)"
-        if f.default is False:
-            parser.add_argument(flag(f.name), action="store_true", help=text)
-            continue
-        text += f" (default: {f.default})" if f.default is not None else ""
-        parser.add_argument(flag(f.name), type=type_of(f), choices=f.metadata["choices"], help=text)
+    parser.add_settings(Run, unless="by size")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, "
                         f"with its settings; of others only {', '.join(map(flag, MACHINE))}")
     parser.add_argument("--overwrite", action="store_true",
@@ -652,16 +613,10 @@ def command(words) -> int:
             raise UserError(f"{flag(name)} goes with --sample FOLDER only")
     folder, overwrite = given.pop("resume", None), given.pop("overwrite", False)
     run = replace(read_config(folder)[0], **given) if folder is not None else Run(**given)
-    try:
-        result = train(run, folder is not None, overwrite)
-    except RuntimeError as error:  # of the compiler, which has many
-        if not run.compile or "torch._" not in type(error).__module__:
-            raise
-        raise UserError(f"--compile failed ({type(error).__name__}): it needs a C++ compiler; "
-                        "leave it out") from None
-    if not result.finished:
+    state = train(run, folder is not None, overwrite)
+    if not state.finished:
         return 130
-    print(story(resolve(run), result))
+    print(story(state))
     return 0
 
 

@@ -170,6 +170,28 @@ def parts(folder, names) -> list[Path]:
     return [path for path in Path(folder).iterdir() if ours.fullmatch(path.name)]
 
 
+def check_folder(folder: Path, files, keys, overwrite: bool) -> None:
+    """Raise UserError where no run can be started: one whose `files` are ours if config.json has
+    these keys. Writes nothing."""
+    try:
+        left = {path.name for path in parts(folder, files)}  # by a kill
+        names = {path.name for path in folder.iterdir()} - {".lock"} - left
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{show(folder)} cannot be a run's folder ({reason(error)}); "
+                        "choose another --out") from None
+    ours = False
+    with contextlib.suppress(UserError):
+        ours = read_json(folder / "config.json").keys() >= set(keys)
+    if names and not ours:
+        raise UserError(f"{show(folder)} holds files that are no run of train.py; "
+                        "choose another --out")
+    if names and not overwrite:
+        raise UserError(f"{show(folder)} already holds a run; go on with --resume {show(folder)}, "
+                        "start anew with --overwrite, or choose another --out")
+
+
 @contextlib.contextmanager
 def one_writer(folder):
     """Make a folder and hold it for writing, or raise UserError naming the process that does. The
@@ -213,13 +235,26 @@ def lock(handle) -> None:
 # ---------------------------------------------------------------- flags and settings
 
 class Parser(argparse.ArgumentParser):
-    """Tells a wrong flag as every other mistake is told, and guesses at no shortened one."""
+    """Tells a wrong flag as every other mistake is told, and completes no shortened one."""
 
     def __init__(self, prog: str, **how):
         super().__init__(prog=prog, allow_abbrev=False, **how)
 
     def error(self, message):
         raise UserError(f"{message:.300}; see python {self.prog} --help")
+
+    def add_settings(self, settings, unless: str) -> None:
+        """A flag for each field of a class of settings; `unless` says what stands for None."""
+        for f in fields(settings):
+            text, how = f.metadata["help"].replace("%", "%%"), dict(type=type_of(f))
+            if f.default is None and "default" not in text:
+                text += f" (default: {unless})"
+            elif f.default not in (None, False):
+                text += f" (default: {f.default})"
+            how["choices"] = f.metadata["choices"]
+            if f.default is False:
+                how = dict(action="store_true")
+            self.add_argument(flag(f.name), help=text, **how)
 
 
 def within(flag: str, value, least, most) -> None:
@@ -382,9 +417,12 @@ def program(name: str, main) -> int:
         where = f"{show(error.filename)}: " if error.filename else ""
         message, code = f"{where}{reason(error)}", 2
     except RuntimeError as error:
-        if "memory" not in str(error):  # torch's way to say MemoryError
-            raise
         message, code = "not enough memory; ask for less", 2
+        if "torch._" in type(error).__module__:  # the compiler has many
+            message = (f"--compile failed ({type(error).__name__}): it needs a C++ compiler; "
+                       "leave it out")
+        elif "memory" not in str(error):  # torch's way to say MemoryError
+            raise
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)

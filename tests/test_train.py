@@ -19,7 +19,7 @@ from tqdm import tqdm
 import data
 import probe
 import train
-from model import ATTENTIONS
+from model import ATTENTIONS, GPT
 from tests.conftest import TINY
 from train import Run
 
@@ -338,7 +338,7 @@ def test_files_of_a_run(tmp_path, tiny_run, book):
 
     model, corpus, settings = train.load_run(tmp_path)
     assert same(model.state_dict(), result.model.state_dict()) and settings == header["run"]
-    start = train.load_run(tmp_path, untrained=True)[0]
+    start = GPT(model.cfg, seed=settings["seed"])
     assert probe.chain(start, train.Evaluation(corpus, 16, 0.5, "cpu").windows["links"]) == {
         k: v if v is not None else pytest.approx(math.nan, nan_ok=True)
         for k, v in first["links"].items()}
