@@ -197,6 +197,12 @@ def maps(patterns, sinks, title=None) -> Figure:
     return figure
 
 
+def below(figure, entries, **how):
+    """A legend below all axes. entries: label -> the look of its line."""
+    handles = [Line2D([], [], label=label, **look) for label, look in entries.items()]
+    figure.legend(handles=handles, loc="outside lower center", **how)
+
+
 # ---------------------------------------------------------------- the chain of a model
 
 @torch.no_grad()
@@ -253,9 +259,7 @@ def chain(portraits, kind) -> Figure:
                "the number in the table": {"color": "black", "marker": "o", "ls": ""}}
     for style, name in zip(STYLES, shown if len(shown) > 1 else ()):
         entries[name] = {"color": "black", "ls": style["ls"]}
-    handles = [Line2D([], [], label=name, **style) for name, style in entries.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles),
-                  columnspacing=1.2, handlelength=1.8)
+    below(figure, entries, ncols=len(entries), columnspacing=1.2, handlelength=1.8)
     return figure
 
 

@@ -20,13 +20,11 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from tqdm.auto import tqdm
@@ -36,10 +34,11 @@ from chapters.figures import ACCENT, GREY
 from data import smollm2
 from data.border import UserError, program, read_json, say, write_atomically, write_json
 from data.windows import english, llama_encoder, random_windows, text_windows
-from model import GPT, make_tap, record, rope_turns
-from probe import (SINK, TOP, amplify, at_token, dominance, energy, kendall_tau, known, later,
-                   layers, leading_query, numbers, over_median, scale, see_only_itself, share,
-                   shift, similar, sink_score, uniform_sink, weight_score, wo_alignment)
+from model import GPT, make_tap, record
+from probe import (SINK, TOP, amplify, at_token, average, dominance, energy, kendall_tau, known,
+                   later, layers, lock_cos, numbers, over_median, scale,
+                   see_only_itself, share, shift, similar, sink_score, uniform_sink, weight_score,
+                   with_sink, wo_alignment)
 
 RESULTS = Path(__file__).parent / "results"
 SUBJECT = "smollm2"  # whose results; with RESULTS, what --llama changes
@@ -50,58 +49,30 @@ FACTORS = (2, 4, 8, 16, 32)
 
 # ---------------------------------------------------------------- one pass, and what is kept
 
-@dataclass
-class Pass:
-    """One forward pass without the head: the state (N, T, C) that enters each layer and leaves the
-    last one, and by token k what it has of attention {k: (L, H)} and of length {k: (L,)}."""
-    states: list
-    sink: dict
-    norm: dict
+def run(model, x, ks, tap=None, y=None):
+    """One forward pass on windows x (N, T) -> {k: {sink (L, H), norm_ratio (L,), dominance (L,)}}
+    for the tokens ks, and the loss."""
+    wanted = [n for n in numbers() if n.key in ("sink", "norm_ratio", "dominance")]
+    found, loss = layers(model, x, tap, ks, y, wanted)
+    return dict(zip(ks, found)) | {"loss": loss}
 
 
-@torch.no_grad()
-def run(model, x, ks, tap=None, before=None, start=0):
-    """A Pass on windows x (N, T), for tokens ks. With `before`, a pass that was the same up to
-    layer `start`, the layers before that are taken from it."""
-    T = x.shape[1]
-    rope, bias = rope_turns(model.rope_freq, T), model.attention_bias(T, None, x.device)
-    state = before.states[start] if before else model.embed_tokens(x)
-    states, kept = (before.states[:start] if before else []) + [state], {}
-    sink = {k: list(before.sink[k][:start]) if before else [] for k in ks}
-    norm = {k: list(before.norm[k][:start]) if before else [] for k in ks}
-    for i, block in enumerate(model.layers):
-        if i < start:
-            continue
-
-        def look(name, value, i=i):
-            kept[name] = tap(f"{i}.{name}", value) if tap else value
-            return kept[name]
-
-        states.append(block(states[-1], rope, bias, look))
-        for k in ks:
-            sink[k].append(sink_score(kept["pattern"], k).mean(0))
-            norm[k].append(over_median(states[-1].norm(dim=-1), k).mean())
-        kept.clear()
-    stacked = ({k: torch.stack(v) for k, v in found.items()} for found in (sink, norm))
-    return Pass(states, *stacked)
-
-
-def resting(free: Pass):
-    """(L - 1, H) bool: the heads that have a sink at token 0; the strongest, if none has."""
-    sink = later(free.sink[0])
-    return sink >= min(SINK, sink.max())
-
-
-def effect(free: Pass, found: Pass, k):
-    """One intervention at token k against the untouched pass, in floats."""
-    heads = resting(free)
-    before, after = ([{"resting": later(p.sink[i])[heads].mean().item()} for i in (0, k)]
+def shared(kind, free, found, k=0):
+    """Two passes of `run` -> (the share that RULE of probe.py gives a "cut" or "forge"; attention
+    to tokens 0 and k of the heads with a sink, before and after)."""
+    heads = with_sink(free[0]["sink"])
+    before, after = ([{"resting": later(p[i]["sink"])[heads].mean().item()} for i in (0, k)]
                      for p in (free, found))
-    T = free.states[0].shape[1]
-    row = {"kind": "forge", "before": before, "after": after}
-    return {"share": share(row, T), "resting": after[1]["resting"], "first": after[0]["resting"],
-            "strongest": later(found.sink[k]).max().item(), "norm": found.norm[k].max().item(),
-            "untouched": before[1]["resting"], "untouched_norm": free.norm[k].max().item(),
+    return share({"kind": kind, "before": before, "after": after}, T), before, after
+
+
+def forged(free, found, k):
+    """One intervention at token k against the untouched pass, in floats."""
+    value, before, after = shared("forge", free, found, k)
+    return {"share": value, "resting": after[1]["resting"], "first": after[0]["resting"],
+            "strongest": later(found[k]["sink"]).max().item(),
+            "norm": found[k]["norm_ratio"].max().item(), "untouched": before[1]["resting"],
+            "untouched_norm": free[k]["norm_ratio"].max().item(),
             "untouched_first": before[0]["resting"]}
 
 
@@ -110,13 +81,10 @@ def spread(tables):
     batches, and the share of each batch."""
     rows = []
     for same in zip(*tables):
-        label, columns = same[0][0], {}
-        for key in same[0][1]:
-            columns[key] = [values[key] for _, values in same]
-        mean = {key: statistics.fmean(v) for key, v in columns.items()}
-        std = {key: statistics.stdev(v) if len(v) > 1 else 0.0 for key, v in columns.items()}
-        each = {"each": columns["share"]} if "share" in columns else {}
-        rows.append(label | {"batches": len(same), "mean": mean, "std": std} | each)
+        each = [values for _, values in same]
+        mean, std = average(each)
+        row = same[0][0] | {"batches": len(same), "mean": mean, "std": std}
+        rows.append(row | ({"each": [v["share"] for v in each]} if "share" in mean else {}))
     return rows
 
 
@@ -149,21 +117,16 @@ def mask(model, batches, bar):
     for b, (x, _) in enumerate(batches.random):
         free, rows = run(model, x, (0, *TOKENS)), []
 
-        def masked(k, which, before=None, start=0):
+        def masked(k, which):
             edit = at_token(k, lambda s: see_only_itself(s, k, None, None), axis=2)
             tap = make_tap(model.cfg, {f"{i}.scores": edit for i in which})
-            return run(model, x, (0, *TOKENS), tap, before, start)
+            return forged(free, run(model, x, (0, k), tap), k)
 
         for k in TOKENS:
-            found = masked(k, range(L))
-            rows.append(({"layers": "all", "k": k}, effect(free, found, k)))
-            forced = found if k == 10 else forced if k > 10 else None
+            rows.append(({"layers": "all", "k": k}, masked(k, range(L))))
         for i in bar(range(L), f"mask {b + 1}/{len(batches.random)}"):
-            for name, which, before, start in (("only", [i], free, i),
-                                               ("to", range(i + 1), forced, i + 1),
-                                               ("from", range(i, L), free, i)):
-                found = masked(10, which, before, start)
-                rows.append(({"layers": name, "layer": i, "k": 10}, effect(free, found, 10)))
+            for name, which in (("only", [i]), ("to", range(i + 1)), ("from", range(i, L))):
+                rows.append(({"layers": name, "layer": i, "k": 10}, masked(10, which)))
         every.append(rows)
     rows = spread(every)
     whole, means = pick(rows, layers="all"), {}
@@ -202,8 +165,8 @@ def variance(model, batches, bar):
                 for factor in FACTORS:
                     edit = at_token(k, lambda z: change(z, k, None, None, factor))
                     tap = make_tap(model.cfg, {f"{i}.z": edit for i in wide[name]})
-                    found = effect(free, run(model, x, (0, k), tap), k)
                     label = {"layers": name, "k": k, "kind": kind, "factor": factor}
+                    found = forged(free, run(model, x, (0, k), tap), k)
                     rows[10 if k == 10 else "other"].append((label, found))
         every.append(rows[10])
         fewer += [rows["other"]] if b < 4 else []
@@ -432,7 +395,7 @@ def plan_silence(sets):
 
 
 def silenced(model, x, y, ids=(), first=True, to=None):
-    """What `layers` finds at token 0 with the neurons `ids` set to their values in `to` (L, F)."""
+    """`run` at token 0 with the neurons `ids` set to their values in `to` (L, F)."""
     edits = {}
     for i in {i for i, _ in ids}:
         mine = torch.tensor([n for j, n in ids if j == i])
@@ -443,25 +406,20 @@ def silenced(model, x, y, ids=(), first=True, to=None):
             return post
 
         edits[f"{i}.mlp_post"] = edit
-    wanted = [n for n in numbers() if n.key in ("sink", "norm_ratio", "dominance")]
-    (found,), loss = layers(model, x, make_tap(model.cfg, edits), (0,), y, wanted)
-    return found | {"loss": loss}
+    return run(model, x, (0,), make_tap(model.cfg, edits), y)
 
 
 def cut_effects(kinds, free, after):
     """Floats of one ablation on one batch of each kind of windows, for `spread`."""
     found = {}
     for kind, before, now in zip(kinds, free, after):
-        heads_ = later(before["sink"]) >= min(SINK, later(before["sink"]).max())
-        rest = [later(f["sink"])[heads_].mean().item() for f in (before, now)]
-        row = {"kind": "cut", "before": [{"resting": rest[0]}] * 2,
-               "after": [{"resting": rest[1]}] * 2}
-        found |= {f"{kind} share": share(row, T), f"{kind} resting": rest[1],
-                  f"{kind} strongest": later(now["sink"]).max().item(),
-                  f"{kind} norm": now["norm_ratio"].max().item(),
-                  f"{kind} dominance": now["dominance"].max().item(),
+        value, _, resting = shared("cut", before, now)
+        found |= {f"{kind} share": value, f"{kind} resting": resting[0]["resting"],
+                  f"{kind} strongest": later(now[0]["sink"]).max().item(),
+                  f"{kind} norm": now[0]["norm_ratio"].max().item(),
+                  f"{kind} dominance": now[0]["dominance"].max().item(),
                   f"{kind} loss": now["loss"]}
-    by_layer = after[0]["sink"].mean(1).tolist()
+    by_layer = after[0][0]["sink"].mean(1).tolist()
     return found | {f"sink {i}": v for i, v in enumerate(by_layer)}
 
 
@@ -542,8 +500,7 @@ def heads(model, batches, bar):
                 attn = block.self_attn
                 q, scores = kept[f"{i}.q"], kept[f"{i}.scores"]
                 key = kept[f"{i}.k"][:, k].repeat_interleave(attn.H // attn.K, 1)  # (N, H, D)
-                u = leading_query(q[:, k + 1:])
-                found["cos"].append(F.cosine_similarity(u, key, dim=-1).mean(0))
+                found["cos"].append(lock_cos(q, key, k))
                 found["positive"].append((scores[:, :, k + 1:, k] > 0).float().mean((0, 2)))
                 found["sink"].append(sink_score(kept[f"{i}.pattern"], k).mean(0))
             tokens["first" if k == 0 else "ordinary"] = {
@@ -615,6 +572,7 @@ TITLES = {
     "neurons": "Five neurons write the sink", "loss": "What text loses without them",
     "erasers": "Wave one carries the sinks of layers 2 to 10, wave two most of those from 12 on"}
 NAMES = {"weights": "first by weight", "like": "like weight: control"}
+DOTTED = {"color": "black", "ls": ":", "lw": 0.9}  # chance, or a threshold
 
 
 def band(ax, found, **style):
@@ -658,7 +616,7 @@ def draw_waves(found):
     ratios.set_yscale("log")
     writes.set_yscale("symlog", linthresh=10)
     writes.set(ylim=(-1e10, 1e12), yticks=[-1e4, -100, 0, 100, 1e4])
-    sink.axhline(uniform_sink(found["tokens"]), color="black", ls=":", lw=0.9)
+    sink.axhline(uniform_sink(found["tokens"]), **DOTTED)
     for ax in axes:
         ax.axvspan(10, 12, color="0.93", zorder=0)
     figures.dress(state, f"Dimension {c} of the state: written, erased, written again", None,
@@ -673,9 +631,8 @@ def draw_waves(found):
                "other tokens": {"color": GREY}, "DomRatio of token 0": {"color": "black"},
                "random tokens": {"color": "black", "lw": 0.9},
                "English": {"color": "black", "lw": 0.9, "ls": "--"},
-               "chance": {"color": "black", "lw": 0.9, "ls": ":"}}
-    handles = [Line2D([], [], label=label, **look) for label, look in entries.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+               "chance": DOTTED}
+    figures.below(figure, entries, ncols=3)
     return figure
 
 
@@ -712,7 +669,7 @@ def draw_heads(found):
                 look = {"facecolors": face, "edgecolors": style["color"]} if token == "first" else {
                     "color": style["color"]}
                 ax.scatter(f["cos"][of], f[key][of], 16, marker=style["marker"], lw=0.8, **look)
-    axes[1].axhline(SINK, color="black", ls=":", lw=0.9)
+    axes[1].axhline(SINK, **DOTTED)
     axes[0].yaxis.set_major_formatter(PercentFormatter(1))
     figures.dress(axes[0], "Nearly every query of nearly every head has a positive product with "
                   "the first key", None, ylabel="queries with q·k > 0, after rotation",
@@ -721,10 +678,9 @@ def draw_heads(found):
                   None, ylabel="attention to the token",
                   xlabel="cos of the leading query and the key")
     dot = {"ls": "", "marker": "o", "color": ACCENT}
-    entries = [Line2D([], [], label="token 0, a head with a sink (> 0.3)", **dot),
-               Line2D([], [], label="token 0, a head without", mfc="none", **dot),
-               Line2D([], [], ls="", marker="x", color="0.6", label="token 32")]
-    figure.legend(handles=entries, loc="outside lower center", ncols=3)
+    figures.below(figure, {"token 0, a head with a sink (> 0.3)": dot,
+                           "token 0, a head without": dot | {"mfc": "none"},
+                           "token 32": {"ls": "", "marker": "x", "color": "0.6"}}, ncols=3)
     return figure
 
 
@@ -748,7 +704,7 @@ def draw_mask(found):
         rows = pick(found["rows"], layers=name)
         band(right, {f: [row[f]["share"] for row in rows] for f in ("mean", "std")},
              color=color, ls=ls, label=label)
-    right.axhline(0.25, color="black", ls=":", lw=0.9, label="from here on it holds")
+    right.axhline(0.25, label="from here on it holds", **DOTTED)
     right.yaxis.set_major_formatter(PercentFormatter(1))
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
     figures.dress(left, "A token that sees only itself becomes a second sink", below,
@@ -772,7 +728,7 @@ def draw_variance(found):
                     mean = [row["mean"][key] for row in rows]
                     std = [row["std"][key] for row in rows]
                     ax.errorbar(FACTORS, mean, std, color=color, ls=ls, marker=".", capsize=2)
-        top.axhline(0.25, color="black", ls=":", lw=0.9)
+        top.axhline(0.25, **DOTTED)
         figures.dress(top, title)
         bottom.set(xlabel="λ")
         for ax in (top, bottom):
@@ -784,11 +740,10 @@ def draw_variance(found):
     axes[1, 0].set_ylim(0.8)
     axes[1, 0].set_ylabel("longest state over the median")
     figure.suptitle(TITLES["variance"])
-    entries = [Line2D([], [], color=color, ls=ls, label=label) for (color, ls), label in
-               zip(looks.values(), ("μ + λ (z − μ)", "λ z, the paper's control",
-                                    "shifted to the same length"))]
-    entries.append(Line2D([], [], color="black", ls=":", lw=0.9, label="from here on it holds"))
-    figure.legend(handles=entries, loc="outside lower center", ncols=4)
+    entries = {"amplify": "μ + λ (z − μ)", "scale": "λ z, the paper's control",
+               "shift": "shifted to the same length"}
+    entries = {label: dict(zip(("color", "ls"), looks[kind])) for kind, label in entries.items()}
+    figures.below(figure, entries | {"from here on it holds": DOTTED}, ncols=4)
     return figure
 
 
@@ -820,7 +775,7 @@ def draw_neurons(found):
     for ax in (left, right):
         ax.invert_yaxis()
         ax.grid(False, axis="y")
-    left.axvline(0.5, color="black", ls=":", lw=0.9)
+    left.axvline(0.5, **DOTTED)
     left.xaxis.set_major_formatter(PercentFormatter(1))
     figures.dress(left, TITLES["neurons"], {"loc": "lower right"}, xlabel="share of the sink taken")
     figures.dress(right, TITLES["loss"], {"loc": "lower right"},
@@ -837,7 +792,7 @@ def draw_neurons(found):
         layers_ = range(sum(key.startswith("sink ") for key in row["mean"]))
         band(ax, {f: [row[f][f"sink {i}"] for i in layers_] for f in ("mean", "std")},
              color=color, ls=ls, label=name if name == "untouched" else f"without {name}")
-    ax.axhline(uniform_sink(found["tokens"]), color="black", ls=":", lw=0.9)
+    ax.axhline(uniform_sink(found["tokens"]), **DOTTED)
     figures.dress(ax, TITLES["erasers"], {"loc": "center left", "bbox_to_anchor": (1, 0.5)},
                   xlabel="layer", ylabel="attention to token 0")
     return figure
