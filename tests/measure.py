@@ -12,7 +12,6 @@ the untouched model, layers after 0 ("resting"), and a forged sink's share of tw
 
 Spread is the standard deviation over disjoint batches of windows: one model has no seeds.
 """
-import argparse
 import io
 import math
 import os
@@ -20,6 +19,7 @@ import platform
 import statistics
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,18 +27,18 @@ import torch
 import torch.nn.functional as F
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
-from tqdm.auto import tqdm
 
 from chapters import figures
 from chapters.figures import ACCENT, GREY
 from data import smollm2
-from data.border import UserError, program, read_json, say, write_atomically, write_json
+from data.border import (Parser, UserError, bar, program, read_json, say, write_atomically,
+                         write_json)
 from data.windows import english, llama_encoder, random_windows, text_windows
 from model import GPT, make_tap, record
-from probe import (SINK, TOP, amplify, at_token, average, dominance, energy, kendall_tau, known,
-                   later, layers, lock_cos, numbers, over_median, scale,
-                   see_only_itself, share, shift, similar, sink_score, uniform_sink, weight_score,
-                   with_sink, wo_alignment)
+from probe import (SINK, TOP, Number, amplify, at_token, average, dominance, energy, kendall_tau,
+                   known, later, layers, numbers, over_median, scale, see_only_itself, share, shift,
+                   similar, sink_score, uniform_sink, weight_score, with_sink, wo_alignment)
+
 
 RESULTS = Path(__file__).parent / "results"
 SUBJECT = "smollm2"  # whose results; with RESULTS, what --llama changes
@@ -101,10 +101,9 @@ def over_batches(tensors):
 
 
 # ---------------------------------------------------------------- the measurements
-# (model, batches, bar) -> what goes into the JSON. batches.random and batches.text are lists of
-# (x, y); bar(steps, what) is a progress bar around a list.
+# (model, batches) -> what goes into the JSON. batches.random and batches.text are lists of (x, y).
 
-def mask(model, batches, bar):
+def mask(model, batches):
     """Token k sees only itself, as the first token does (claim 8).
 
     1. In all layers, at k = 5, 10, 20 and 40: its share of the two sinks is at least 25 %, and its
@@ -140,7 +139,7 @@ def mask(model, batches, bar):
         "3": means["from"][edge + 1] < 0.125 and means["to"][edge] >= 0.25}}
 
 
-def variance(model, batches, bar):
+def variance(model, batches):
     """`z_k <- mu + lambda (z_k - mu)` for each head, mu the mean over the windows of a batch,
     against `lambda z_k` (the paper's control) and a constant shift to the same length (claim 9).
 
@@ -185,7 +184,7 @@ def variance(model, batches, bar):
                                    "4": max(alone) < 0.125}}
 
 
-def waves(model, batches, bar):
+def waves(model, batches):
     """Where in the depth the first token's state becomes long, and which neurons do it. c is the
     dimension in which it is largest anywhere.
 
@@ -281,7 +280,7 @@ def writers(first, rest, most=3):
     return found
 
 
-def neurons(model, batches, bar):
+def neurons(model, batches):
     """Which neurons their weights single out and which their writing, and what is left without
     them. In the first four batches.
 
@@ -439,7 +438,7 @@ def screened(score, activity):
     return found
 
 
-def wo(model, batches, bar):
+def wo(model, batches):
     """Kendall tau of W_O by layer, both ways to read claim 3 (0.32 in Llama-2-7B).
 
     columns       spread of each dimension of z, and the length of the column of W_O that reads it
@@ -480,7 +479,7 @@ def wo(model, batches, bar):
         "1": abs(average["columns"]) < 0.1, "2": average["rows"] > 0.1 and above >= 2 / 3}}
 
 
-def heads(model, batches, bar):
+def heads(model, batches):
     """Every head's leading query direction u_1 (before rotation) and the key of token k, k = 0 and
     an ordinary one, T/2 (claim 7).
 
@@ -490,26 +489,15 @@ def heads(model, batches, bar):
     3. cos(u_1, k_0) orders heads by their sink: Kendall tau above 0.2 over the heads of layers
        after 0.
     """
-    L, every = len(model.layers), []
-    for x, _ in bar(batches.random, "heads"):
-        names = [f"{i}.{name}" for i in range(L) for name in ("q", "k", "scores", "pattern")]
-        kept, tokens = record(model, x, names)[1], {}
-        for k in (0, x.shape[1] // 2):
-            found = {"cos": [], "positive": [], "sink": []}
-            for i, block in enumerate(model.layers):
-                attn = block.self_attn
-                q, scores = kept[f"{i}.q"], kept[f"{i}.scores"]
-                key = kept[f"{i}.k"][:, k].repeat_interleave(attn.H // attn.K, 1)  # (N, H, D)
-                found["cos"].append(lock_cos(q, key, k))
-                found["positive"].append((scores[:, :, k + 1:, k] > 0).float().mean((0, 2)))
-                found["sink"].append(sink_score(kept[f"{i}.pattern"], k).mean(0))
-            tokens["first" if k == 0 else "ordinary"] = {
-                key: torch.stack(v) for key, v in found.items()}
-        every.append(tokens)
+    positive = Number("positive", "", lambda a: (a["scores"][:, :, a.k + 1:, a.k] > 0).float()
+                      .mean((0, 2)), "sink head")
+    wanted = {"cos": "lock_cos", "positive": "positive", "sink": "sink"}
+    chosen = [n for n in [*numbers(), positive] if n.key in wanted.values()]
+    every = [layers(model, x, ks=(0, T // 2), wanted=chosen)[0]
+             for x, _ in bar(batches.random, "heads")]
     found = {}
-    for token in every[0]:
-        found[token] = {key: over_batches([e[token][key] for e in every])
-                        for key in every[0][token]}
+    for token, same in zip(("first", "ordinary"), zip(*every)):
+        found[token] = {name: over_batches([f[key] for f in same]) for name, key in wanted.items()}
     cos, positive, sink = (torch.tensor(found["first"][key]["mean"]) for key in
                            ("cos", "positive", "sink"))
     plain = torch.tensor(found["ordinary"]["positive"]["mean"]).mean().item()
@@ -526,7 +514,7 @@ def heads(model, batches, bar):
                      "3": tau > 0.2}}
 
 
-def maps(model, batches, bar):
+def maps(model, batches):
     """One head three times, mean over 8 windows of random tokens: the strongest of the untouched
     model; with the TOP neurons of every layer silent, at all tokens; and with token 10 seeing only
     itself. (Silent at token 0 alone, the sink is gone from there, and the next tokens have it.)
@@ -819,10 +807,6 @@ def draw_windows(vocab_size, encode, batches=BATCHES):
     return SimpleNamespace(random=random, text=text_windows(encode(english()), batches, N, T))
 
 
-def bar(steps, what):
-    return tqdm(steps, what, leave=False, disable=None)
-
-
 def rounded(value):
     """Four digits are enough, and keep the JSON small."""
     if isinstance(value, dict):
@@ -844,8 +828,7 @@ def with_palette(png):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tests.measure", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("-m tests.measure", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("which", nargs="+", choices=[*MEASUREMENTS, "all"])
     p.add_argument("--llama", metavar="FOLDER", help="another checkpoint in the format of Llama; "
                    "its results go to out/ and the name of the folder")
@@ -870,7 +853,7 @@ def main(argv=None):
                 batches = draw_windows(model.cfg.vocab_size, encode)
             measure = MEASUREMENTS[name]
             begin = time.process_time()
-            found = settings() | {"hypothesis": measure.__doc__} | measure(model, batches, bar)
+            found = settings() | {"hypothesis": measure.__doc__} | measure(model, batches)
             found["cpu_seconds"] = round(time.process_time() - begin)
             write_json(path(name), rounded(found))
             say(f"{name}: held: {found['held']}")

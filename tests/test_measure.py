@@ -27,7 +27,7 @@ def batches():
 
 @pytest.mark.parametrize("name", measure.MEASUREMENTS)
 def test_measured_and_drawn(name, model, batches):
-    found = measure.settings() | measure.MEASUREMENTS[name](model, batches, lambda steps, _: steps)
+    found = measure.settings() | measure.MEASUREMENTS[name](model, batches)
     held = found["held"].values() if isinstance(found["held"], dict) else found["held"]
     assert held and all(type(v) is bool for v in held)
     again = json.loads(json.dumps(measure.rounded(found), allow_nan=False))
