@@ -155,7 +155,7 @@ def log(name):
 def windows(kind, N=64, seed=0):
     """x, y (N, 64) held out, for the small models: text of the standard library after
     <|bos|> ("bos") or from any place ("text"), the copying task ("copy"), or random
-    symbols ("rest"), where nothing can be copied."""
+    letters ("rest"), where nothing is copied."""
     generator = torch.Generator().manual_seed(seed)
     if kind in ("bos", "text"):
         corpus = data.load("stdlib", vocab_size=257, seq_len=64)
@@ -163,7 +163,8 @@ def windows(kind, N=64, seed=0):
     corpus = data.load("copy")
     if kind == "copy":
         return corpus.batch(N, 64, generator, "val", bos=0.0)
-    return of_text.random_windows(N, 64, corpus.bos, seed)
+    tokens = corpus.task.rest(N, 65, generator)
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 # ---------------------------------------------------------------- several trainings

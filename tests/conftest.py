@@ -18,6 +18,23 @@ TINY = dict(data="copy", hidden_size=32, intermediate_size=64, num_hidden_layers
             threads=1, bos=0.5)
 
 
+def tiny_flags(out, **changes):
+    """The settings of `tiny_run` for `train.main`."""
+    settings = {**TINY, "out": out, **changes}
+    return [f"{train.flag(name)}={value}" for name, value in settings.items()]
+
+
+def same(a, b):
+    """Whether two nested structures are equal in every bit, but for what a clock said."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes, not seconds; run with pytest -m slow")
 

