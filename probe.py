@@ -235,7 +235,8 @@ class Number:
     key: str           # its name in log.jsonl, chain.json and the figures
     says: str          # one line for the table and the glossary
     measure: Callable  # Seen -> a scalar or (H,) for one layer
-    read: str          # how layers become one number: first, mean, largest, sink head
+    read: str          # how layers become one number: first, mean, largest, or sink head, which
+                       # is the head after layer 0 that attends most to k
     chance: Callable | float | None = None  # what noise gives: a number, or a function of cfg, T, k
 
 

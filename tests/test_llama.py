@@ -13,7 +13,8 @@ import torch
 
 from data.border import UserError
 from model import ATTENTIONS, GPT, Config, record, rope_frequencies, tap_names
-from tests.tiny import LLAMA3, llama_names, tiny_config, tiny_llama_folder, tiny_model
+from tests.tiny import (LLAMA3, llama_names, tiny_config, tiny_llama_folder, tiny_model,
+                        tokens)
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -128,7 +129,7 @@ def reference_folder(folder, dtype=torch.float32, load=None, shard="10GB", **cha
 def assert_parity(folder, reference, dtype=None, T=60):
     """Logits, patterns and states; T: for llama3 far beyond the original context of 16."""
     gpt = GPT.from_llama(folder, dtype)
-    idx = torch.randint(61, (2, T), generator=torch.Generator().manual_seed(0))
+    idx = tokens(2, T, vocab_size=61)
     with torch.no_grad():
         wanted = reference(idx, output_hidden_states=True, output_attentions=True)
         fast, _ = gpt(idx)
@@ -169,7 +170,7 @@ def test_every_tap_agrees_with_the_module_that_computes_it(tmp_path):
         for modules, before in ((outputs, False), (inputs, True)):
             for name, module in modules.items():
                 keep(f"{i}.{name}", module, before)
-    idx = torch.randint(61, (2, 40))
+    idx = tokens(2, 40, vocab_size=61)
     with torch.no_grad():
         reference(idx)
     gpt = GPT.from_llama(tmp_path)
@@ -196,7 +197,7 @@ def test_bf16_file_computed_in_bf16(tmp_path, tie):
     """RMSNorm and softmax in fp32, products in bf16. No farther from the truth than theirs is."""
     bf16 = torch.bfloat16
     reference = reference_folder(tmp_path, bf16, tie_word_embeddings=tie, **CASES["gqa"])
-    gpt, idx = GPT.from_llama(tmp_path), torch.randint(61, (2, 40))
+    gpt, idx = GPT.from_llama(tmp_path), tokens(2, 40, vocab_size=61)
     assert {p.dtype for p in gpt.parameters()} == {bf16} and gpt.rope_freq.dtype == torch.float32
     with torch.no_grad():
         theirs, ours = reference(idx).logits, gpt(idx)[0]

@@ -8,14 +8,10 @@ import torch
 
 from data.border import UserError
 from model import ATTENTIONS, GPT, Config, compose, make_tap, record, rope_frequencies, tap_names
-from tests.tiny import LLAMA3, tiny_config, tiny_model
+from tests.tiny import LLAMA3, tiny_config, tiny_model, tokens
 
 T = 24
 every_attention = pytest.mark.parametrize("attn", ATTENTIONS)
-
-
-def tokens(B=2, length=T, seed=0):
-    return torch.randint(50, (B, length), generator=torch.Generator().manual_seed(seed))
 
 
 def idle(name, x):

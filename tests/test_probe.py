@@ -13,7 +13,7 @@ import train
 from data.border import UserError
 from model import GPT, Config, record
 from probe import Edit, Link, Number
-from tests.tiny import tiny_llama_folder, tiny_model
+from tests.tiny import tiny_llama_folder, tiny_model, tokens
 
 T = 16
 
@@ -22,8 +22,8 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def ids(n=6, length=T, vocab_size=50, seed=0):
-    return torch.randint(vocab_size, (n, length), generator=torch.Generator().manual_seed(seed))
+def ids(n=6, **how):
+    return tokens(n, T, **how)
 
 
 def near(a, b, tol=1e-4):

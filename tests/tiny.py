@@ -28,6 +28,12 @@ def tiny_model(attn="softmax", seed=0, **changes) -> GPT:
     return gpt
 
 
+def tokens(n=2, length=24, seed=0, vocab_size=50):
+    """(n, length) random ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (n, length), generator=generator)
+
+
 def tiny_llama_folder(tmp_path, **changes):
     """`tiny_model(**changes)` in Hugging Face's format: config.json and model.safetensors in
     tmp_path, which is returned. Needs the safetensors package."""
