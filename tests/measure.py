@@ -93,6 +93,11 @@ def pick(rows, **label):
     return [row for row in rows if all(row.get(key) == v for key, v in label.items())]
 
 
+def column(rows, key):
+    """One number of the rows of `spread` -> {mean, std} as lists."""
+    return {of: [row[of][key] for row in rows] for of in ("mean", "std")}
+
+
 def over_batches(tensors):
     """Tensors of the same shape, one a batch -> {mean, std} as lists."""
     x = torch.stack([t.float() for t in tensors])
@@ -128,9 +133,9 @@ def mask(model, batches):
                 rows.append(({"layers": name, "layer": i, "k": 10}, masked(10, which)))
         every.append(rows)
     rows = spread(every)
-    whole, means = pick(rows, layers="all"), {}
-    for name in ("only", "to", "from"):
-        means[name] = [row["mean"]["share"] for row in pick(rows, layers=name)]
+    whole = pick(rows, layers="all")
+    means = {name: column(pick(rows, layers=name), "share")["mean"]
+             for name in ("only", "to", "from")}
     edge = min(11, L - 2)
     return {"rows": rows, "held": {
         "1 share": all(row["mean"]["share"] >= 0.25 for row in whole),
@@ -173,13 +178,13 @@ def variance(model, batches):
     grows, wins, long = [], [], []
     for k in TOKENS:
         top = {kind: pick(rows, layers="all", k=k, kind=kind) for kind in kinds}
-        shares = {kind: [row["mean"]["share"] for row in v] for kind, v in top.items()}
+        shares = {kind: column(v, "share")["mean"] for kind, v in top.items()}
         steps = [after - before for before, after in zip(shares["amplify"], shares["amplify"][1:])]
         grows.append(min(steps) > -0.02 and shares["amplify"][-1] >= 0.25)
         wins.append(2 * max(shares["scale"][-1], shares["shift"][-1]) < shares["amplify"][-1])
         last = top["amplify"][-1]["mean"]
         long.append(last["norm"] >= 10 * last["untouched_norm"])
-    alone = [row["mean"]["share"] for row in pick(rows, layers="0", k=10, kind="amplify")]
+    alone = column(pick(rows, layers="0", k=10, kind="amplify"), "share")["mean"]
     return {"rows": rows, "held": {"1": all(grows), "2": all(wins), "3": all(long),
                                    "4": max(alone) < 0.125}}
 
@@ -336,7 +341,7 @@ def neurons(model, batches):
     zero, other, like = mean("writers"), mean("writers", value="mean"), mean("like")
     rise = {name: mean(name)["text loss"] - before["mean"]["text loss"]
             for name in ("writers", "like")}
-    single = [row["mean"]["random share"] for row in rows if row["set"] == "one"]
+    single = column(pick(rows, set="one"), "random share")["mean"]
     writing = {i for i, _ in sets["writers"]}
     same = [layer["overlap"] for layer in screen]
     elsewhere = [n for i, n in enumerate(same) if i not in writing]
@@ -682,16 +687,15 @@ def draw_mask(found):
                              ("token k, sees only itself", "resting", ACCENT)):
         place = {"first": 1, "untouched": 2, "resting": 3}.get(key, 0)
         at = [i + (place - 1.5) * 0.2 for i in range(len(whole))]
-        left.bar(at, [row["mean"][key] for row in whole], 0.2, color=color, label=name,
-                 yerr=[row["std"][key] for row in whole], ecolor="black")
+        bars = column(whole, key)
+        left.bar(at, bars["mean"], 0.2, color=color, label=name, yerr=bars["std"], ecolor="black")
     left.set_xticks(range(len(whole)), [f"k = {row['k']}" for row in whole])
     left.grid(False, axis="x")
     looks = {"only": (GREY, "--", "only layer l"), "to": (ACCENT, "-", "layers 0 to l"),
              "from": ("black", "-.", "layers l to the last")}
     for name, (color, ls, label) in looks.items():
-        rows = pick(found["rows"], layers=name)
-        band(right, {f: [row[f]["share"] for row in rows] for f in ("mean", "std")},
-             color=color, ls=ls, label=label)
+        band(right, column(pick(found["rows"], layers=name), "share"), color=color, ls=ls,
+             label=label)
     right.axhline(0.25, label="from here on it holds", **DOTTED)
     right.yaxis.set_major_formatter(PercentFormatter(1))
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
@@ -713,9 +717,8 @@ def draw_variance(found):
             for layers_, k in lines:
                 rows = pick(found["rows"], layers=layers_, k=k, kind=kind)
                 for ax, key in ((top, "share"), (bottom, "norm")):
-                    mean = [row["mean"][key] for row in rows]
-                    std = [row["std"][key] for row in rows]
-                    ax.errorbar(FACTORS, mean, std, color=color, ls=ls, marker=".", capsize=2)
+                    ax.errorbar(FACTORS, *column(rows, key).values(), color=color, ls=ls,
+                                marker=".", capsize=2)
         top.axhline(0.25, **DOTTED)
         figures.dress(top, title)
         bottom.set(xlabel="λ")
@@ -739,16 +742,16 @@ def draw_variance(found):
 def draw_neurons(found):
     figure, axes = figures.new(7, 2, 2, height_ratios=[3, 2])
     (left, right), below = axes[0], axes[1]
-    shown = [(name, name) for name in found["sets"]]
-    rows = [pick(found["rows"], set=name, tokens="first", value="zero")[0] for name, _ in shown]
+    rows = [pick(found["rows"], set=name, tokens="first", value="zero")[0]
+            for name in found["sets"]]
     rows += pick(found["rows"], set="one", tokens="first")
     labels = [f"{NAMES.get(row['set'], row['set'])} ({len(row['neurons'])})" if row["set"] != "one"
               else "only {} of layer {}".format(*row["neurons"][0][::-1]) for row in rows]
     y = list(range(len(rows)))
     base = found["untouched"]["mean"]["text loss"]
     for shift_, (kind, color) in zip((-0.2, 0.2), (("random", ACCENT), ("text", "0.6"))):
-        left.barh([i + shift_ for i in y], [row["mean"][f"{kind} share"] for row in rows], 0.4,
-                  xerr=[row["std"][f"{kind} share"] for row in rows], color=color,
+        shares = column(rows, f"{kind} share")
+        left.barh([i + shift_ for i in y], shares["mean"], 0.4, xerr=shares["std"], color=color,
                   label={"random": "random tokens", "text": "English"}[kind])
     for shift_, (tokens, color) in zip((-0.2, 0.2), (("first", "0.6"), ("all", "0.2"))):
         rise = []
