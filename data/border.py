@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -372,7 +373,9 @@ def watched(stream) -> bool:
 def bar(of=None, what="", **how) -> tqdm:
     """A bar on stderr for the iterable `of`, or to be moved by `update`. Where nobody watches there
     is none, and when it is closed it is gone."""
-    how = dict(leave=False, mininterval=0.2, dynamic_ncols=True, file=sys.stderr) | how
+    wide, high = shutil.get_terminal_size((100, 24))  # the latter in a notebook
+    size = dict(ncols=wide - 1, nrows=high)
+    how = dict(leave=False, mininterval=0.2, file=sys.stderr) | size | how
     return tqdm(of, what, disable=not watched(sys.stderr), **how)
 
 
