@@ -692,7 +692,6 @@ def open_llama(args):
 
 def open_runs(args):
     """Folders of train.py, on held-out windows of the kinds that they know."""
-    from data.windows import random_windows
     from train import load_run
     found, shapes, seeds = {}, set(), [args.seed + b for b in range(args.batches)]
     for folder in args.runs:
@@ -708,9 +707,10 @@ def open_runs(args):
             return [corpus.batch(args.windows, T, generator, "val", bos) for generator in each]
 
         kinds = {"ordinary first token": draw(0.0)}
-        if corpus.task:  # random symbols: nothing to copy, so that every query rests
-            random = [random_windows(args.windows, T, corpus.bos, seed) for seed in seeds]
-            kinds = {"nothing to copy": random} | kinds
+        if corpus.task:  # nothing to copy, so that every query rests
+            each = (torch.Generator().manual_seed(seed) for seed in seeds)
+            rest = [corpus.task.rest(args.windows, T + 1, generator) for generator in each]
+            kinds = {"nothing to copy": [(t[:, :-1], t[:, 1:]) for t in rest]} | kinds
         elif run["bos"] > 0:
             kinds = {"after <|bos|>": draw(1.0)} | kinds
         found[name] = model, kinds, GPT(model.cfg, seed=run["seed"]).eval()

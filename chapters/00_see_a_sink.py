@@ -212,17 +212,17 @@ assert extra["last 32 and token 16"] > 0.7 * extra["last 32"], "any token would 
 # ## In one that you train
 #
 # A finished model cannot show how a sink is *born*. For that there are two small ones.
-# `softmax` has read the Python standard library byte by byte, and each of its windows
-# began with one special token, `<|bos|>`. `micro-softmax` has never seen `<|bos|>`. It
-# copies: a random passage of 24 symbols, then the same passage again and again. Its
-# first token can be any symbol. On `rest`, symbols that never repeat, it has nothing to
-# copy.
+# `tiny-softmax` has read the Python standard library byte by byte, and each of its
+# windows began with one special token, `<|bos|>`. `softmax` has never seen `<|bos|>`.
+# It copies: a random passage in lower case, then the same passage again and again, in
+# upper case. Its first token can be any letter. On `rest`, lower case without a repeat,
+# it has nothing to copy.
 
 # %%
-small = models("softmax", "micro-softmax")
-cases = {"softmax, after <|bos|>": ("softmax", "bos"),
-         "softmax, ordinary first token": ("softmax", "text"),
-         "micro-softmax, ordinary": ("micro-softmax", "rest")}
+small = models("tiny-softmax", "softmax")
+cases = {"tiny-softmax, after <|bos|>": ("tiny-softmax", "bos"),
+         "tiny-softmax, ordinary first token": ("tiny-softmax", "text"),
+         "softmax, ordinary": ("softmax", "rest")}
 born = {}
 for title, (name, kind) in cases.items():
     x, _ = windows(kind)
@@ -232,22 +232,23 @@ for title, (name, kind) in cases.items():
 
 # %%
 x, _ = windows("bos")
-pair = {"before training": untrained("softmax"), "after training": small["softmax"]}
-after = figures.portrait(small["softmax"], x)
+toy = small["tiny-softmax"]
+pair = {"before training": untrained("tiny-softmax"), "after training": toy}
+after = figures.portrait(toy, x)
 name = f"{after['layer']}.pattern"
 means = {}
-for when, toy in pair.items():
-    pattern = record(toy, x, [name])[1][name]
+for when, one in pair.items():
+    pattern = record(one, x, [name])[1][name]
     means[when] = pattern[:, after["head"]].mean(0)
-figure = figures.maps(means, ((0,), (0,)), "softmax: the sink was learned")
+figure = figures.maps(means, ((0,), (0,)), "tiny-softmax: the sink was learned")
 show(figure, "00_trained", "The same head before and after training: before, attention "
      "is spread; after, column 0 is dark.")
 
 # %%
-for title in ("softmax, after <|bos|>", "micro-softmax, ordinary"):
+for title in ("tiny-softmax, after <|bos|>", "softmax, ordinary"):
     before, trained = born[title]
     assert trained > max(probe.SINK, 2.5 * before), f"{title}: no sink was learned"
-assert born["softmax, ordinary first token"][1] < probe.SINK
+assert born["tiny-softmax, ordinary first token"][1] < probe.SINK
 
 # %% [markdown]
 # The text model rests on `<|bos|>` and not on ordinary first tokens: it knows that
@@ -260,8 +261,8 @@ assert born["softmax, ordinary first token"][1] < probe.SINK
 # same token in every window: chapter 01 calls this a trap.)
 
 # %%
-rows = log("softmax")
-figure = figures.birth(rows, "links_bos", "softmax, after <|bos|>: a sink is born")
+rows = log("tiny-softmax")
+figure = figures.birth(rows, "links_bos", "tiny-softmax, after <|bos|>: a sink is born")
 show(figure, "00_birth", "A line for each link over the steps of training, from its "
      "least to its greatest value. The sink is the thick one.")
 assert rows[-1]["links_bos"]["sink"] > 2.5 * rows[0]["links_bos"]["sink"]

@@ -177,8 +177,8 @@ assert off_stranger["random tokens"] < 1.25 < off["random tokens"]
 # discrepancy should be $(T/2 + 1)\, e^{-\tau^2}$.
 
 # %%
-small = models("softmax", "micro-softmax")
-kinds = {"softmax": "text", "micro-softmax": "rest"}
+small = models("tiny-softmax", "softmax")
+kinds = {"tiny-softmax": "text", "softmax": "rest"}
 shapes = {"SmolLM2": (bare, gap["not trained"])}
 for name in small:
     start = untrained(name)
@@ -188,7 +188,7 @@ for name, (m, found) in shapes.items():
     tau2 = (m.cfg.initializer_range**2 * m.cfg.hidden_size) ** 2
     expected = (T / 2 + 1) * math.exp(-tau2)
     print(f"{name:14} not trained: expected {expected:.1f}, measured {found:.1f}")
-    if name != "softmax":  # its bytes repeat within a window: the values are correlated
+    if name != "tiny-softmax":  # its bytes repeat in a window: values are correlated
         assert 0.7 < expected / found < 1.4, "the initial scale does not explain it"
 
 # %% [markdown]
@@ -250,11 +250,11 @@ assert depth[0] > 4 and depth[12:28].max() < 0.1
 # ## In one that you train
 #
 # `train.py` measures the first layer's discrepancy while it trains, on windows with
-# ordinary first tokens. For `softmax` the sink is that of windows after `<|bos|>`.
+# ordinary first tokens. For `tiny-softmax` the sink is that of windows after `<|bos|>`.
 
 # %%
-logs = {"softmax": ("links", "links_bos"),
-        "micro-softmax": ("links_rest", "links_rest")}
+logs = {"tiny-softmax": ("links", "links_bos"),
+        "softmax": ("links_rest", "links_rest")}
 figure, axes = plt.subplots(1, 2, figsize=(8.8, 3.2))
 history = {}
 for axis, (name, (a, b)) in zip(axes, logs.items()):

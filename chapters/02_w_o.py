@@ -241,8 +241,8 @@ for kind, layers in seen.items():
 # The same two numbers, before and after training.
 
 # %%
-small = models("softmax", "micro-softmax")
-kinds = {"softmax": "text", "micro-softmax": "rest"}
+small = models("tiny-softmax", "softmax")
+kinds = {"tiny-softmax": "text", "softmax": "rest"}
 toys = {}
 for name in small:
     x, _ = windows(kinds[name])
@@ -319,7 +319,7 @@ assert why["SmolLM2", rest_is_quiet] < -0.3, "heads that rest hand out as much"
 # and there the preference is missing. That is where the two part.
 #
 # Is it because SmolLM2's heads rest? They hand out less when they do. But the heads of
-# `softmax` do that too (with two heads a layer this is a coarse number), and long rows
+# `tiny-softmax` do that too (with two heads a layer this is coarse), and long rows
 # show there all the same. So resting is not the whole answer, and the question is open.
 # What would you change in a small model to test it?
 #

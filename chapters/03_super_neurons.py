@@ -348,8 +348,8 @@ for i, n in ((2, 90), (2, 430), (9, 200), (11, 1229), (11, 1487), (28, 678)):
 #
 # ## In one that you train
 #
-# Two small models of chapter 00: `softmax` reads text, and each window begins with
-# `<|bos|>`; `micro-softmax` copies symbols, and its first tokens are ordinary. Here is
+# Two small models of chapter 00: `tiny-softmax` reads text, and each window begins with
+# `<|bos|>`; `softmax` copies symbols, and its first tokens are ordinary. Here is
 # the layer of largest contrast (without the last one, which no attention follows).
 
 
@@ -365,8 +365,8 @@ def strongest(small, x):
     return i, es[i][:, 0].mean(0).topk(5).indices, es[i]
 
 
-small = models("softmax", "micro-softmax")
-inputs = {"softmax": windows("bos")[0], "micro-softmax": windows("rest")[0]}
+small = models("tiny-softmax", "softmax")
+inputs = {"tiny-softmax": windows("bos")[0], "softmax": windows("rest")[0]}
 for name in small:
     (i, ids, e), (_, _, null) = (strongest(m, inputs[name])
                                  for m in (small[name], untrained(name)))
@@ -380,12 +380,12 @@ for name in small:
 # The share of five neurons hardly tells token 0 from the others: in any token few
 # neurons do most. The contrast tells them apart.
 #
-# By what do the neurons of `micro-softmax` know the first token? It can be any symbol.
+# By what do the neurons of `softmax` know the first token? It can be any symbol.
 # But it sees nothing except itself. Let tokens 10, 25 and 45 see only themselves:
 
 # %%
-micro, fresh = small["micro-softmax"], windows("rest", seed=1)[0]
-layer, ids, _ = strongest(micro, inputs["micro-softmax"])
+micro, fresh = small["softmax"], windows("rest", seed=1)[0]
+layer, ids, _ = strongest(micro, inputs["softmax"])
 mask = torch.ones(64, 64, dtype=torch.bool)
 mask[[10, 25, 45]] = torch.eye(64, dtype=torch.bool)[[10, 25, 45]]
 weight = micro.layers[layer].mlp.down_proj.weight

@@ -254,11 +254,11 @@ assert cut > 0.3 and cut > 2 * control, "the largest matter more than the next"
 #
 # ## In one that you train
 #
-# `softmax` reads text after `<|bos|>`, `micro-softmax` copies symbols.
+# `tiny-softmax` reads text after `<|bos|>`, `softmax` copies symbols.
 
 # %%
-small = models("softmax", "micro-softmax")
-inputs = {"softmax": windows("bos")[0], "micro-softmax": windows("rest")[0]}
+small = models("tiny-softmax", "softmax")
+inputs = {"tiny-softmax": windows("bos")[0], "softmax": windows("rest")[0]}
 longest = {}
 for name, m in small.items():
     both, _ = probe.layers(m, inputs[name], ks=(0, 32))
@@ -268,11 +268,11 @@ for name, m in small.items():
     sink = probe.summary(both[0])["sink"]
     print(f"{name}: longest {longest[name]:.1f}; DomRatio {here:.1f}, of token 32 "
           f"{there:.1f}, ceiling {m.cfg.hidden_size}; sink {sink:.2f}")
-assert longest["softmax"] > 1.5, "the first state of the text model is long"
-assert longest["micro-softmax"] < 2, "that of the copying model is not"
+assert longest["tiny-softmax"] > 1.5, "the first state of the text model is long"
+assert longest["softmax"] < 2, "that of the copying model is not"
 
 # %% [markdown]
-# `micro-softmax` has a sink, and no state that a later layer reads is much longer than
+# `softmax` has a sink, and no state that a later layer reads is much longer than
 # others. So a sink does not *need* this link. Why, then, does a real model have it?
 # One guess: a real model reads many kinds of token, and a state that is a hundred
 # times as long cannot be disturbed by any of them.

@@ -300,17 +300,17 @@ assert tau > 0.2, "the nearer the leading query, the stronger the sink"
 # ## In one that you train
 
 # %%
-inputs = {"softmax": windows("bos")[0], "micro-softmax": windows("rest")[0]}
+inputs = {"tiny-softmax": windows("bos")[0], "softmax": windows("rest")[0]}
 toys = {name: probe.chain(m, inputs[name]) for name, m in models(*inputs).items()}
 for name, c in toys.items():
     shown = "direction", "lock_cos", "lock_gap", "sink"
     print(f"{name:14}", ", ".join(f"{key} {c[key]:.2f}" for key in shown))
-assert toys["softmax"]["lock_cos"] > 0.3, "the text model locks as SmolLM2 does"
+assert toys["tiny-softmax"]["lock_cos"] > 0.3, "the text model locks as SmolLM2 does"
 assert min(c["lock_gap"] for c in toys.values()) > 1, "both have a gap"
 
 # %% [markdown]
-# In `softmax` the first token is always `<|bos|>`, so its direction is trivially 1. In
-# `micro-softmax` it is any of 24 symbols. There the cosine with the leading query may
+# In `tiny-softmax` the first token is always `<|bos|>`: its direction is trivially 1.
+# In `softmax` it is any of 16 letters. There the cosine with the leading query may
 # be near zero, and the gap is several nats all the same. Why? Softmax sees only
 # *differences*: a key that every query likes by 0 is a sink if every other key is
 # disliked. "On the side of the queries" is the paper's count; "above the others" is

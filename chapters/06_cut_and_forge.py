@@ -262,10 +262,10 @@ assert max(made["only 0"], made["12 to 29"]) < 0.1, "one half of the depth is en
 #
 # ## In one that you train
 #
-# `micro-softmax` has ordinary first tokens, as SmolLM2 has, and three layers.
+# `softmax` has ordinary first tokens, as SmolLM2 has, and three layers.
 
 # %%
-micro = models("micro-softmax")["micro-softmax"]
+micro = models("softmax")["softmax"]
 rest, targets = windows("rest", 32)
 names = "forge variance", "forge W_O", "cut neurons", "cut lock"
 small = probe.cuts(micro, rest, targets, k, names=names)

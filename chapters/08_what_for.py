@@ -303,7 +303,7 @@ assert prices[0] > 0.3 and abs(prices[1]) < prices[0] / 5, "the sink is free of 
 
 
 # %%
-small, (bx, by) = models("softmax")["softmax"], windows("bos")
+small, (bx, by) = models("tiny-softmax")["tiny-softmax"], windows("bos")
 
 
 @torch.no_grad()

@@ -61,14 +61,14 @@ from model import GPT  # noqa: E402
 torch.set_num_threads(min(os.cpu_count() or 1, 4))
 plt.rcParams.update(figures.STYLE)
 
-# Each is trained once and kept in out/; micro-softmax: `python train.py --size micro`.
+# Each is trained once and kept in out/; the first by `python train.py`.
 RUNS = {
     "softmax": train.Run(), "headnorm": train.Run(attn="headnorm"),
     "sigmoid": train.Run(attn="sigmoid"), "gated": train.Run(attn="gated"),
-    "micro-softmax": train.Run(size="micro"),
-    "micro-headnorm": train.Run(size="micro", attn="headnorm"),
-    "micro-sigmoid": train.Run(size="micro", attn="sigmoid"),
-    "micro-gated": train.Run(size="micro", attn="gated"),
+    "tiny-softmax": train.Run(size="tiny"),
+    "tiny-headnorm": train.Run(size="tiny", attn="headnorm"),
+    "tiny-sigmoid": train.Run(size="tiny", attn="sigmoid"),
+    "tiny-gated": train.Run(size="tiny", attn="gated"),
 }
 
 

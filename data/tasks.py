@@ -21,10 +21,11 @@ class Copy:
     uniform from an eighth to three eighths of the window, its letters and the place where the
     repeats begin are uniform too.
 
-    Two things make it a fair test of a sink's cures. The case tells a query whether there is
-    something to look for, so that a gate, which sees nothing but its query, can know when to close.
-    And because the repeats begin anywhere, the first token is of no use: where they begin with it,
-    heads look at it to read it, and no cure takes away what is useful.
+    The case tells a query whether there is something to look for: a gate that sees nothing but its
+    query can know when to close. The repeats begin anywhere, because where they begin with the
+    first token, heads look at it to read it. Its letter is of no use here. Its place is: how long
+    the passage has lasted tells whether it may end, and rotary positions tell only distances, so
+    that a model measures from the first token (chapter 07).
     """
 
     def __init__(self, letters: str = "abcdefghijklmnop"):
