@@ -45,7 +45,7 @@ def attention_needed(answer):
 
 
 def raw_weight(answer):
-    model, x = models("micro-sigmoid")["micro-sigmoid"], windows("rest")[0]
+    model, x = models("sigmoid")["sigmoid"], windows("rest")[0]
     names = [f"{i}.pattern" for i in range(1, len(model.layers))]
     patterns = torch.stack(list(record(model, x, names)[1].values()))
     scores = torch.stack([probe.sink_score(p, 0).mean(0) for p in patterns])
@@ -59,7 +59,7 @@ def raw_weight(answer):
 @torch.no_grad()
 def longer(answer):
     assert answer in (2, 5, 10, 20), "One of 2, 5, 10, 20."
-    model, (x, y) = models("softmax")["softmax"], windows("bos")
+    model, (x, y) = models("tiny-softmax")["tiny-softmax"], windows("bos")
     untouched = model(x, y)[1].item()
     for times in (2, 5, 10, 20):
         edit = probe.at_token(0, lambda v, times=times: times * v[:, 0])

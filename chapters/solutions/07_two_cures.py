@@ -21,7 +21,7 @@ def attention_needed(cosine, d):
 
 
 def sigmoid_weight():
-    model, best, weight = models("micro-sigmoid")["micro-sigmoid"], 0, 0
+    model, best, weight = models("sigmoid")["sigmoid"], 0, 0
     for i in range(1, len(model.layers)):
         seen = record(model, windows("rest")[0], [f"{i}.pattern"])[1][f"{i}.pattern"]
         scores = probe.sink_score(seen, 0).mean(0)
@@ -33,7 +33,7 @@ def sigmoid_weight():
 
 @torch.no_grad()
 def first_cost():
-    model, (x, y) = models("softmax")["softmax"], windows("bos")
+    model, (x, y) = models("tiny-softmax")["tiny-softmax"], windows("bos")
     untouched = model(x, y)[1].item()
     for times in (2, 5, 10, 20):
         edit = probe.at_token(0, lambda v, times=times: times * v[:, 0])

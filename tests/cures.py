@@ -1,0 +1,337 @@
+"""Which cures work where a cure can be seen: every attention at every learning rate, five seeds.
+
+    python -m tests.cures             # trains and measures what is missing: about two hours
+    python -m tests.cures --render    # only the tables of tests/results/cures.md, from the JSON
+
+The setting is `--size micro`: copying, ordinary first tokens. Data, order and first weights are
+equal for all runs of a seed. What was asked for, written when two of the runs had been seen (softmax
+and gated, 0.005, seed 0):
+
+    the setting can tell, if under softmax SINK is passed in 4 of 5 seeds, and under gated
+    attention, a cure that is known to work (arXiv 2505.06708), in none, at the same learning rate
+    and at each one's best, and all of these runs have learned
+    a run has learned, if its loss is at most LEARNED above that of a perfect predictor
+    a cure works, if under it SINK is passed in no seed that has learned
+"""
+import argparse
+import functools
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import model as decoder
+import probe
+import train
+from chapters.lesson import trained
+from data.border import fill, read_json, write_atomically, write_json
+from model import ATTENTIONS, Attention, record
+
+SEEDS, RATES = range(5), (2.5e-3, 5e-3, 1e-2)
+SINK, LEARNED, REACHED = probe.SINK, 0.25, 1.6  # attention; nats above perfect; nats
+T = 64
+RESULTS = Path("tests/results")
+FILE, PAGE = RESULTS / "cures.json", RESULTS / "cures.md"
+
+
+def run_of(attn, lr, seed) -> train.Run:
+    run = train.Run(attn=attn, size="micro", lr=lr, seed=seed)
+    return train.resolve(replace(run, out=f"out/cures/{attn}-{lr:g}-{seed}"))
+
+
+# ---------------------------------------------------------------- headnorm, taken apart
+
+def frozen_gain(self, cfg):
+    """Headnorm without its gain."""
+    whole_init(self, cfg)
+    self.z_norm.weight.requires_grad_(False)
+
+
+def large_eps(self, cfg):
+    """z / sqrt(mean z^2 + 1): a short z stays short, so that a drained value is a no-op again."""
+    whole_init(self, cfg)
+    self.z_norm.eps = 1.0
+
+
+def all_heads_at_once(self, q, k, v, x, bias, tap):
+    """One norm over the heads of a layer: a head may be silent, if another is not."""
+    z = softmax_mix(self, q, k, v, x, bias, tap)
+    return self.z_norm.weight * F.rms_norm(z, z.shape[-2:], eps=1e-5)
+
+
+def values_instead(self, q, k, v, x, bias, tap):
+    """The norm on each value, before they are averaged: no value is drained, and z keeps its
+    variance discrepancy."""
+    return softmax_mix(self, q, k, self.z_norm(v), x, bias, tap)
+
+
+def softmax_mix(self, *args):
+    with mock.patch.object(self, "attn", "softmax"):
+        return whole_mix(self, *args)
+
+
+whole_init, whole_mix = Attention.__init__, Attention.mix
+VARIANTS = {  # of headnorm: what is replaced in Attention, and by what
+    "headnorm": ("__init__", whole_init),
+    "without gain": ("__init__", frozen_gain),
+    "eps = 1": ("__init__", large_eps),
+    "all heads at once": ("mix", all_heads_at_once),
+    "on the values": ("mix", values_instead),
+}
+VARIANT_RATE, VARIANT_SEEDS = 5e-3, range(3)
+
+
+def train_variant(name, seed):
+    """Train and measure one of VARIANTS."""
+    torch.set_num_threads(1)
+    run = run_of("headnorm", VARIANT_RATE, seed)
+    run.out = f"out/cures/{name.replace(' ', '_')}-{seed}"
+    with mock.patch.object(decoder.Attention, *VARIANTS[name]):
+        result = train.train(run, overwrite=True, say=lambda text: None)
+        return measure(result.model, result.corpus, result.log)
+
+
+# ---------------------------------------------------------------- measuring one run
+
+def effective_rank(states):
+    """(N, T, C) -> exp(-sum p_i ln p_i), p_i the shares of the singular values (Roy and Vetterli
+    2007)."""
+    share = F.normalize(torch.linalg.svdvals(states.flatten(0, 1)), p=1, dim=0)
+    return torch.special.entr(share).sum().exp().item()
+
+
+@torch.no_grad()
+def measure(model, corpus, log) -> dict:
+    """The chain where nothing can be copied, the loss on the task above that of a perfect
+    predictor, and what training looked like."""
+    generator = torch.Generator().manual_seed(0)
+    rest = corpus.task.rest(64, T, generator)
+    depth = [f"{i}.resid_post" for i in range(len(model.layers))]
+    states = record(model, rest, depth)[1].values()
+    losses = [row["val_loss"] for row in log]
+    return {
+        "chain": probe.chain(model, rest), "ruler": ruler(model, rest),
+        "rank": statistics.fmean(effective_rank(s) for s in states),
+        "rank without token 0": statistics.fmean(effective_rank(s[:, 1:]) for s in states),
+        "excess": excess(model, corpus, T), "excess at 2T": excess(model, corpus, 2 * T),
+        "rise": max(b - min(losses[:i + 1]) for i, b in enumerate(losses[1:])),
+        "birth": [{"step": row["step"], "val_loss": row["val_loss"],
+                   "sink": row["links_rest"]["sink"]} for row in log]}
+
+
+def ends(model, x, hidden=None):
+    """(T,): how likely the model thinks at each position that the passage is over, mean over
+    windows x of lower case; `hidden`: a token that no later one may look at."""
+    mask = torch.ones(T, T, dtype=torch.bool)
+    if hidden is not None:
+        mask[hidden + 1:, hidden] = False
+    p = model(x, mask=mask)[0].softmax(-1)
+    upper = p.shape[-1] // 2  # K letters twice, and <|bos|>
+    return p[..., upper:-1].sum(-1).mean(0)
+
+
+def ruler(model, rest) -> dict:
+    """Is token 0 what a model measures its position from? Mean change of `ends` when token 0 is
+    hidden, the same after moving the curve by one place, and when another token is hidden."""
+    free, without, other = (ends(model, rest, hidden) for hidden in (None, 0, 5))
+    return {"hidden": (without - free)[1:].abs().mean().item(),
+            "hidden, moved by one": (without[1:] - free[:-1])[1:].abs().mean().item(),
+            "token 5 hidden": (other - free)[1:].abs().mean().item()}
+
+
+@torch.no_grad()
+def excess(model, corpus, length) -> float:
+    """Nats per token above a perfect predictor on the same windows, 1,024 of T = 64 or as many
+    tokens."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = corpus.task.windows(1024 * T // length, length + 1, generator)
+    perfect = corpus.task.token_loss(tokens.numpy())[:, 1:].mean()
+    parts = tokens.split(64)
+    return statistics.fmean(model(p[:, :-1], p[:, 1:])[1].item() for p in parts) - float(perfect)
+
+
+def measure_run(attn, lr, seed):
+    torch.set_num_threads(1)
+    folder = run_of(attn, lr, seed).out
+    model, corpus, _ = train.load_run(folder)
+    return measure(model, corpus, train.read_log(folder))
+
+
+# ---------------------------------------------------------------- tables
+
+def spread(values) -> str:
+    wide = statistics.stdev(values) if len(values) > 1 else 0
+    return f"{statistics.fmean(values):.2f} ± {wide:.2f}"
+
+
+def cells(found, attn, lr) -> list[dict]:
+    """The seeds of one attention at one learning rate."""
+    there = found["grid"][attn].get(f"{lr:g}", {})
+    return [there[seed] for seed in sorted(there)]
+
+
+def sink(cell):
+    return cell["chain"]["sink"]
+
+
+def learned(cell):
+    return cell["excess"] <= LEARNED
+
+
+def best_rate(found, attn) -> float:
+    """The learning rate of the lowest mean loss."""
+    return min(RATES, key=lambda lr: statistics.fmean(c["excess"] for c in cells(found, attn, lr)))
+
+
+def grid_table(found, show) -> str:
+    lines = ["| | " + " | ".join(f"{lr:g}" for lr in RATES) + " |", "|---" * 4 + "|"]
+    for attn in ATTENTIONS:
+        row = [show(cells(found, attn, lr)) for lr in RATES]
+        lines.append(f"| {attn} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def show_sinks(seeds) -> str:
+    able = [c for c in seeds if learned(c)]
+    above = sum(sink(c) > SINK for c in able)
+    return f"{spread([sink(c) for c in seeds])}; {above} of {len(able)} learned"
+
+
+def steps_to(cell, loss=REACHED):
+    """The step at which the validation loss falls to `loss`, on a line between evaluations."""
+    rows = cell["birth"]
+    for a, b in zip(rows, rows[1:]):
+        if b["val_loss"] <= loss:
+            share = (a["val_loss"] - loss) / (a["val_loss"] - b["val_loss"])
+            return a["step"] + share * (b["step"] - a["step"])
+    return None
+
+
+def paired(ours, theirs) -> str:
+    """Mean difference over seeds and its 95 % interval (Student's t)."""
+    gaps = [a - b for a, b in zip(ours, theirs)]
+    t95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}[len(gaps)]
+    half = t95 * statistics.stdev(gaps) / len(gaps) ** 0.5
+    return f"{statistics.fmean(gaps):+.3f} ± {half:.3f}"
+
+
+def comparison(found, rate) -> str:
+    """Every attention at a rate of its own: rate {attn: learning rate}."""
+    lines = ["| | learning rate | sink | passes 0.3 | length of token 0 | DomRatio | value drain | "
+             "effective rank (without token 0) | loss above perfect | minus softmax | at T = 128 | "
+             "steps to a loss of 1.6 | largest rise of the loss |", "|---" * 13 + "|"]
+    base = [c["excess"] for c in cells(found, "softmax", rate["softmax"])]
+    for attn in ATTENTIONS:
+        seeds = cells(found, attn, rate[attn])
+        chain = lambda key: spread([c["chain"][key] for c in seeds])
+        steps = [s for s in map(steps_to, seeds) if s is not None]
+        rank = (f"{spread([c['rank'] for c in seeds])} "
+                f"({spread([c['rank without token 0'] for c in seeds])})")
+        minus = "-" if attn == "softmax" else paired([c["excess"] for c in seeds], base)
+        lines.append("| " + " | ".join((
+            attn, f"{rate[attn]:g}", chain("sink"),
+            f"{sum(sink(c) > SINK for c in seeds)} of {len(seeds)}", chain("norm_ratio"),
+            chain("dominance"), chain("drain"), rank, spread([c["excess"] for c in seeds]), minus,
+            spread([c["excess at 2T"] for c in seeds]),
+            f"{statistics.fmean(steps):,.0f} ({len(steps)} of {len(seeds)})" if steps else "-",
+            spread([c["rise"] for c in seeds]))) + " |")
+    return "\n".join(lines)
+
+
+def ruler_table(found) -> str:
+    """In thousandths, at 0.005."""
+    lines = ["| | token 0 hidden | the same, moved by one place | token 5 hidden |", "|---" * 4 + "|"]
+    for attn in ATTENTIONS:
+        seeds = [c["ruler"] for c in cells(found, attn, 5e-3)]
+        row = (spread([1000 * r[key] for r in seeds]) for key in seeds[0])
+        lines.append(f"| {attn} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def variants_table(found) -> str:
+    lines = ["| headnorm | sink | value drain | DomRatio | loss above perfect |", "|---" * 5 + "|"]
+    for name in VARIANTS:
+        seeds = list(found["variants"][name].values())
+        chain = (spread([c["chain"][key] for c in seeds]) for key in ("sink", "drain", "dominance"))
+        lines.append(f"| {name} | {' | '.join(chain)} | {spread([c['excess'] for c in seeds])} |")
+    return "\n".join(lines)
+
+
+def search_table(found) -> str:
+    """Every configuration that was tried on the way, in the order of the trials."""
+    lines = ["| task | attention | changed | seed | sink | value drain | loss |", "|---" * 7 + "|"]
+    lines += [f"| {r['task']} | {r['attn']} | {r['changed']} | {r['seed']} | {r['sink']:.2f} | "
+              f"{r['drain']:.2f} | {r['val_loss']:.2f} |" for r in found["search"]]
+    return "\n".join(lines)
+
+
+def verdict(found) -> str:
+    """Whether the setting can tell, and what it tells."""
+    best = {attn: best_rate(found, attn) for attn in ATTENTIONS}
+    lines = []
+    for title, rate in (("at softmax's best rate", dict.fromkeys(ATTENTIONS, best["softmax"])),
+                        ("each at its own best", best)):
+        words = []
+        for attn in ATTENTIONS:
+            seeds = cells(found, attn, rate[attn])
+            able = [c for c in seeds if learned(c)]
+            words.append(f"{attn} ({rate[attn]:g}): {sum(sink(c) > SINK for c in able)} of the "
+                         f"{len(able)} seeds that have learned pass {SINK}, strongest head "
+                         f"{spread([sink(c) for c in able]) if able else '-'}")
+        lines.append(f"- {title}: " + "; ".join(words) + ".")
+    return "\n".join(lines)
+
+
+def tables(found) -> dict[str, str]:
+    best = {attn: best_rate(found, attn) for attn in ATTENTIONS}
+    return {"verdict": verdict(found), "sinks": grid_table(found, show_sinks),
+            "losses": grid_table(found, lambda seeds: spread([c["excess"] for c in seeds])),
+            "same": comparison(found, dict.fromkeys(ATTENTIONS, best["softmax"])),
+            "best": comparison(found, best), "variants": variants_table(found),
+            "ruler": ruler_table(found),
+            "search": search_table(found)}
+
+
+def render() -> None:
+    text = fill(PAGE.read_text(encoding="utf-8"), tables(read_json(FILE)))
+    write_atomically(PAGE, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+# ---------------------------------------------------------------- command line
+
+def main():
+    parser = argparse.ArgumentParser(description="the cures, over a grid")
+    parser.add_argument("--render", action="store_true", help="only the tables, from the JSON")
+    parser.add_argument("--jobs", type=int, default=2, help="at a time, one thread each (2)")
+    args = parser.parse_args()
+    if not args.render:
+        work(args.jobs)
+    render()
+
+
+def work(jobs) -> None:
+    """Train what is missing, measure what is not yet in cures.json, write it after each."""
+    found = read_json(FILE)
+    plan = [(attn, lr, seed) for seed in SEEDS for lr in RATES for attn in ATTENTIONS]
+    trained(*(run_of(*cell) for cell in plan), jobs=jobs)
+    with ProcessPoolExecutor(jobs) as pool:
+        waiting = []
+        for attn, lr, seed in plan:
+            place = found["grid"].setdefault(attn, {}).setdefault(f"{lr:g}", {})
+            if str(seed) not in place:
+                waiting.append((place, seed, pool.submit(measure_run, attn, lr, seed)))
+        for name in VARIANTS:
+            place = found["variants"].setdefault(name, {})
+            waiting += [(place, seed, pool.submit(train_variant, name, seed))
+                        for seed in VARIANT_SEEDS if str(seed) not in place]
+        for place, seed, job in waiting:
+            place[str(seed)] = job.result()
+            write_json(FILE, found)
+
+
+if __name__ == "__main__":
+    main()
