@@ -14,7 +14,7 @@
 #
 # **You need** PyTorch and a rough idea of attention. **Run time**: about a minute,
 # after a download of 93 MB. The last part uses two small models; if they are not in
-# `out/` yet, it trains them first, about four minutes on 2 cores.
+# `out/` yet, it trains them first, a few minutes on 2 cores.
 #
 # Letters in shapes, in all chapters: N windows, T positions, H heads, D head width, C
 # model width, F neurons of an MLP, L layers.
@@ -123,14 +123,13 @@ show(figure, "00_heads", "A cell for every head of every layer. Layers 3 to 9 an
 
 # %% [markdown]
 # Two stretches of layers have sinks, and layers 10 and 11 between them have none.
-# Chapter 03 says who switches it off and on again.
+# Chapter 03 shows what switches it off and on again.
 #
 # ## It looks, but it takes nothing
 #
 # Why would training want this? The weights of a row must add up to 1, so a head that
-# has nothing to say still has to put them somewhere. A value of length zero is the
-# place: weight on it adds nothing. *Value drain* is the length of $v_0$ over the mean
-# length.
+# has nothing to say still has to put them somewhere. Weight on a value of length zero
+# adds nothing. *Value drain* is the length of $v_0$ over the mean length.
 
 # %%
 v = kept[f"{layer}.v"]  # (N, T, K, D), of the random tokens
@@ -196,76 +195,75 @@ assert extra["last 32 and token 0"] < 0.35 * extra["last 32"], "token 0 mends no
 assert extra["last 32 and token 16"] > 0.7 * extra["last 32"], "any token would do"
 
 # %% [markdown]
-# One token of text that is long past cannot be worth that much as *text*. It is the
-# place where heads rest. This is the trick of StreamingLLM (Xiao et al. 2023): keep a
-# window of keys and values, and the first four tokens. Chapter 08 lets the model write
-# that way.
+# One token of text that is long past cannot be worth that much as *text*. It is where
+# heads rest. StreamingLLM (Xiao et al. 2023) uses this: keep a window of keys and
+# values, and the first four tokens. Chapter 08 lets the model write that way.
 #
 # ## Other Llamas
 #
 # `model.py` opens any folder in Hugging Face's `LlamaForCausalLM` format: Llama 2 and
-# 3, TinyLlama, the larger SmolLM2. Have `config.json` and `model.safetensors` in a
-# folder and run `python probe.py --llama FOLDER` for the table of this repository, with
-# `--cut` for its experiments. In a chapter, `GPT.from_llama(FOLDER).eval()` takes the
-# place of `real()`.
+# 3, TinyLlama, the larger SmolLM2. `python probe.py --llama FOLDER` prints the table of
+# this repository for it, and does its experiments with `--cut`. In a chapter,
+# `GPT.from_llama(FOLDER).eval()` takes the place of `real()`.
 #
 # ## In one that you train
 #
 # A finished model cannot show how a sink is *born*. For that there are two small ones.
-# `tiny-softmax` has read the Python standard library byte by byte, and each of its
-# windows began with one special token, `<|bos|>`. `softmax` has never seen `<|bos|>`.
-# It copies: a random passage in lower case, then the same passage again and again, in
-# upper case. Its first token can be any letter. On `rest`, lower case without a repeat,
-# it has nothing to copy.
+#
+# - `softmax` copies: it reads a passage of random lower-case letters, then the same
+#   passage over and over in upper case. On `rest`, lower case and no repeat, there is
+#   nothing to copy. Its first token can be any letter.
+# - `tiny-softmax` has read the Python standard library byte by byte, and each of its
+#   windows began with one special token, `<|bos|>`.
 
 # %%
-small = models("tiny-softmax", "softmax")
-cases = {"tiny-softmax, after <|bos|>": ("tiny-softmax", "bos"),
-         "tiny-softmax, ordinary first token": ("tiny-softmax", "text"),
-         "softmax, ordinary": ("softmax", "rest")}
+small = models("softmax", "tiny-softmax")
+cases = {"softmax, any first letter": ("softmax", "rest"),
+         "tiny-softmax, after <|bos|>": ("tiny-softmax", "bos"),
+         "tiny-softmax, any first byte": ("tiny-softmax", "text")}
 born = {}
 for title, (name, kind) in cases.items():
     x, _ = windows(kind)
-    before = probe.chain(untrained(name), x)["sink"]
-    born[title] = (before, probe.chain(small[name], x)["sink"])
-    print(f"{title:30} before training {before:.2f}, after {born[title][1]:.2f}")
+    before, after = probe.chain(untrained(name), x), probe.chain(small[name], x)
+    born[title] = (before["sink"], after["sink"])
+    print(f"{title:28} strongest head {before['sink']:.2f} before training, "
+          f"{after['sink']:.2f} after; {after['sink_rate']:.0%} of heads have a sink")
 
 # %%
-x, _ = windows("bos")
-toy = small["tiny-softmax"]
-pair = {"before training": untrained("tiny-softmax"), "after training": toy}
+toy = small["softmax"]
+x, _ = windows("rest")
 after = figures.portrait(toy, x)
-name = f"{after['layer']}.pattern"
-means = {}
+pair = {"before training": untrained("softmax"), "after training": toy}
+name, means = f"{after['layer']}.pattern", {}
 for when, one in pair.items():
     pattern = record(one, x, [name])[1][name]
     means[when] = pattern[:, after["head"]].mean(0)
-figure = figures.maps(means, ((0,), (0,)), "tiny-softmax: the sink was learned")
+figure = figures.maps(means, ((0,), (0,)), "softmax: the sink was learned")
 show(figure, "00_trained", "The same head before and after training: before, attention "
      "is spread; after, column 0 is dark.")
 
 # %%
-for title in ("tiny-softmax, after <|bos|>", "softmax, ordinary"):
-    before, trained = born[title]
-    assert trained > max(probe.SINK, 2.5 * before), f"{title}: no sink was learned"
-assert born["tiny-softmax, ordinary first token"][1] < probe.SINK
+*learned, without = born.values()
+assert all(after > max(probe.SINK, 2.5 * before) for before, after in learned)
+assert without[1] < probe.SINK, "the text model has a sink on any first byte"
 
 # %% [markdown]
-# The text model rests on `<|bos|>` and not on ordinary first tokens: it knows that
-# token by its embedding. SmolLM2 and the copying model do not have this way out.
-# Nothing but its *place* tells their first token apart, and they find it all the same.
-# How a network can find a place is the question of chapters 01 to 05.
+# The text model rests on `<|bos|>` and not on other first tokens: it knows that one by
+# its embedding. SmolLM2 and the copying model do not have this way out. Nothing but its
+# *place* tells their first token apart, and they find it all the same. How a network
+# can find a place is the question of chapters 01 to 05. What the copying model uses the
+# place for is shown in chapter 07.
 #
-# `train.py` measures every link of that story while it trains. Each line is one link,
-# from its least to its greatest value. (Three links do not move, for `<|bos|>` is the
-# same token in every window: chapter 01 calls this a trap.)
+# One thing differs. In SmolLM2 most heads rest on the first token, in these small
+# models few do. What have the other heads of a small model to do all the time?
+#
+# `train.py` measures every link of the story while it trains. Each line is one link,
+# from its least to its greatest value. Do they rise in the order of the story?
 
 # %%
-rows = log("tiny-softmax")
-figure = figures.birth(rows, "links_bos", "tiny-softmax, after <|bos|>: a sink is born")
+figure = figures.birth(log("softmax"), "links_rest", "softmax: a sink is born")
 show(figure, "00_birth", "A line for each link over the steps of training, from its "
      "least to its greatest value. The sink is the thick one.")
-assert rows[-1]["links_bos"]["sink"] > 2.5 * rows[0]["links_bos"]["sink"]
 
 # %% [markdown]
 # ## Beside the paper
@@ -338,15 +336,10 @@ prediction = ...
 mask = hidden(64, 0)
 if mask is not None:
     x, y = english()
-    moved = record(model, x, names, mask=mask)[1]
-    keys = (0, 1, 2, 16)
-    late = list(moved.values())[12:]
-    scores = {key: 0.0 for key in keys}
-    for pattern in late:
-        for key in keys:
-            scores[key] += probe.sink_score(pattern, key).mean().item() / len(late)
+    moved = torch.cat(list(record(model, x, names[12:], mask=mask)[1].values()))
     print("attention to a key, mean over the heads from layer 12 on:")
-    print({key: round(score, 2) for key, score in scores.items()})
+    for key in (0, 1, 2, 16):
+        print(f"token {key:2}: {probe.sink_score(moved, key).mean():.2f}")
     before, after = model(x, y)[1].item(), model(x, y, mask=mask)[1].item()
     print(f"loss {before:.2f} -> {after:.2f}")
 check("00.prediction", prediction)
