@@ -10,8 +10,8 @@
 #
 # **Claim.** Averaging makes things alike, and the first token averages nothing but
 # itself. So what the first layer hands it varies most: in SmolLM2 on random tokens and
-# on English, and before any training as well. How much more depends on what is read,
-# and on the weights.
+# on English, and before any training as well. How much more depends on what is read and
+# on the weights.
 #
 # **You need** chapter 00, and the variance of a sum. **Run time**: about a minute, once
 # the models exist.
@@ -121,14 +121,15 @@ curves, strangers = {}, {}
 for name, (m, x) in cases.items():
     v, a, z = record(m, x, ["0.v", "0.pattern", "0.z"])[1].values()
     curves[name] = {"measured": variance(z), "by the law": law(a, v)}
-    assert torch.allclose(variance(z), probe.variance(z), rtol=1e-3)
-    assert torch.allclose(law(a, v), probe.averaging_law(a, v), rtol=1e-3)
+    library = {"measured": probe.variance(z), "by the law": probe.averaging_law(a, v)}
+    for line, curve in curves[name].items():
+        assert torch.allclose(curve, library[line], rtol=1e-3)
     wide = v.repeat_interleave(a.shape[1] // v.shape[2], dim=2).transpose(1, 2)
     strangers[name] = variance((a.roll(1, 0) @ wide).transpose(1, 2))
 
 # %% [markdown]
-# The last two lines are a control. They give each window the attention weights of its
-# *neighbour* in the batch. These cannot know the values that they average.
+# The last two lines of the loop are a control. They give each window the attention
+# weights of its *neighbour* in the batch. These cannot know what they average.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(8.8, 3.3), sharey=True)
@@ -154,14 +155,14 @@ for name, found in curves.items():
           f"with a neighbour's weights by {off_stranger[name]:.2f}")
 assert gap["random tokens"] > 4 and gap["English"] > 2
 assert off["not trained"] < 1.2, "the law fails before training"
-assert off_stranger["random tokens"] < 1.25 < off["random tokens"]
+assert off_stranger["random tokens"] < 1.25 < off["random tokens"], "see the control"
 
 # %% [markdown]
 # Token 0 is the outlier each time. Without training the law tells how much. After
 # training it overrates averaging, and the control says why: with a neighbour's weights
-# it is right again. Trained weights look at what they average, and the law takes them
-# as given. On English the outlier is smaller still. There the law gives less too:
-# attention is less even.
+# it is right again. Trained weights depend on what they average, and the law takes them
+# as given. On English the outlier is smaller, and by the law as well: attention is less
+# even there.
 #
 # ## How large is it before training?
 #
@@ -177,23 +178,22 @@ assert off_stranger["random tokens"] < 1.25 < off["random tokens"]
 # discrepancy should be $(T/2 + 1)\, e^{-\tau^2}$.
 
 # %%
-small = models("tiny-softmax", "softmax")
-kinds = {"tiny-softmax": "text", "softmax": "rest"}
+small = models("softmax", "tiny-softmax")
+reads = {"softmax": windows("rest")[0], "tiny-softmax": windows("text")[0]}
 shapes = {"SmolLM2": (bare, gap["not trained"])}
-for name in small:
+for name, x in reads.items():
     start = untrained(name)
-    z = record(start, windows(kinds[name])[0], ["0.z"])[1]["0.z"]
-    shapes[name] = (start, discrepancy(variance(z)))
+    shapes[name] = (start, discrepancy(variance(record(start, x, ["0.z"])[1]["0.z"])))
 for name, (m, found) in shapes.items():
     tau2 = (m.cfg.initializer_range**2 * m.cfg.hidden_size) ** 2
     expected = (T / 2 + 1) * math.exp(-tau2)
-    print(f"{name:14} not trained: expected {expected:.1f}, measured {found:.1f}")
+    print(f"{name:12} not trained: expected {expected:.1f}, measured {found:.1f}")
     if name != "tiny-softmax":  # its bytes repeat in a window: values are correlated
         assert 0.7 < expected / found < 1.4, "the initial scale does not explain it"
 
 # %% [markdown]
-# So a gap before training is no news about what a model has learned: *the null is the
-# architecture*. Chi et al. (2023) used the same law to explain how a decoder without
+# So such a gap alone says nothing about what a model has learned: the architecture
+# makes it. Chi et al. (2023) used the same law to explain how a decoder without
 # position embeddings can tell places apart.
 #
 # ## Is it about the tokens?
@@ -212,10 +212,10 @@ assert min(turned.values()) > 2, "the outlier is not bound to position 0"
 # ## The trap
 #
 # Many models see one fixed token first, such as `<|bos|>`. Give SmolLM2's windows the
-# same first token. It sees nothing else, so its variance *over windows* is nothing at
-# all: an outlier becomes the opposite of one through the choice of windows. Use
-# ordinary first tokens, as above, and beside it the *spread*: the variance over the
-# dimensions of one vector. That sees a fixed token too.
+# same first token. It sees nothing else, so its variance *over windows* is zero: the
+# choice of windows has turned the outlier into its opposite. So use ordinary first
+# tokens, as above, or the *spread*: the variance over the dimensions of one vector.
+# That sees a fixed token too.
 
 # %%
 fixed = random_tokens()[0].clone()
@@ -224,8 +224,8 @@ z = record(first, fixed, ["0.z"])[1]["0.z"]
 trap = {"over windows": variance(z), "over dimensions": z.var(-1).mean((0, 2))}
 for name, curve in trap.items():
     print(f"same first token, variance {name}: {discrepancy(curve):.2g} x the median")
-assert discrepancy(trap["over windows"]) < 1e-6, "a fixed first token varies"
-assert discrepancy(trap["over dimensions"]) > 1.3, "the spread misses the outlier"
+hidden, seen = map(discrepancy, trap.values())
+assert hidden < 1e-6 and seen > 1.3, "windows hide a fixed token, the spread does not"
 
 # %% [markdown]
 # ## Deeper layers
@@ -253,57 +253,59 @@ assert depth[0] > 4 and depth[12:28].max() < 0.1
 # ordinary first tokens. For `tiny-softmax` the sink is that of windows after `<|bos|>`.
 
 # %%
-logs = {"tiny-softmax": ("links", "links_bos"),
-        "softmax": ("links_rest", "links_rest")}
+logs = {"softmax": ("links_rest", "links_rest"),
+        "tiny-softmax": ("links", "links_bos")}
 figure, axes = plt.subplots(1, 2, figsize=(8.8, 3.2))
 history = {}
 for axis, (name, (a, b)) in zip(axes, logs.items()):
     rows = log(name)
     steps = [max(row["step"], 1) for row in rows]
-    ratio = [row[a]["variance"] for row in rows]
-    sink = [row[b]["sink"] for row in rows]
-    history[name] = ratio
+    history[name] = ratio = [row[a]["variance"] for row in rows]
     figures.lines(axis, {"discrepancy (left)": ratio}, x=steps)
     right = axis.twinx()
+    sink = [row[b]["sink"] for row in rows]
     figures.lines(right, {"sink (right)": sink}, x=steps, hot=["sink (right)"])
     right.set(ylim=(0, 1))
     right.grid(False)
     axis.legend(handles=axis.lines + right.lines, loc="upper left")
     axis.set_ylim(0, 1.6 * max(ratio))
-    figures.dress(axis, name, xscale="log",
-                  xlabel="step (log; 0 is drawn at 1)")
-figure.suptitle("While the sink grows, the discrepancy of the first layer shrinks")
+    figures.dress(axis, name, xscale="log", xlabel="step (log; 0 is drawn at 1)")
+figure.suptitle("The sink comes with training, and most of the discrepancy goes")
 show(figure, "01_history", "Two models in training: the discrepancy of the first layer "
-     "falls while the sink rises.")
+     "falls, and the sink rises.")
 
 # %% [markdown]
+# So the sink does not grow *because the gap grows*. A sign of place is there from the
+# start, and the later links have to learn to use it.
+#
 # SmolLM2 and these two disagree. Its first layer has kept a third of what its shape has
 # before training; theirs have kept little. By the law, $\sigma^2 / n_t$, it can be a
-# matter of how many keys the *others* use. Count those of the last position.
+# matter of how many keys the *others* use. Count those of the last position, head by
+# head.
 
 # %%
 def keys_used(m, x):
     pattern = record(m, x, ["0.pattern"])[1]["0.pattern"]
-    return (1 / pattern[:, :, -1].square().sum(-1)).mean().item()
+    return (1 / pattern[:, :, -1].square().sum(-1)).mean(0)
 
 
 used = {"SmolLM2": keys_used(first, random_tokens()[0])}
-for name in small:
-    before, after = history[name][0], history[name][-1]
-    used[name] = keys_used(small[name], windows(kinds[name])[0])
-    assert after < before / 2, "training does not shrink the first layer's gap"
+used |= {name: keys_used(small[name], x) for name, x in reads.items()}
+print(f"keys that the last of {T} positions uses, in each head:")
+for name, keys in used.items():
+    print(f"{name:12}", *(f"{n:.0f}" for n in keys.tolist()))
+for name, (before, *_, after) in history.items():
     print(f"{name}: discrepancy {before:.1f} before training, {after:.1f} after")
-print(f"keys that the last of {T} positions uses:",
-      {name: round(n, 1) for name, n in used.items()})
-assert used["SmolLM2"] > 1.5 * max(used[name] for name in small)
+    assert after < before / 2 and used["SmolLM2"].mean() > 1.5 * used[name].mean()
 
 # %% [markdown]
-# It is: the small models' first layer looks at few keys, so all tokens vary. *Why* a
-# real model leaves its first layer so even, and a small one does not, is open. (Six
-# layers or three have no layer to spare. What would you train to find out?)
+# It is: the small models' first layers have heads that look at few keys, so all tokens
+# vary. *Why* a real model leaves its first layer so even, and a small one does not, is
+# open. (A model of four or six layers has no layer to spare. What would you train to
+# find out?)
 #
-# The sink does not grow *because the gap grows*. A sign of place is there from the
-# start, and the later links have to learn to use it.
+# What is left of the gap is still used. Chapter 06 hands the first token what the
+# others are given on average, and the sink goes, in `softmax` and in SmolLM2.
 #
 # ## Beside the paper
 
