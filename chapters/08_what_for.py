@@ -13,7 +13,8 @@
 # states look poor in directions. Without the few neurons that write it the model
 # predicts far worse.
 #
-# **You need** chapters 00, 03 and 04. **Run time**: about a minute on one core.
+# **You need** chapters 00, 03 and 04. **Run time**: about a minute on one core, once
+# the small model of text is trained.
 
 # %%
 import torch
@@ -94,14 +95,13 @@ share = {j: (plain[1] - loss) / (plain[1] - whole) for j, loss in other.items()}
 print("of what a window of 32 loses, one more token brings back:")
 print({f"token {j}": f"{share[j]:.0%}" for j in sorted(share)})
 check("08.prediction", prediction)
-assert share[0] > 0.5, "token 0 brings back half of what the window lost"
-assert max(share[1], share[8]) < 0.25, "any other token does not"
+assert share[0] > 0.5 > 0.25 > max(share[1], share[8]), "token 0 does, others do not"
 
 # %% [markdown]
 # Token 0 holds almost nothing that helps to predict word 200 of a text. It holds a
 # *place to rest*. When that place slides out of view, every resting head must put its
 # attention on tokens that mean something, and adds what it should not. Xiao et al.
-# keep four tokens, for models that rest on several; here one is enough.
+# keep four tokens, for models that rest on several. Here one is enough.
 #
 # ## Costs: one scale for all
 #
@@ -163,8 +163,7 @@ figures.dress(axis, "int8 with one scale breaks on the first token",
 show(figure, "08_int8", "Loss with states in int8: a scale a token costs nothing, one "
      "scale for all makes the model useless, and an exact token 0 repairs most of it.")
 print({name.replace("\n", " "): round(loss, 2) for name, loss in losses.items()})
-assert by_token < exact + 0.3, "with a scale a token int8 is good enough"
-assert one_scale > exact + 5, "with one scale for all it is not"
+assert by_token < exact + 0.3 and one_scale > exact + 5, "a scale a token is needed"
 repaired = (one_scale - without_0) / (one_scale - exact)
 control = (one_scale - without_32) / (one_scale - exact)
 print(f"exact states repair: token 0 {repaired:.0%}, token 32 {control:.0%}")
@@ -236,7 +235,6 @@ both = torch.tensor([with_0, without])
 collapsed, rest = both[:, middle].mean(1).tolist()
 print(f"layers 12 to 19: {collapsed:.0f} with token 0, {rest:.0f} without")
 assert collapsed < rest / 5, "token 0 alone makes the effective rank small"
-assert rest > 0.8 * sum(without[:4]) / 4, "the other tokens are as rich as at the start"
 
 # %% [markdown]
 # The others are not alike at all: the collapse is in the measure. The paper reports
@@ -299,7 +297,8 @@ assert prices[0] > 0.3 and abs(prices[1]) < prices[0] / 5, "the sink is free of 
 #
 # ## In one that you train
 #
-# The small model of text knows its first token, `<|bos|>`. Does it need it, too?
+# The small model of text knows its first token, `<|bos|>`. Does it need it, too? (The
+# copying model would not tell: what it copies slides out of a window as well.)
 
 
 # %%
@@ -313,7 +312,7 @@ def small_loss(tap=None, **how):
     return losses[:, 32:].mean().item()
 
 
-near, inner = window(16)[:64, :64], window(16, [0])[:64, :64]
+near, inner = window(16)[:64, :64], window(16, [0])[:64, :64]  # of 64 positions
 edits = {f"{i}.resid_pre": per_tensor for i in range(small.cfg.num_hidden_layers)}
 toy = {"all keys": small_loss(), "the last 16": small_loss(mask=near),
        "and token 0": small_loss(mask=inner),
@@ -324,9 +323,13 @@ assert toy["int8, one scale"] < toy["all keys"] + 0.1, "int8 breaks the toy"
 
 # %% [markdown]
 # The same place to rest, and none of the cost: here one scale is good enough. Why?
-# Its first state is some five times as long as the others, not a hundred times, and
-# 127 steps are enough for both. A sink does not need the enormous state. It is how
-# large models build one, from a token that they cannot know by name.
+# Its first state is some five times as long as the others, not a hundred times
+# (chapter 04), and 127 steps are enough for both. So a sink does not need the enormous
+# state, not even on a token that cannot be known by its name: `softmax` has neither.
+# Why, then, do large models build it, and pay?
+#
+# A first token can be good for something else. `softmax` measures from it how long its
+# passage has lasted, as chapter 07 shows.
 #
 # ## Beside the paper and its neighbours
 
