@@ -569,7 +569,7 @@ def story(state: State) -> str:
     lines += ["", f"next: python probe.py {shlex.quote(show(run.out))}"]
     seen = "has a sink" if after > probe.SINK else f"has no sink (no head passes {probe.SINK})"
     if run.bos:
-        seen += ", on <|bos|>, which it knows by name: no test of a cure (chapter 07)"
+        seen += "; <|bos|> it knows by name, so that this is no test of a cure (chapter 07)"
     elif run.attn != "softmax":
         seen += "; what the cures do in five seeds: tests/results/cures.md"
     return "\n".join(["", *lines, f"{run.attn} {seen}"])

@@ -181,7 +181,7 @@ def shades(ax):
     ax.set_yticks([math.sqrt(t) for t in ticks], [f"{t:g}" for t in ticks])
     ax.set_xticks([0.3, 1.7], ["others", "sink"], rotation=90)
     ax.yaxis.tick_right()
-    ax.set_title("attention", fontsize=9, fontweight="normal")
+    ax.set_title("attention", fontsize=9, fontweight="normal", loc="right")
 
 
 @styled

@@ -434,7 +434,7 @@ def page(found) -> str:
 def links_table(found) -> str:
     """The README's table: a row for each link, SmolLM2 as it is, cut, its control, and micro."""
     lines = ["| link | SmolLM2, first token (an ordinary one) | cut: share of the sink taken | its "
-             "control | forged: share of two sinks | its control | cut, micro | forged, micro |",
+             "control | forged: share of two sinks | its control | own model, cut | forged |",
              "|---|---|---|---|---|---|---|---|"]
     for link in probe.LINKS:
         n = link.numbers[0]

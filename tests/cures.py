@@ -1,11 +1,11 @@
 """Which cures work where a cure can be seen: every attention at every learning rate, five seeds.
 
-    python -m tests.cures             # trains and measures what is missing: about two hours
+    python -m tests.cures             # trains and measures what is missing: about an hour and a half
     python -m tests.cures --render    # only the tables of tests/results/cures.md, from the JSON
 
 The setting is `--size micro`: copying, ordinary first tokens. Data, order and first weights are
-equal for all runs of a seed. What was asked for, written when two of the runs had been seen (softmax
-and gated, 0.005, seed 0):
+equal for all runs of a seed. What was asked for, written when two of the runs had been seen
+(softmax and gated, 0.005, seed 0):
 
     the setting can tell, if under softmax SINK is passed in 4 of 5 seeds, and under gated
     attention, a cure that is known to work (arXiv 2505.06708), in none, at the same learning rate
@@ -31,7 +31,7 @@ from chapters.lesson import trained
 from data.border import fill, read_json, write_atomically, write_json
 from model import ATTENTIONS, Attention, record
 
-SEEDS, RATES = range(5), (2.5e-3, 5e-3, 1e-2)
+SEEDS, RATES = range(5), (5e-3, 1e-2)
 SINK, LEARNED, REACHED = probe.SINK, 0.25, 1.6  # attention; nats above perfect; nats
 T = 64
 RESULTS = Path("tests/results")
@@ -82,7 +82,7 @@ VARIANTS = {  # of headnorm: what is replaced in Attention, and by what
     "all heads at once": ("mix", all_heads_at_once),
     "on the values": ("mix", values_instead),
 }
-VARIANT_RATE, VARIANT_SEEDS = 5e-3, range(3)
+VARIANT_RATE, VARIANT_SEEDS = 1e-2, range(2)
 
 
 def train_variant(name, seed):
@@ -188,7 +188,7 @@ def best_rate(found, attn) -> float:
 
 
 def grid_table(found, show) -> str:
-    lines = ["| | " + " | ".join(f"{lr:g}" for lr in RATES) + " |", "|---" * 4 + "|"]
+    lines = ["| | " + " | ".join(f"{lr:g}" for lr in RATES) + " |", "|---" * 3 + "|"]
     for attn in ATTENTIONS:
         row = [show(cells(found, attn, lr)) for lr in RATES]
         lines.append(f"| {attn} | " + " | ".join(row) + " |")
@@ -244,7 +244,8 @@ def comparison(found, rate) -> str:
 
 def ruler_table(found) -> str:
     """In thousandths, at 0.005."""
-    lines = ["| | token 0 hidden | the same, moved by one place | token 5 hidden |", "|---" * 4 + "|"]
+    lines = ["| | token 0 hidden | the same, moved by one place | token 5 hidden |",
+             "|---" * 4 + "|"]
     for attn in ATTENTIONS:
         seeds = [c["ruler"] for c in cells(found, attn, 5e-3)]
         row = (spread([1000 * r[key] for r in seeds]) for key in seeds[0])
