@@ -13,7 +13,8 @@
 # that token becomes a sink. A token that may see only itself becomes one too. Bringing
 # the first token's output to the usual length takes nothing.
 #
-# **You need** chapters 01 to 05. **Run time**: a minute on one core.
+# **You need** chapters 01 to 05. **Run time**: a minute on one core, once the small
+# model is trained (another minute).
 
 # %%
 import torch
@@ -98,8 +99,7 @@ show(figure, "06_maps", "Three attention maps: a column at token 0; the same col
      "gone when five neurons a layer are silent; a second one at token 10, which sees "
      "only itself.")
 was, silent, forged = columns.values()
-assert silent[0] < was[0] / 3, "without the neurons token 0 is hardly looked at"
-assert forged[1] > 10 * was[1], "a token that sees only itself becomes a sink"
+assert silent[0] < was[0] / 3 and forged[1] > 10 * was[1], "one taken, one made"
 
 # %% [markdown]
 # When the neurons are silent the rest goes to tokens 1 and 2: heads look for the next
@@ -147,21 +147,25 @@ def forged_share(tap):
 #
 # `probe.cuts` does them all, each with its control: 26 runs of the model.
 
-# %%
-table = probe.cuts(model, x, y, k)
-effects, controls = {}, {}
-for row in table:
-    name, share = f"{row['kind']} {row['link']}", probe.share(row, T)
-    if row["control"]:
-        controls[name] = max(share, controls.get(name, 0))
-    else:
-        effects[name] = share
-        mean = row["before"][0]["resting"]
-        assert abs(mean - first) < 1e-4, "our alpha is not that of probe"
 
 # %%
-verdicts = probe.verdicts([table], T)
-figure = figures.cut({"SmolLM2": verdicts})
+def shares(table):
+    """{edit: the share of its link}, and {edit: that of its strongest control}."""
+    effects, controls = {}, {}
+    for row in table:
+        name, share = f"{row['kind']} {row['link']}", probe.share(row, T)
+        if row["control"]:
+            controls[name] = max(share, controls.get(name, 0))
+        else:
+            effects[name] = share
+    return effects, controls
+
+
+table = probe.cuts(model, x, y, k)
+effects, controls = shares(table)
+
+# %%
+figure = figures.cut({"SmolLM2": probe.verdicts([table], T)})
 show(figure, "06_shares", "Bars: cutting variance, neurons, direction and lock takes "
      "most of the sink, cutting W_O nothing; forgeries make one; controls are short.")
 for name in effects:
@@ -170,12 +174,11 @@ check("06.prediction", prediction)
 
 # %%
 carries = "neurons", "direction", "lock"
-for link in carries:
-    assert effects[f"cut {link}"] > 0.75, f"the sink does without {link}"
-    assert controls[f"cut {link}"] < 0.3, f"other things carry it as {link} does"
-    assert effects[f"forge {link}"] > 0.25, f"{link} alone makes no sink"
-    assert controls[f"forge {link}"] < 0.2, f"other things forge as {link} does"
-assert effects["cut W_O"] < 0.25, "the length of z_0 carries the sink"
+for kind, least, most in (("cut", 0.75, 0.3), ("forge", 0.25, 0.2)):
+    for link in carries:
+        name = f"{kind} {link}"
+        assert effects[name] > least and controls[name] < most, f"{link} carries it"
+assert effects["cut W_O"] < 0.25, "the length of z_0 does not carry the sink"
 
 # %% [markdown]
 # Cutting *variance* does more than its name says: a $z_0$ that is the mean of the
@@ -225,15 +228,13 @@ show(figure, "06_lambda", "Share of the forged sink over lambda: amplified devia
 for by, amplified, *rest in zip(factors, *curves.values()):
     print(f"factor {by:2}: amplify {amplified:.0%}, scale {rest[0]:.0%}, "
           f"shift {rest[1]:.0%}")
-assert curves["amplify"][1] > curves["amplify"][0] + 0.1, "more variance, no more sink"
 strongest = max(*curves["scale"][:3], *curves["shift"][:3])
-assert curves["amplify"][2] > 2 * strongest, "length does as much as variance"
+assert curves["amplify"][2] > 2 * strongest, "variance does more than length"
 
 # %% [markdown]
 # This is the paper's finding, with a stricter control. Beyond 10 more does not help.
-# What `amplify` does and the others do not: it drowns $\mu$, which all tokens share, in
-# what is this window's own. Is that *variance*, or again *being unmixed*? The toy below
-# can tell them apart.
+# Only `amplify` drowns $\mu$, which all tokens share, in what is this window's own. Is
+# that *variance*, or again *being unmixed*? The last test below tells them apart.
 #
 # ## In which layers must token 10 be alone?
 
@@ -252,8 +253,8 @@ figures.bars(axis, {"share": made}, "The mask must last until the state is long"
              ylabel="share of the two sinks")
 show(figure, "06_layers", "Share of the forged sink by masked layers: all layers and "
      "the first twelve give a half, the first alone and those after layer 11 nothing.")
-assert made["0 to 11"] > 0.8 * made["all"], "masks after layer 11 matter"
-assert max(made["only 0"], made["12 to 29"]) < 0.1, "one half of the depth is enough"
+enough, too_few = made["0 to 11"], max(made["only 0"], made["12 to 29"])
+assert enough > 0.8 * made["all"] and too_few < 0.1, "the first waves decide"
 
 # %% [markdown]
 # One layer is not enough, though the *variance* at its output is then all there. And
@@ -262,26 +263,32 @@ assert max(made["only 0"], made["12 to 29"]) < 0.1, "one half of the depth is en
 #
 # ## In one that you train
 #
-# `softmax` has ordinary first tokens, as SmolLM2 has, and three layers.
+# `softmax` has ordinary first tokens, as SmolLM2 has, and four layers. It reads letters
+# with nothing to copy.
 
 # %%
-micro = models("softmax")["softmax"]
+small = models("softmax")["softmax"]
 rest, targets = windows("rest", 32)
-names = "forge variance", "forge W_O", "cut neurons", "cut lock"
-small = probe.cuts(micro, rest, targets, k, names=names)
-print("share of the sink taken, or of two sinks made")
-for row in small:
-    indent = "    " if row["control"] else f"{row['kind']} {row['link']}: "
-    print(f"{indent}{row['says']:30} {probe.share(row, 64):4.0%}")
-masked, amplified = (probe.share(row, 64) for row in small if row["says"] in
-                     ("token k sees only itself", "variance of z_k x 25"))
-assert masked > 0.25 and amplified < masked / 2, "variance does as much as the mask"
+toy, toy_controls = shares(probe.cuts(small, rest, targets, k))
+for name in toy:
+    print(f"{name:16} {toy[name]:4.0%}   strongest control {toy_controls[name]:4.0%}")
+assert toy["forge variance"] > 0.25 and toy["cut direction"] > 0.5, "as in SmolLM2"
+assert toy["cut lock"] < 0.25, "here the leading query does not carry the sink"
 
 # %% [markdown]
-# The mask works here too. Amplified variance does not: it makes little more of a sink
-# than its controls, scaling and shift. And the toy's sink outlives the cut of its key.
-# One more test. Take the deviation $d = z_k - \mu$ that a token has which sees
-# only itself, and give $z_k$ the old mean plus
+# Two things are as in SmolLM2. A token that sees only itself becomes a sink, and token
+# 0 is none if its state points where that of another token does.
+#
+# Three are not. The lock carries nothing, and at token 10 a *random* key does as much
+# as that of token 0: chapter 05 saw that this model dislikes all ordinary keys, so
+# whatever is unlike them is a sink. Amplified variance (`forge W_O`) does no more than
+# its controls; but trainings differ in this, try `python train.py --seed 1`. And the
+# usual length of $z_0$ (`cut W_O`) takes much of the sink. Why here, not in SmolLM2?
+#
+# ## Is it variance? One token in all heads
+#
+# Take the deviation $d = z_k - \mu$ that a token has which sees only itself, and give
+# $z_k$ the old mean plus
 #
 # - $d$ itself: **one token** speaks in all heads;
 # - $d$ with each head's part from *another window*: **heads apart**.
@@ -308,21 +315,24 @@ def agreement(net, tokens):
     return found
 
 
-together = {"micro": agreement(micro, rest), "SmolLM2": agreement(model, x)}
+# %%
+nets = {"softmax": (small, rest), "SmolLM2": (model, x)}
+together = {name: agreement(*net) for name, net in nets.items()}
 for name, (one, apart) in together.items():
     print(f"{name:8} one token {one:.2f}, heads apart {apart:.2f}")
-assert together["micro"][0] > 2 * together["micro"][1], "the toy needs no agreement"
-assert together["SmolLM2"][1] > 2 * together["SmolLM2"][0], "SmolLM2 needs it"
+assert together["softmax"][0] > 1.3 * together["softmax"][1], "agreement helps the toy"
+assert together["SmolLM2"][1] > 2 * together["SmolLM2"][0], "and hinders SmolLM2"
 
 # %% [markdown]
-# In the toy the mark is that *all heads bring the same thing*: nothing was mixed in. A
-# larger variance comes with that, and is not what is read. In SmolLM2 it is the other
-# way round: heads that disagree make a sink, one token's deviation does not.
+# In the toy *heads that bring the same thing* make the stronger sink: nothing was mixed
+# in. The variance alone does less. (In the first layer only, the two are alike:
+# `tests/results/claims.md`, Q7.) In SmolLM2 it is the other way round: heads that
+# disagree make a sink, one token's deviation does not.
 #
-# Why should they differ? A guess: three layers of four heads have little room, and one
-# neuron has to see the mark by what the heads have in common. Thirty layers can build
-# up anything *unusual* step by step, and heads from different windows are as unusual as
-# amplified ones. Test it: train a toy of ten layers.
+# Why should they differ? A guess: four layers of four heads have little room, and have
+# to see the mark by what the heads have in common. Thirty layers can build up anything
+# *unusual* step by step, and heads from different windows are as unusual as amplified
+# ones. Test it: train a toy of ten layers.
 #
 # ## Beside the paper
 
@@ -336,10 +346,10 @@ beside(("token 10 sees only itself: a sink", "yes", effects["forge variance"]),
 # %% [markdown]
 # ## What would falsify this
 #
-# - A control that moves the sink as much as its edit. In the toy that happens to
-#   variance.
+# - A control that moves the sink as much as its edit. In the toy the forged lock has
+#   one.
 # - A batch in which the turned direction, or the cut key, leaves the sink
-#   (`tests/results/claims.md` has eight).
+#   (`tests/results/claims.md` has eight batches).
 # - An edit that breaks more than it aims at. Look at the column "loss" of the appendix
 #   before you trust a row.
 #
