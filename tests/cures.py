@@ -219,6 +219,12 @@ def paired(ours, theirs) -> str:
     return f"{statistics.fmean(gaps):+.3f} ± {half:.3f}"
 
 
+def gain(found) -> str:
+    """Loss of headnorm minus softmax, each at its best learning rate."""
+    return paired(*([c["excess"] for c in cells(found, attn, best_rate(found, attn))]
+                    for attn in ("headnorm", "softmax")))
+
+
 def comparison(found, rate) -> str:
     """Every attention at a rate of its own: rate {attn: learning rate}."""
     lines = ["| | learning rate | sink | passes 0.3 | length of token 0 | DomRatio | value drain | "
@@ -238,7 +244,7 @@ def comparison(found, rate) -> str:
             chain("dominance"), chain("drain"), rank, spread([c["excess"] for c in seeds]), minus,
             spread([c["excess at 2T"] for c in seeds]),
             f"{statistics.fmean(steps):,.0f} ({len(steps)} of {len(seeds)})" if steps else "-",
-            spread([c["rise"] for c in seeds]))) + " |")
+            spread([max(0.0, c["rise"]) for c in seeds]))) + " |")
     return "\n".join(lines)
 
 
