@@ -1,6 +1,6 @@
 """Which cures work where a cure can be seen: every attention at every learning rate, five seeds.
 
-    python -m tests.cures             # trains and measures what is missing: about an hour and a half
+    python -m tests.cures             # trains and measures what is missing: about 90 minutes
     python -m tests.cures --render    # only the tables of tests/results/cures.md, from the JSON
 
 The setting is `--size micro`: copying, ordinary first tokens. Data, order and first weights are
