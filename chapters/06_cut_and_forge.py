@@ -268,7 +268,7 @@ assert enough > 0.8 * made["all"] and too_few < 0.1, "the first waves decide"
 
 # %%
 small = models("softmax")["softmax"]
-rest, targets = windows("rest", 32)
+rest, targets = windows("rest", 16)
 toy, toy_controls = shares(probe.cuts(small, rest, targets, k))
 for name in toy:
     print(f"{name:16} {toy[name]:4.0%}   strongest control {toy_controls[name]:4.0%}")
