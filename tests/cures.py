@@ -24,7 +24,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-import model as decoder
 import probe
 import train
 from chapters.lesson import trained
@@ -90,7 +89,7 @@ def train_variant(name, seed):
     torch.set_num_threads(1)
     run = run_of("headnorm", VARIANT_RATE, seed)
     run.out = f"out/cures/{name.replace(' ', '_')}-{seed}"
-    with mock.patch.object(decoder.Attention, *VARIANTS[name]):
+    with mock.patch.object(Attention, *VARIANTS[name]):
         result = train.train(run, overwrite=True, say=lambda text: None)
         return measure(result.model, result.corpus, result.log)
 
