@@ -12,7 +12,7 @@
 # it is. Take it out of sight with a sliding window and the model fails; give this one
 # token back and the model is nearly whole again.
 #
-# **You need** PyTorch and a rough idea of attention. **Run time**: about a minute,
+# **You need** PyTorch and a rough idea of attention. **Run time**: ten seconds,
 # after a download of 93 MB. The last part uses two small models; if they are not in
 # `out/` yet, it trains them first, a few minutes on 2 cores.
 #

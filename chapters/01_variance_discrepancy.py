@@ -13,7 +13,7 @@
 # on English, and before any training as well. How much more depends on what is read and
 # on the weights.
 #
-# **You need** chapter 00, and the variance of a sum. **Run time**: about a minute, once
+# **You need** chapter 00, and the variance of a sum. **Run time**: ten seconds, once
 # the models exist.
 
 # %%

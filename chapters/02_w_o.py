@@ -13,7 +13,7 @@
 # favours them, above all in the first layer. A positive Kendall tau can be found in all
 # three: it depends on which side of $W_O$ is read, and one of the two says little.
 #
-# **You need** chapter 01, and what an eigenvector is. **Run time**: about a minute,
+# **You need** chapter 01, and what an eigenvector is. **Run time**: ten seconds,
 # once the models exist.
 #
 # The second link is a matrix. It is easy to measure, and easy to read too much into.

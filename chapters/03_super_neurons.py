@@ -14,7 +14,7 @@
 # write.
 #
 # **You need** chapter 00, and SwiGLU: an MLP whose hidden layer is a product of two
-# linear maps. **Run time**: about a minute on 2 cores; the two small models must
+# linear maps. **Run time**: ten seconds on 2 cores; the two small models must
 # exist.
 
 # %%

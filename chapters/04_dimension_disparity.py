@@ -13,7 +13,7 @@
 # dimension is large there are sinks, and where it is erased there are none. It carries
 # no news: put its mean in its place and nothing changes.
 #
-# **You need** chapter 03: the neurons that write it. **Run time**: about 30 seconds on
+# **You need** chapter 03: the neurons that write it. **Run time**: about ten seconds on
 # 2 cores, once the two small models are trained.
 
 # %%

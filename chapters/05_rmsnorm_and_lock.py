@@ -14,7 +14,7 @@
 # attention becomes a switch, and the model breaks.
 #
 # **You need** chapter 04: the first state is long, and almost all of it is dimension
-# 507. **Run time**: about 25 seconds on 2 cores, once the two small models are trained.
+# 507. **Run time**: ten seconds on 2 cores, once the two small models are trained.
 
 # %%
 import torch

@@ -13,8 +13,8 @@
 # that token becomes a sink. A token that may see only itself becomes one too. Bringing
 # the first token's output to the usual length takes nothing.
 #
-# **You need** chapters 01 to 05. **Run time**: a minute on one core, once the small
-# model is trained (another minute).
+# **You need** chapters 01 to 05. **Run time**: half a minute, once the small
+# model is trained (two more).
 
 # %%
 import torch

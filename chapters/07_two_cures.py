@@ -13,7 +13,7 @@
 # mere place to rest: it is a *ruler*, from which a model measures where it is. No cure
 # takes away what is useful, so a sink that stays in small models refutes no cure.
 #
-# **You need** chapters 00, 01 and 04. **Run time**: half a minute, once eight models
+# **You need** chapters 00, 01 and 04. **Run time**: ten seconds, once eight models
 # are trained (about 8 minutes on two cores; they stay in `out/`).
 
 # %%

@@ -13,7 +13,7 @@
 # states look poor in directions. Without the few neurons that write it the model
 # predicts far worse.
 #
-# **You need** chapters 00, 03 and 04. **Run time**: about a minute on one core, once
+# **You need** chapters 00, 03 and 04. **Run time**: half a minute, once
 # the small model of text is trained.
 
 # %%
