@@ -709,8 +709,8 @@ def open_runs(args):
         kinds = {"ordinary first token": draw(0.0)}
         if corpus.task:  # nothing to copy, so that every query rests
             each = (torch.Generator().manual_seed(seed) for seed in seeds)
-            rest = [corpus.task.rest(args.windows, T + 1, generator) for generator in each]
-            kinds = {"nothing to copy": [(t[:, :-1], t[:, 1:]) for t in rest]} | kinds
+            rest = [corpus.rest(args.windows, T, generator) for generator in each]
+            kinds = {"nothing to copy": rest} | kinds
         elif run["bos"] > 0:
             kinds = {"after <|bos|>": draw(1.0)} | kinds
         found[name] = model, kinds, GPT(model.cfg, seed=run["seed"]).eval()

@@ -163,8 +163,7 @@ def windows(kind, N=64, seed=0):
     corpus = data.load("copy")
     if kind == "copy":
         return corpus.batch(N, 64, generator, "val", bos=0.0)
-    tokens = corpus.task.rest(N, 65, generator)
-    return tokens[:, :-1], tokens[:, 1:]
+    return corpus.rest(N, 64, generator)
 
 
 # ---------------------------------------------------------------- several trainings

@@ -77,6 +77,11 @@ class Corpus:
             windows = windows.gather(1, torch.arange(length) % passage)
         return windows
 
+    def rest(self, n: int, seq_len: int, generator: torch.Generator):
+        """x, y of a task, each (n, T), where nothing can be looked up and every query rests."""
+        tokens = self.task.rest(n, seq_len + 1, generator)
+        return tokens[:, :-1], tokens[:, 1:]
+
     def fingerprint(self) -> dict:
         """Sizes and checksums: tells whether a text is still the one that a run was trained on."""
         if self.task:

@@ -156,10 +156,8 @@ def measure_seed(job):
     model, corpus, _ = train.load_run(run.out)
     null = GPT(model.cfg, seed=run.seed).eval()
     draw = lambda bos: corpus.batch(32, T, torch.Generator().manual_seed(0), "val", bos)
-    random = random_windows(32, T, corpus.bos)
-    if corpus.task:
-        tokens = corpus.task.rest(32, T + 1, torch.Generator().manual_seed(0))
-        random = tokens[:, :-1], tokens[:, 1:]
+    rest = lambda: corpus.rest(32, T, torch.Generator().manual_seed(0))
+    random = rest() if corpus.task else random_windows(32, T, corpus.bos)
     main = draw(1.0) if lane == "text" else random
     log = train.read_log(run.out)
     found = {"main": numbers(model, *main), "random": numbers(model, *random),
