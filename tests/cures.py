@@ -1,6 +1,6 @@
 """Which cures work where a cure can be seen: every attention at every learning rate, five seeds.
 
-    python -m tests.cures             # trains and measures what is missing: about 90 minutes
+    python -m tests.cures             # trains and measures what is missing: four hours of one core
     python -m tests.cures --render    # only the tables of tests/results/cures.md, from the JSON
 
 The setting is `--size micro`: copying, ordinary first tokens. Data, order and first weights are
@@ -12,9 +12,13 @@ equal for all runs of a seed. What was asked for, written when two of the runs h
     and at each one's best, and all of these runs have learned
     a run has learned, if its loss is at most LEARNED above that of a perfect predictor
     a cure works, if under it SINK is passed in no seed that has learned
+
+And, written before any run of it: how large a learning rate an attention bears. Runs of 1,000 steps
+at 0.005, doubled until 0.32; one is *borne* in a seed if the loss ends less than BORNE above the
+lowest of that attention and seed.
 """
 import argparse
-import functools
+import math
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -26,11 +30,12 @@ import torch.nn.functional as F
 
 import probe
 import train
-from data.border import bar, fill, read_json, write_atomically, write_json
+from data.border import UserError, bar, fill, read_json, write_atomically, write_json
 from model import ATTENTIONS, Attention, record
 
 SEEDS, RATES = range(5), (2.5e-3, 5e-3, 1e-2, 2e-2)
 SINK, LEARNED, REACHED = probe.SINK, 0.25, 1.6  # attention; nats above perfect; nats
+LADDER, LADDER_SEEDS, BORNE = [5e-3 * 2**i for i in range(7)], range(2), 0.3  # ...; nats
 T = 64
 RESULTS = Path("tests/results")
 FILE, PAGE = RESULTS / "cures.json", RESULTS / "cures.md"
@@ -74,7 +79,6 @@ def softmax_mix(self, *args):
 
 whole_init, whole_mix = Attention.__init__, Attention.mix
 VARIANTS = {  # of headnorm: what is replaced in Attention, and by what
-    "headnorm": ("__init__", whole_init),
     "without gain": ("__init__", frozen_gain),
     "eps = 1": ("__init__", large_eps),
     "all heads at once": ("mix", all_heads_at_once),
@@ -98,6 +102,16 @@ def train_and_measure(run) -> dict:
 
 
 # ---------------------------------------------------------------- measuring one run
+
+def short_loss(attn, lr, seed) -> float:
+    """Validation loss after a training of 1,000 steps; infinite, if it was given up."""
+    run = train.Run(attn=attn, size="micro", lr=lr, seed=seed, steps=1000, evals=1)
+    run.out = f"out/cures/short-{attn}-{lr:g}-{seed}"
+    try:
+        return train.train(run, overwrite=True, say=lambda text: None).log[-1]["val_loss"]
+    except UserError:  # the loss is no longer finite
+        return math.inf
+
 
 def effective_rank(states):
     """(N, T, C) -> exp(-sum p_i ln p_i), p_i the shares of the singular values (Roy and Vetterli
@@ -183,7 +197,8 @@ def best_rate(found, attn) -> float:
 
 
 def grid_table(found, show) -> str:
-    lines = ["| | " + " | ".join(f"{lr:g}" for lr in RATES) + " |", "|---" * 3 + "|"]
+    lines = ["| | " + " | ".join(f"{lr:g}" for lr in RATES) + " |",
+             "|---" * (len(RATES) + 1) + "|"]
     for attn in ATTENTIONS:
         row = [show(cells(found, attn, lr)) for lr in RATES]
         lines.append(f"| {attn} | " + " | ".join(row) + " |")
@@ -254,12 +269,31 @@ def ruler_table(found) -> str:
     return "\n".join(lines)
 
 
+def ladder_table(found) -> str:
+    """Mean loss over seeds, and the largest rate that is borne in all of them."""
+    lines = ["| | " + " | ".join(f"{lr:g}" for lr in LADDER) + " | largest borne |",
+             "|---" * (len(LADDER) + 2) + "|"]
+    for attn in ATTENTIONS:
+        rows = [found["ladder"][attn][f"{lr:g}"] for lr in LADDER]
+        loss = [[math.inf if row[seed] is None else row[seed] for row in rows] for seed in rows[0]]
+        borne = [lr for lr, same in zip(LADDER, zip(*loss))
+                 if all(a < min(whole) + BORNE for a, whole in zip(same, loss))]
+        cells = [f"{statistics.fmean(same):.2f}" for same in zip(*loss)]
+        lines.append(f"| {attn} | {' | '.join(cells)} | {max(borne):g} |")
+    return "\n".join(lines)
+
+
 def variants_table(found) -> str:
-    lines = ["| headnorm | sink | value drain | DomRatio | loss above perfect |", "|---" * 5 + "|"]
-    for name in VARIANTS:
-        seeds = list(found["variants"][name].values())
+    lines = ["| headnorm | sink | value drain | DomRatio | loss above perfect | minus headnorm |",
+             "|---" * 6 + "|"]
+    whole = cells(found, "headnorm", VARIANT_RATE)
+    for name in ("headnorm", *VARIANTS):
+        there = found["variants"].get(name)
+        seeds = [there[seed] for seed in sorted(there)] if there else whole
         chain = (spread([c["chain"][key] for c in seeds]) for key in ("sink", "drain", "dominance"))
-        lines.append(f"| {name} | {' | '.join(chain)} | {spread([c['excess'] for c in seeds])} |")
+        loss = [[c["excess"] for c in both] for both in (seeds, whole)]
+        minus = paired(*loss) if there else "-"
+        lines.append(f"| {name} | {' | '.join(chain)} | {spread(loss[0])} | {minus} |")
     return "\n".join(lines)
 
 
@@ -294,7 +328,7 @@ def tables(found) -> dict[str, str]:
             "losses": grid_table(found, lambda seeds: spread([c["excess"] for c in seeds])),
             "same": comparison(found, dict.fromkeys(ATTENTIONS, best["softmax"])),
             "best": comparison(found, best), "variants": variants_table(found),
-            "ruler": ruler_table(found),
+            "ruler": ruler_table(found), "ladder": ladder_table(found),
             "search": search_table(found)}
 
 
@@ -317,7 +351,7 @@ def main():
 
 def work(jobs) -> None:
     """Train and measure what is not yet in cures.json; write it after each run."""
-    found, plan = read_json(FILE), []
+    found, plan = {"ladder": {}} | read_json(FILE), []
     for seed in SEEDS:
         for lr in RATES:
             for attn in ATTENTIONS:
@@ -326,6 +360,11 @@ def work(jobs) -> None:
         for name in VARIANTS:
             place = found["variants"].setdefault(name, {})
             plan.append((place, seed, train_variant, name, seed))
+    for seed in LADDER_SEEDS:
+        for lr in LADDER:
+            for attn in ATTENTIONS:
+                place = found["ladder"].setdefault(attn, {}).setdefault(f"{lr:g}", {})
+                plan.append((place, seed, short_loss, attn, lr, seed))
     with ProcessPoolExecutor(jobs) as pool:
         waiting = [(place, seed, pool.submit(*job)) for place, seed, *job in plan
                    if str(seed) not in place]
