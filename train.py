@@ -72,10 +72,9 @@ class Run:
     """All settings of a training. None means: what `size` or the machine suggests (`resolve`)."""
 
     attn: str = setting("softmax", "how to attend", choices=ATTENTIONS)
-    size: str = setting("micro", "micro (a copying task, first tokens are ordinary: a laptop, two "
-                        "minutes), tiny (text after <|bos|>: the same), small (for a laptop GPU, "
-                        "not measured), base (for one large GPU, not measured)",
-                        choices=tuple(SIZES))
+    size: str = setting("micro", "micro (copying, ordinary first tokens: a laptop, two minutes), "
+                        "tiny (text after <|bos|>: the same), small (for a laptop GPU, not "
+                        "measured), base (for one large GPU, not measured)", choices=tuple(SIZES))
     data: str | None = setting(None, f"{', '.join(data.NAMES)}, or your own text: a file or folder")
     steps: int | None = setting(None, "optimiser steps", 1, 2**31 - 1)
     batch_size: int | None = setting(None, "windows per step", 1, 2**16)
@@ -83,13 +82,11 @@ class Run:
     lr: float | None = setting(None, "peak learning rate; then a cosine to a tenth", 1e-30, 1e30)
     warmup: int = setting(100, "steps of linear warm-up", 0, 2**31 - 1)
     weight_decay: float | None = setting(None, "AdamW's weight decay of the matrices", 0, 1e30)
-    bos: float | None = setting(None, "share of the windows that start with <|bos|>; the others "
-                                "start with an ordinary token", 0, 1)
+    bos: float | None = setting(None, "share of the windows that start with <|bos|>", 0, 1)
     repeat: float = setting(0.8, "share of the training windows of text that show one passage over "
                             "and over: heads learn to copy, and to rest", 0, 1)
     seed: int = setting(0, "of weights and batches: the same for every --attn", 0, 2**31 - 1)
-    vocab_size: int | None = setting(None, "tokens of the vocabulary that is built from the text; "
-                                     "257 is bytes and <|bos|>", 25, 2**16)
+    vocab_size: int | None = setting(None, "of text; 257 is bytes and <|bos|>", 25, 2**16)
     hidden_size: int | None = setting(None, "model width, C", 8, 2**16)
     intermediate_size: int | None = setting(None, "FFN width, F", 8, 2**18)
     num_hidden_layers: int | None = setting(None, "layers", 1, 1000)
@@ -98,8 +95,7 @@ class Run:
     initializer_range: float | None = setting(None, "std of the initial weights (default: "
                                               "1/sqrt(C); 0.08 for micro)", 1e-30, 1e30)
     tie_word_embeddings: bool = setting(False, "use the embedding as output matrix too")
-    evals: int = setting(16, "evaluations: half of them evenly spaced, half log-spaced to see the "
-                         "sink's birth", 1, 10_000)
+    evals: int = setting(16, "evaluations: half evenly spaced, half log-spaced", 1, 10_000)
     device: str = setting("auto", "auto, cpu, cuda or mps")
     threads: int | None = setting(None, "CPU threads (default: 1 for tiny and micro, which gain "
                                   "nothing from more; else the cores, at most 4)", 1, 1024)
@@ -149,16 +145,15 @@ def check_memory(run: Run, cfg: Config, device: torch.device) -> None:
     patterns = 3 * max(8, PROBE_TOKENS // T) * H * T * T  # of one layer, in an evaluation
     need, there = 4 * (4 * parameters + states + patterns), memory_of(device)  # of four bytes each
     if need > there:
-        raise UserError(f"this needs about {need / 1e9:,.0f} GB of memory, there are "
-                        f"{there / 1e9:,.0f}; use a smaller --batch-size, --seq-len or "
-                        "--hidden-size")
+        raise UserError(f"this needs {need / 1e9:,.0f} GB of memory, there are {there / 1e9:,.0f}; "
+                        "use a smaller --batch-size, --seq-len or --hidden-size")
 
 
 # ---------------------------------------------------------------- measuring
 
 EVAL_TOKENS, PROBE_TOKENS = 16384, 4096  # per evaluation; fixed windows, whatever is trained
-FIRST = {"links_bos": "<|bos|>", "links_rest": "first token, nothing to copy",
-         "links": "first token"}  # what the chain in log.jsonl is about; the first one is told
+KINDS = {"links_bos": "<|bos|>", "links_rest": "first token, nothing to copy",
+         "links": "first token"}  # what stands first, by key of log.jsonl; the first one is told
 
 
 def evaluation_steps(steps: int, evals: int) -> list[int]:
@@ -169,54 +164,56 @@ def evaluation_steps(steps: int, evals: int) -> list[int]:
     return sorted({*map(int, even), *(int(s) for s in log if np.abs(even - s).min() > s / 10)})
 
 
-class Evaluation:
-    """The same validation windows at every call and in every run with the same data, T and bos."""
+def held_out(run: Run, corpus, device) -> dict[str, tuple]:
+    """The windows of every evaluation, the same in every run with the same data, T and bos: x, y
+    for the loss, and x for the chain of each of KINDS that the data has."""
+    fixed, T = torch.Generator().manual_seed(20260511), run.seq_len
+    few = max(8, PROBE_TOKENS // T)
 
-    def __init__(self, corpus, seq_len: int, bos: float, device):
-        fixed = torch.Generator().manual_seed(20260511)
-        few = max(8, PROBE_TOKENS // seq_len)
+    def draw(count, share):
+        return corpus.batch(count, T, fixed, split="val", bos=share)
 
-        def draw(count, share):
-            x, y = corpus.batch(count, seq_len, fixed, split="val", bos=share)
-            return x.to(device), y.to(device)
+    found = {"loss": draw(max(1, EVAL_TOKENS // T), run.bos), "links": draw(few, 0.0)[:1]}
+    if run.bos > 0:
+        found["links_bos"] = draw(few, 1.0)[:1]
+    if corpus.task:  # nothing to copy, so that every query rests
+        found["links_rest"] = corpus.task.rest(few, T, fixed),
+    return {kind: tuple(t.to(device) for t in windows) for kind, windows in found.items()}
 
-        self.x, self.y = draw(max(1, EVAL_TOKENS // seq_len), bos)
-        self.windows = {"links": draw(few, 0.0)[0]}
-        if bos > 0:
-            self.windows["links_bos"] = draw(few, 1.0)[0]
-        if corpus.task:  # nothing to copy, so that every query rests
-            self.windows["links_rest"] = corpus.task.rest(few, seq_len, fixed).to(device)
-        self.bytes_per_token = corpus.bytes_per_token
 
-    @torch.no_grad()
-    def __call__(self, model) -> dict:
-        """val_loss in nats per token, bpb in bits per byte (text), and the numbers of `probe.chain`
-        for windows that start with an ordinary token (`links`), with <|bos|> (`links_bos`, if it
-        was trained with some) and, for the copying task, of random symbols (`links_rest`)."""
-        total = 0.0
-        few = max(1, 4096 // self.x.shape[1])  # the logits of more would fill a small GPU
-        for x, y in zip(self.x.split(few), self.y.split(few)):
-            total += model(x, y)[1].item() * y.numel()
-        row = {"val_loss": total / self.y.numel()}
-        if self.bytes_per_token:
-            row["bpb"] = row["val_loss"] / math.log(2) / self.bytes_per_token
-        if not math.isfinite(total):  # it has diverged, and has no chain
-            return row
-        try:
-            for name, idx in self.windows.items():
-                row[name] = finite(probe.chain(model, idx))
-        except torch.linalg.LinAlgError:  # states so large that their squares overflow
-            row["val_loss"] = math.nan
-        return row
+@torch.no_grad()
+def evaluate(model, windows, bytes_per_token=None) -> dict:
+    """val_loss in nats per token, bpb in bits per byte (text), and for each of KINDS the numbers of
+    `probe.chain`."""
+    x, y = windows["loss"]
+    few, total = max(1, 4096 // x.shape[1]), 0.0  # the logits of more would fill a small GPU
+    for a, b in zip(x.split(few), y.split(few)):
+        total += model(a, b)[1].item() * b.numel()
+    row = {"val_loss": total / y.numel()}
+    if bytes_per_token:
+        row["bpb"] = row["val_loss"] / math.log(2) / bytes_per_token
+    try:
+        if math.isfinite(total):  # else it has diverged, and has no chain
+            row |= {kind: finite(probe.chain(model, *windows[kind])) for kind in windows
+                    if kind in KINDS}
+    except torch.linalg.LinAlgError:  # states so large that their squares overflow
+        row["val_loss"] = math.nan
+    return row
+
+
+def told(row: dict) -> tuple[str, dict]:
+    """What stands first in the windows whose chain is told, and that chain."""
+    kind = next(kind for kind in KINDS if kind in row)
+    return KINDS[kind], row[kind]
 
 
 def row_line(run: Run, row: dict, speed: str) -> str:
     """The line of an evaluation: losses, speed and time to go, and the head of each link."""
+    first, links = told(row)
     bpb = f" ({row['bpb']:.3f} bits/byte)" if "bpb" in row else ""
     loss = f"loss {row['train_loss']:.3f} " if row["train_loss"] is not None else ""
-    kind = next(kind for kind in FIRST if kind in row)
     return (f"step {row['step']:>6,} {row['step'] / run.steps:4.0%} | {loss}val "
-            f"{row['val_loss']:.3f}{bpb}{speed} | {FIRST[kind]}: {probe.headlines(row[kind])}")
+            f"{row['val_loss']:.3f}{bpb}{speed} | {first}: {probe.headlines(links)}")
 
 
 # ---------------------------------------------------------------- the loop
@@ -347,7 +344,7 @@ BAR = "{bar:10}{percentage:4.0f}% | {desc}"  # of tqdm, whose own time to go kno
 def loop(state: State, header: dict, stop, say, live) -> None:
     """From state.step to the last one, or to Ctrl-C; the state is saved at each evaluation."""
     run, model, device = state.run, state.model, state.device
-    evaluation = Evaluation(state.corpus, run.seq_len, run.bos, device)
+    windows = held_out(run, state.corpus, device)
     evaluate_at, tokens = evaluation_steps(run.steps, run.evals), run.batch_size * run.seq_len
     cast = contextlib.nullcontext()
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -373,7 +370,7 @@ def loop(state: State, header: dict, stop, say, live) -> None:
             row = {"step": state.step, "tokens": state.step * tokens,
                    "seconds": round(state.seconds, 2), "train_loss": state.smooth}
             with measured():
-                row |= evaluation(model)
+                row |= evaluate(model, windows, state.corpus.bytes_per_token)
             if not math.isfinite(row["val_loss"]):
                 raise state.diverged("validation loss")
             state.log.append(row)
@@ -556,25 +553,24 @@ def write_text(model: GPT, corpus, prompt=None, tokens=200, temperature=0.8, see
 
 def story(state: State) -> str:
     """What a training has shown, in plain sentences."""
-    run, corpus, first, last = state.run, state.corpus, state.log[0], state.log[-1]
-    kind = next(kind for kind in FIRST if kind in last)
-    before, after = (row[kind]["sink"] or 0.0 for row in (first, last))
-    lines = [f"validation loss {last['val_loss']:.4f} nats per token; files in "
-             f"{show(run.out)}/",
-             f"{FIRST[kind]}: {after:.2f} of the attention of the strongest head, before training "
-             f"{before:.2f} (one that attends to all alike: {probe.uniform_sink(run.seq_len):.2f})"]
-    text, share = write_text(state.model, corpus), 0.75 if corpus.task else run.repeat
-    lines.append(f"a sample:\n{text}\n")
-    if share and any(text.find(text[i:i + 12], i + 1) > 0 for i in range(len(text) - 12)):
-        lines.append(f"(it repeats itself, because {share:.0%} of the training windows show one "
-                     "passage over and over)")
-    lines += ["", f"next: python probe.py {shlex.quote(show(run.out))}"]
+    run, corpus, last = state.run, state.corpus, state.log[-1]
+    first, after = told(last)
+    before, after = (told(row)[1]["sink"] or 0.0 for row in (state.log[0], last))
     seen = "has a sink" if after > probe.SINK else f"has no sink (no head passes {probe.SINK})"
     if run.bos:
         seen += "; <|bos|> it knows by name, so that this is no test of a cure (chapter 07)"
     elif run.attn != "softmax":
         seen += "; what the cures do in five seeds: tests/results/cures.md"
-    return "\n".join(["", *lines, f"{run.attn} {seen}"])
+    share = 0.75 if corpus.task else run.repeat
+    return f"""
+validation loss {last['val_loss']:.4f} nats per token; files in {show(run.out)}/
+{first}: {after:.2f} of the attention of the strongest head, before training {before:.2f} \
+(one that attends to all alike: {probe.uniform_sink(run.seq_len):.2f})
+a sample (in {share:.0%} of the training windows one passage comes over and over):
+{write_text(state.model, corpus)}
+
+next: python probe.py {shlex.quote(show(run.out))}
+{run.attn} {seen}"""
 
 
 SAMPLING = {"prompt": (str, "what --sample goes on from"),

@@ -433,7 +433,7 @@ def birth(rows, links="links", title="How a sink is born, link by link") -> Figu
 @styled
 def curve(folder, log, optimum=None) -> None:
     """curve.png of a training: its losses, and the sink in each kind of windows."""
-    from train import FIRST, read_config  # here, because train.py imports this file
+    from train import KINDS, read_config  # here, because train.py imports this file
     run, _ = read_config(folder)
     number = next(n for n in probe.numbers() if n.key == SINK)
     figure, (left, right) = new(3.2, 1, 2)
@@ -444,9 +444,9 @@ def curve(folder, log, optimum=None) -> None:
         left.axhline(optimum, color="black", lw=0.9, ls=":", label="perfect predictor")
     title = f"{Path(folder).name}: loss"
     dress(left, title, {}, xlabel="step", ylabel="nats per token")
-    kinds = (kind for kind in FIRST if any(kind in row for row in log))
+    kinds = (kind for kind in KINDS if any(kind in row for row in log))
     for style, kind in zip(STYLES, kinds):
-        track(right, log, lambda row: row.get(kind, {}).get(SINK), label=FIRST[kind],
+        track(right, log, lambda row: row.get(kind, {}).get(SINK), label=KINDS[kind],
               color=ACCENT, ls=style["ls"])
     null = probe.chance(number, run, run.seq_len)  # a Run has the fields of Config
     right.axhline(null, color="black", lw=0.9, ls=":", label="chance")
