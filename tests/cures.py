@@ -120,7 +120,6 @@ def short_loss(attn, lr, seed) -> float:
         return math.inf
 
 
-@torch.no_grad()
 def early(attn, seed) -> dict:
     """The sink after the first EARLY steps of a training, 30 seconds on one core."""
     run = train.Run(attn=attn, size="micro", seed=seed, steps=EARLY, evals=1)
@@ -132,8 +131,9 @@ def early(attn, seed) -> dict:
     with mock.patch.object(train, "learning_rate", usual):
         result = train.train(run, overwrite=True, say=lambda text: None)
     rest = result.corpus.task.rest(64, T, torch.Generator().manual_seed(0))
-    return {"chain": probe.chain(result.model, rest), "ruler": ruler(result.model, rest),
-            "val_loss": result.log[-1]["val_loss"]}
+    with torch.no_grad():
+        return {"chain": probe.chain(result.model, rest), "ruler": ruler(result.model, rest),
+                "val_loss": result.log[-1]["val_loss"]}
 
 
 def effective_rank(states):
