@@ -408,6 +408,7 @@ def work(jobs) -> None:
             for attn in ATTENTIONS:
                 place = found["grid"].setdefault(attn, {}).setdefault(f"{lr:g}", {})
                 plan.append((place, seed, train_and_measure, run_of(attn, lr, seed)))
+    for seed in SEEDS:
         for name in VARIANTS:
             place = found["variants"].setdefault(name, {})
             plan.append((place, seed, train_variant, name, seed))
