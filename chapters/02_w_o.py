@@ -238,8 +238,8 @@ for name, x in reads.items():
 
 # %%
 beside(("model", "Llama-2-7B", "SmolLM2-135M"),
-       ("tau on English, columns", "0.32", mean["English", "columns that read z"]),
-       ("tau on English, rows", "(which?)", mean["English", "rows that write"]))
+       ("tau, columns", "0.32 (which?)", mean["English", "columns that read z"]),
+       ("tau, rows", "0.32 (which?)", mean["English", "rows that write"]))
 
 # %% [markdown]
 # Nothing here says that the sink *needs* $W_O$. Chapter 06 intervenes: it gives the

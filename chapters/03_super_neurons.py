@@ -123,7 +123,7 @@ mask[alone] = torch.eye(64, dtype=torch.bool)[alone]
 masked = record(model, x, ["11.mlp_post"], mask=mask)[1]["11.mlp_post"]
 for name, a in (("as usual", seen["11.mlp_post"]), ("alone", masked)):
     answers = a[:, [0, *alone], pair[0]].mean(0)
-    print(f"answers to tokens 0, 10, 25, 45 {name:9}", answers.round().tolist())
+    print(f"answers to tokens 0, 10, 25, 45 {name:9}", answers.int().tolist())
 assert answers.min() > 0.8 * answers[0], "they know the first token by something else"
 
 # %% [markdown]

@@ -33,7 +33,7 @@ model, _ = real()
 x, _ = random_tokens()
 L, C = model.cfg.num_hidden_layers, model.cfg.hidden_size
 names = [f"{i}.{what}" for i in range(L) for what in ("resid_pre", "pattern")]
-seen = record(model, x, [*names, f"{L - 1}.resid_post"])[1]
+seen = record(model, x, names)[1]
 states = [seen[f"{i}.resid_pre"] for i in range(L)]  # what each layer reads, (N, T, C)
 
 # %% [markdown]
@@ -143,7 +143,7 @@ assert missing.max() < 2 * chance < 4 * chance < written.min(), "no write, no si
 
 # %%
 figure, (top, below) = plt.subplots(2, 1, figsize=(8.8, 4.6), sharex=True)
-largest = first[12].topk(3).indices.tolist()
+largest = first[3].topk(3).indices.tolist()
 large = {f"dimension {i}": first[:, i] for i in largest}
 large["median dimension"] = first.median(1).values
 figures.by_layer(top, large, f"Dimension {c} comes, goes and comes again",
