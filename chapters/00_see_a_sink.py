@@ -12,9 +12,9 @@
 # it is. Take it out of sight with a sliding window and the model fails; give this one
 # token back and the model is nearly whole again.
 #
-# **You need** PyTorch and a rough idea of attention. **Run time**: ten seconds,
-# after a download of 93 MB. The last part uses two small models; if they are not in
-# `out/` yet, it trains them first, a few minutes on 2 cores.
+# **You need** PyTorch and a rough idea of attention. **Run time**: ten to twenty
+# seconds, after a download of 93 MB. The last part uses two small models; if they are
+# not in `out/` yet, it trains them first, a few minutes on 2 cores.
 #
 # Letters in shapes, in all chapters: N windows, T positions, H heads, D head width, C
 # model width, F neurons of an MLP, L layers.

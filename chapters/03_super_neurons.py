@@ -13,7 +13,7 @@
 # write into one dimension. Silence them and the model can no longer write.
 #
 # **You need** chapter 00, and SwiGLU: an MLP whose hidden layer is a product of two
-# linear maps. **Run time**: ten seconds, once the two small models exist.
+# linear maps. **Run time**: ten to twenty seconds, once the two small models exist.
 
 # %%
 from lesson import beside, check, models, plt, random_tokens, real, show
