@@ -12,18 +12,19 @@
 # it is. Take it out of sight with a sliding window and the model fails; give this one
 # token back and the model is nearly whole again.
 #
-# **You need** PyTorch and a rough idea of attention. **Run time**: ten seconds,
-# after a download of 93 MB. The last part uses two small models; if they are not in
-# `out/` yet, it trains them first, a few minutes on 2 cores.
+# **You need** PyTorch and a rough idea of attention. **Run time**: ten to twenty
+# seconds, after a download of 93 MB. The last part uses two small models; if they are
+# not in `out/` yet, it trains them first, a few minutes on 2 cores.
 #
 # Letters in shapes, in all chapters: N windows, T positions, H heads, D head width, C
 # model width, F neurons of an MLP, L layers.
 
 # %%
-import torch
-import torch.nn.functional as F
 from lesson import beside, check, english, log, models, plt, random_tokens, real
 from lesson import show, untrained, windows
+
+import torch
+import torch.nn.functional as F
 
 import probe
 from chapters import figures
@@ -35,21 +36,10 @@ L = model.cfg.num_hidden_layers
 print(f"SmolLM2-135M: {L} layers, {model.cfg.num_attention_heads} heads a layer")
 
 # %% [markdown]
-# SmolLM2-135M is a Llama like the large ones, only smaller: RMSNorm, rotary positions,
-# SwiGLU. It was made for laptops and tuned to follow instructions. Our copy has weights
-# of 4 bits (Q4_1), turned back into ordinary numbers. It puts no special token in front
-# of a text, so its first token is an ordinary one.
+# SmolLM2-135M is a Llama like the large ones, only smaller. Our copy has weights of 4
+# bits (Q4_1), turned back into ordinary numbers. It puts no special token in front of a
+# text, so its first token is an ordinary one.
 #
-# Two kinds of windows: English that the model has never seen, and tokens drawn at
-# random. If heads look at the first token even there, it is not because of what it
-# *says*.
-
-# %%
-texts = {"English": english()[0], "random tokens": random_tokens()[0]}
-for kind, x in texts.items():
-    print(f"{kind} {tuple(x.shape)}:", repr(encoding.decode(x[0, :12].tolist())))
-
-# %% [markdown]
 # ## Where does a head look?
 #
 # A head compares its query at position $t$ with the keys of all positions $s \le t$ and
@@ -59,13 +49,17 @@ for kind, x in texts.items():
 #   {\sum_{s' \le t} \exp(q_t \cdot k_{s'} / \sqrt D)}$$
 #
 # In `model.py` this tensor is called `pattern`, shape (N, H, T, T). `record` runs the
-# model and hands over any activation by its name.
+# model and hands over any activation by its name. We ask for it on English that the
+# model has never seen, and on tokens drawn at random: if heads look at the first token
+# even there, it is not because of what it *says*.
 
 # %%
+texts = {"English": english()[0], "random tokens": random_tokens()[0]}
 names = [f"{i}.pattern" for i in range(L)]
 values = [f"{i}.v" for i in range(L)]
 patterns = {}
 for kind, x in texts.items():
+    print(f"{kind} {tuple(x.shape)}:", repr(encoding.decode(x[0, :12].tolist())))
     kept = record(model, x, names + values)[1]
     patterns[kind] = torch.stack([kept[name] for name in names])  # (L, N, H, T, T)
 
@@ -107,8 +101,8 @@ show(figure, "00_maps", "Three attention maps. In layer 0 attention is spread ov
      "earlier keys; in the later head nearly all of it is in column 0.")
 
 # %% [markdown]
-# Every row is a query. In the later head nearly all rows put their weight on column 0.
-# Now all heads at once, one cell each.
+# Every row is a query, and in the later head nearly all rows rest on column 0. Now all
+# heads at once, one cell each.
 
 # %%
 figure, axes = plt.subplots(2, 1, figsize=(8.8, 4.6), sharex=True)
@@ -127,9 +121,9 @@ show(figure, "00_heads", "A cell for every head of every layer. Layers 3 to 9 an
 #
 # ## It looks, but it takes nothing
 #
-# Why would training want this? The weights of a row must add up to 1, so a head that
-# has nothing to say still has to put them somewhere. Weight on a value of length zero
-# adds nothing. *Value drain* is the length of $v_0$ over the mean length.
+# The weights of a row must add up to 1, so a head that has nothing to say still has to
+# put them somewhere. Weight on a value of length zero adds nothing. *Value drain* is
+# the length of $v_0$ over the mean length.
 
 # %%
 v = kept[f"{layer}.v"]  # (N, T, K, D), of the random tokens
@@ -144,8 +138,9 @@ assert drain[shared] < 0.25, "the value of the first token is as long as the oth
 # ## Take it away
 #
 # If the first token is only a place to rest, a model should do without. Give it a
-# *sliding window*: each query sees the last 32 tokens and no others. That saves memory,
-# since older keys and values need not be kept. `mask` is True where a query may look.
+# *sliding window*: each query sees the last 32 tokens and no others. `mask` is True
+# where a query may look. One mask gives token 0 back. Another gives back token 16
+# instead, as a *control*: if one more token helps, is it because of *which* one?
 
 # %%
 def window_mask(T, width, keep=()):
@@ -157,7 +152,6 @@ def window_mask(T, width, keep=()):
     return mask
 
 
-# %%
 T, width = 160, 32
 x, y = english(N=4, T=T)
 masks = {"all tokens": window_mask(T, T), "last 32": window_mask(T, width),
@@ -167,10 +161,6 @@ losses = {}
 for name, mask in masks.items():
     logits = model(x, mask=mask)[0]
     losses[name] = F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(0)
-
-# %% [markdown]
-# A *control* belongs to it: if one more token helps, is it because of *which* one? So
-# the last mask gives back token 16 instead of token 0.
 
 # %%
 figure, axis = plt.subplots(figsize=(8.8, 3.2))
@@ -199,13 +189,6 @@ assert extra["last 32 and token 16"] > 0.7 * extra["last 32"], "any token would 
 # heads rest. StreamingLLM (Xiao et al. 2023) uses this: keep a window of keys and
 # values, and the first four tokens. Chapter 08 lets the model write that way.
 #
-# ## Other Llamas
-#
-# `model.py` opens any folder in Hugging Face's `LlamaForCausalLM` format: Llama 2 and
-# 3, TinyLlama, the larger SmolLM2. `python probe.py --llama FOLDER` prints the table of
-# this repository for it, and does its experiments with `--cut`. In a chapter,
-# `GPT.from_llama(FOLDER).eval()` takes the place of `real()`.
-#
 # ## In one that you train
 #
 # A finished model cannot show how a sink is *born*. For that there are two small ones.
@@ -228,34 +211,16 @@ for title, (name, kind) in cases.items():
     born[title] = (before["sink"], after["sink"])
     print(f"{title:28} strongest head {before['sink']:.2f} before training, "
           f"{after['sink']:.2f} after; {after['sink_rate']:.0%} of heads have a sink")
-
-# %%
-toy = small["softmax"]
-x, _ = windows("rest")
-after = figures.portrait(toy, x)
-pair = {"before training": untrained("softmax"), "after training": toy}
-name, means = f"{after['layer']}.pattern", {}
-for when, one in pair.items():
-    pattern = record(one, x, [name])[1][name]
-    means[when] = pattern[:, after["head"]].mean(0)
-figure = figures.maps(means, ((0,), (0,)), "softmax: the sink was learned")
-show(figure, "00_trained", "The same head before and after training: before, attention "
-     "is spread; after, column 0 is dark.")
-
-# %%
 *learned, without = born.values()
 assert all(after > max(probe.SINK, 2.5 * before) for before, after in learned)
 assert without[1] < probe.SINK, "the text model has a sink on any first byte"
 
 # %% [markdown]
 # The text model rests on `<|bos|>` and not on other first tokens: it knows that one by
-# its embedding. SmolLM2 and the copying model do not have this way out. Nothing but its
-# *place* tells their first token apart, and they find it all the same. How a network
-# can find a place is the question of chapters 01 to 05. What the copying model uses the
-# place for is shown in chapter 07.
-#
-# One thing differs. In SmolLM2 most heads rest on the first token, in these small
-# models few do. What have the other heads of a small model to do all the time?
+# its embedding. In SmolLM2 and the copying model nothing but its *place* tells the
+# first token apart, and they find it all the same: how, is the question of chapters 01
+# to 05. One thing differs. In SmolLM2 most heads rest on the first token, in these
+# small models few do.
 #
 # `train.py` measures every link of the story while it trains. Each line is one link,
 # from its least to its greatest value. Do they rise in the order of the story?
@@ -269,14 +234,10 @@ show(figure, "00_birth", "A line for each link over the steps of training, from 
 # ## Beside the paper
 
 # %%
-english_sink = sinks["English"]
-have = (english_sink > probe.SINK).any(1).nonzero()[0].item()
+have = (sinks["English"] > probe.SINK).any(1).nonzero()[0].item()
 beside(("model", "Llama-2-7B, Llama-3", "SmolLM2-135M"),
        ("sink from layer", "2", str(have)),
-       ("depends on the token", "no", "no: random tokens have it too"),
-       ("strongest head, English", "not reported", english_sink.max().item()),
-       ("loss with a window of 32", "not reported", late["last 32"]),
-       ("  and token 0", "not reported", late["last 32 and token 0"]))
+       ("depends on the token", "no", "no: random tokens have it too"))
 
 # %% [markdown]
 # ## What would falsify this
@@ -302,19 +263,7 @@ def sink_score(pattern, k):
 check("00.sink_score", sink_score)
 
 # %% [markdown]
-# **2.** A sink of 0.3 means little in a short window: uniform attention over 4 tokens
-# gives more. From which T on is the score of uniform attention below `level`?
-
-
-# %%
-def shortest_window(level):
-    ...
-
-
-check("00.shortest_window", shortest_window)
-
-# %% [markdown]
-# **3.** An experiment: nobody but itself may see token `key`. Build this mask, (T, T),
+# **2.** An experiment: nobody but itself may see token `key`. Build this mask, (T, T),
 # True where a query may look. Everything else is causal, as usual.
 
 
@@ -326,7 +275,7 @@ def hidden(T, key):
 check("00.hidden", hidden)
 
 # %% [markdown]
-# **4.** Predict before you run the next cell: hide token 0 from all others, in English.
+# **3.** Predict before you run the next cell: hide token 0 from all others, in English.
 # Each head that rested there must look elsewhere. Which position will they rest on now?
 # Give a number from 0 to 63, or "nowhere" if you think that their attention will be
 # spread.

@@ -17,12 +17,12 @@
 # the models exist.
 
 # %%
-import math
 from dataclasses import replace
 
+from lesson import beside, check, english, models, plt, random_tokens, real, show
+from lesson import untrained, windows
+
 import torch
-from lesson import beside, check, english, log, models, plt, random_tokens, real
-from lesson import show, untrained, windows
 
 import probe
 from chapters import figures
@@ -49,52 +49,21 @@ model, _ = real()
 #   = \sigma^2 \big[ \rho (\textstyle\sum_s a_{ts})^2
 #     + (1 - \rho) \textstyle\sum_s a_{ts}^2 \big]$$
 #
-# - Uniform attention, $a_{ts} = \frac{1}{t+1}$, and independent values, $\rho = 0$:
-#   then $\operatorname{Var} z_t = \frac{\sigma^2}{t+1}$.
-# - Uniform attention and correlated values: $\sigma^2 \big[\rho +
-#   \frac{1-\rho}{t+1}\big]$. Averaging removes only what the values do not share, so
-#   the curve stops falling at $\rho\sigma^2$.
+# - Uniform attention, $a_{ts} = \frac{1}{t+1}$: the variance is $\sigma^2 \big[\rho +
+#   \frac{1-\rho}{t+1}\big]$. Averaging removes only what the values do not share.
 # - Any softmax attention: the weights add up to 1, and $n_t = 1 / \sum_s a_{ts}^2$
 #   counts the keys that are really used, from 1 to $t + 1$. With $\rho = 0$ the
 #   variance is $\sigma^2 / n_t$.
 #
 # Position 0 has one weight, and it is 1. Its variance is $\sigma^2$, and no other
-# position can have more. Try it on random numbers first.
-
-# %%
-def bracket(a, rho):
-    """a (..., T): weights of each query -> (...): the bracket of the law."""
-    return rho * a.sum(-1).square() + (1 - rho) * a.square().sum(-1)
-
-
-T, rho, generator = 64, 0.2, torch.Generator().manual_seed(0)
-shared = torch.randn(4000, 1, 8, generator=generator)  # the same at all positions
-own = torch.randn(4000, T, 8, generator=generator)
-values = rho**0.5 * shared + (1 - rho) ** 0.5 * own  # (N, T, D)
-uniform = torch.tril(torch.ones(T, T)) / torch.arange(1, T + 1)[:, None]
-measured, expected = probe.variance(uniform @ values), bracket(uniform, rho)
-for t in (0, 1, 7, 63):
-    print(f"position {t:2}: measured {measured[t]:.3f}, by the law {expected[t]:.3f}")
-assert torch.allclose(measured, expected, rtol=0.1), "the law fails on random numbers"
-
-# %% [markdown]
+# position can have more.
+#
 # ## The law in a real Llama
 #
 # Only the first layer is needed, so we take a model of one layer with SmolLM2's
 # weights. Beside it stands the same shape with random weights: it has learned nothing.
-
-# %%
-one = replace(model.cfg, num_hidden_layers=1)
-bare, first = GPT(one, seed=0), GPT(one, seed=0)
-first.load_state_dict(model.state_dict(), strict=False)  # leaves out the later layers
-
-x = random_tokens()[0]
-cases = {"not trained": (bare, x), "random tokens": (first, x),
-         "English": (first, english()[0])}
-
-# %% [markdown]
-# The measured number is the variance of $z_t$ over windows at each position, averaged
-# over heads and their dimensions:
+# What we measure is the variance of $z_t$ over windows at each position, averaged over
+# heads and their dimensions:
 #
 # $$V_t = \frac{1}{HD} \sum_{h,\,j} \operatorname{Var}_{\text{windows}} z_{t,h,j}$$
 #
@@ -103,6 +72,14 @@ cases = {"not trained": (bare, x), "random tokens": (first, x),
 # window varies: $\operatorname{Var} \bar v = \sigma^2 (1 + (T - 1) \rho) / T$.
 
 # %%
+one = replace(model.cfg, num_hidden_layers=1)
+bare, first = GPT(one, seed=0), GPT(one, seed=0)
+first.load_state_dict(model.state_dict(), strict=False)  # leaves out the later layers
+x = random_tokens()[0]
+cases = {"not trained": (bare, x), "random tokens": (first, x),
+         "English": (first, english()[0])}
+
+
 def variance(z):
     return z.var(0).flatten(1).mean(1)  # (N, T, H, D) -> (T,)
 
@@ -114,9 +91,15 @@ def discrepancy(curve):
 def law(pattern, v):
     sigma2, T = v.var(0).mean(), v.shape[1]
     rho = (T * v.mean(1).var(0).mean() / sigma2 - 1) / (T - 1)
-    return sigma2 * bracket(pattern, rho).mean((0, 1))
+    bracket = rho * pattern.sum(-1).square() + (1 - rho) * pattern.square().sum(-1)
+    return sigma2 * bracket.mean((0, 1))
 
 
+# %% [markdown]
+# A control belongs to it: give each window the attention weights of its *neighbour* in
+# the batch (the last two lines). These cannot know what they average.
+
+# %%
 curves, strangers = {}, {}
 for name, (m, x) in cases.items():
     v, a, z = record(m, x, ["0.v", "0.pattern", "0.z"])[1].values()
@@ -126,10 +109,6 @@ for name, (m, x) in cases.items():
         assert torch.allclose(curve, library[line], rtol=1e-3)
     wide = v.repeat_interleave(a.shape[1] // v.shape[2], dim=2).transpose(1, 2)
     strangers[name] = variance((a.roll(1, 0) @ wide).transpose(1, 2))
-
-# %% [markdown]
-# The last two lines of the loop are a control. They give each window the attention
-# weights of its *neighbour* in the batch. These cannot know what they average.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(8.8, 3.3), sharey=True)
@@ -153,48 +132,15 @@ for name, found in curves.items():
           f"by the law {discrepancy(expected):4.1f}")
     print(f"{'':13} a position is off by a factor {off[name]:.2f}; "
           f"with a neighbour's weights by {off_stranger[name]:.2f}")
-assert gap["random tokens"] > 4 and gap["English"] > 2
+assert min(gap["not trained"], gap["random tokens"]) > 4 and gap["English"] > 2
 assert off["not trained"] < 1.2, "the law fails before training"
 assert off_stranger["random tokens"] < 1.25 < off["random tokens"], "see the control"
 
 # %% [markdown]
-# Token 0 is the outlier each time. Without training the law tells how much. After
-# training it overrates averaging, and the control says why: with a neighbour's weights
-# it is right again. Trained weights depend on what they average, and the law takes them
-# as given. On English the outlier is smaller, and by the law as well: attention is less
-# even there.
-#
-# ## How large is it before training?
-#
-# This can be worked out from nothing but the scale $w$ of the initial weights. A normed
-# state has $C$ coordinates of size about 1, so a coordinate of a query or key has
-# variance $w^2 C$, and a score $q \cdot k / \sqrt D$ has variance $\tau^2 = (w^2 C)^2$.
-# Over many keys, weights $e^{x_s} / \sum e^{x_{s'}}$ with Gaussian scores give
-#
-# $$\sum_s a_{ts}^2 \approx \frac{(t+1)\, E[e^{2x}]}{\big((t+1)\, E[e^x]\big)^2}
-#   = \frac{e^{\tau^2}}{t+1}$$
-#
-# The median of $t+1$ over the later positions is $T/2 + 1$, and position 0 has 1: the
-# discrepancy should be $(T/2 + 1)\, e^{-\tau^2}$.
-
-# %%
-small = models("softmax", "tiny-softmax")
-reads = {"softmax": windows("rest")[0], "tiny-softmax": windows("text")[0]}
-shapes = {"SmolLM2": (bare, gap["not trained"])}
-for name, x in reads.items():
-    start = untrained(name)
-    shapes[name] = (start, discrepancy(variance(record(start, x, ["0.z"])[1]["0.z"])))
-for name, (m, found) in shapes.items():
-    tau2 = (m.cfg.initializer_range**2 * m.cfg.hidden_size) ** 2
-    expected = (T / 2 + 1) * math.exp(-tau2)
-    print(f"{name:12} not trained: expected {expected:.1f}, measured {found:.1f}")
-    if name != "tiny-softmax":  # its bytes repeat in a window: values are correlated
-        assert 0.7 < expected / found < 1.4, "the initial scale does not explain it"
-
-# %% [markdown]
-# So such a gap alone says nothing about what a model has learned: the architecture
-# makes it. Chi et al. (2023) used the same law to explain how a decoder without
-# position embeddings can tell places apart.
+# Token 0 is the outlier each time. Without training the law tells how much: the
+# architecture alone makes a gap. After training the law overrates averaging, and the
+# control says why: with a neighbour's weights it is right again. Trained weights depend
+# on what they average, and the law takes them as given.
 #
 # ## Is it about the tokens?
 #
@@ -202,10 +148,13 @@ for name, (m, found) in shapes.items():
 # belonged to tokens it would move to the other end.
 
 # %%
-turned = {}
-for name, (m, x) in cases.items():
-    turned[name] = discrepancy(variance(record(m, x.flip(1), ["0.z"])[1]["0.z"]))
-    print(f"{name:13} as it is {gap[name]:4.1f}, turned round {turned[name]:4.1f}")
+def first_gap(m, x):
+    return discrepancy(variance(record(m, x, ["0.z"])[1]["0.z"]))
+
+
+turned = {name: first_gap(m, x.flip(1)) for name, (m, x) in cases.items()}
+for name, value in turned.items():
+    print(f"{name:13} as it is {gap[name]:4.1f}, turned round {value:4.1f}")
 assert min(turned.values()) > 2, "the outlier is not bound to position 0"
 
 # %% [markdown]
@@ -213,9 +162,8 @@ assert min(turned.values()) > 2, "the outlier is not bound to position 0"
 #
 # Many models see one fixed token first, such as `<|bos|>`. Give SmolLM2's windows the
 # same first token. It sees nothing else, so its variance *over windows* is zero: the
-# choice of windows has turned the outlier into its opposite. So use ordinary first
-# tokens, as above, or the *spread*: the variance over the dimensions of one vector.
-# That sees a fixed token too.
+# outlier has become its opposite. So use ordinary first tokens, as above, or the
+# *spread*, the variance over the dimensions of one vector. That sees a fixed token too.
 
 # %%
 fixed = random_tokens()[0].clone()
@@ -249,39 +197,8 @@ assert depth[0] > 4 and depth[12:28].max() < 0.1
 # %% [markdown]
 # ## In one that you train
 #
-# `train.py` measures the first layer's discrepancy while it trains, on windows with
-# ordinary first tokens. For `tiny-softmax` the sink is that of windows after `<|bos|>`.
-
-# %%
-logs = {"softmax": ("links_rest", "links_rest"),
-        "tiny-softmax": ("links", "links_bos")}
-figure, axes = plt.subplots(1, 2, figsize=(8.8, 3.2))
-history = {}
-for axis, (name, (a, b)) in zip(axes, logs.items()):
-    rows = log(name)
-    steps = [max(row["step"], 1) for row in rows]
-    history[name] = ratio = [row[a]["variance"] for row in rows]
-    figures.lines(axis, {"discrepancy (left)": ratio}, x=steps)
-    right = axis.twinx()
-    sink = [row[b]["sink"] for row in rows]
-    figures.lines(right, {"sink (right)": sink}, x=steps, hot=["sink (right)"])
-    right.set(ylim=(0, 1))
-    right.grid(False)
-    axis.legend(handles=axis.lines + right.lines, loc="upper left")
-    axis.set_ylim(0, 1.6 * max(ratio))
-    figures.dress(axis, name, xscale="log", xlabel="step (log; 0 is drawn at 1)")
-figure.suptitle("The sink comes with training, and most of the discrepancy goes")
-show(figure, "01_history", "Two models in training: the discrepancy of the first layer "
-     "falls, and the sink rises.")
-
-# %% [markdown]
-# So the sink does not grow *because the gap grows*. A sign of place is there from the
-# start, and the later links have to learn to use it.
-#
-# SmolLM2 and these two disagree. Its first layer has kept a third of what its shape has
-# before training; theirs have kept little. By the law, $\sigma^2 / n_t$, it can be a
-# matter of how many keys the *others* use. Count those of the last position, head by
-# head.
+# The same gap before and after training, on windows with ordinary first tokens. And,
+# since the law is $\sigma^2 / n_t$, how many keys the last position uses, head by head.
 
 # %%
 def keys_used(m, x):
@@ -289,20 +206,26 @@ def keys_used(m, x):
     return (1 / pattern[:, :, -1].square().sum(-1)).mean(0)
 
 
+small = models("softmax", "tiny-softmax")
+reads = {"softmax": windows("rest")[0], "tiny-softmax": windows("text")[0]}
 used = {"SmolLM2": keys_used(first, random_tokens()[0])}
-used |= {name: keys_used(small[name], x) for name, x in reads.items()}
-print(f"keys that the last of {T} positions uses, in each head:")
-for name, keys in used.items():
-    print(f"{name:12}", *(f"{n:.0f}" for n in keys.tolist()))
-for name, (before, *_, after) in history.items():
+for name, x in reads.items():
+    used[name] = keys_used(small[name], x)
+    before, after = first_gap(untrained(name), x), first_gap(small[name], x)
     print(f"{name}: discrepancy {before:.1f} before training, {after:.1f} after")
     assert after < before / 2 and used["SmolLM2"].mean() > 1.5 * used[name].mean()
+print("keys that the last of 64 positions uses, in each head:")
+for name, keys in used.items():
+    print(f"{name:12}", *(f"{n:.0f}" for n in keys.tolist()))
 
 # %% [markdown]
-# It is: the small models' first layers have heads that look at few keys, so all tokens
-# vary. *Why* a real model leaves its first layer so even, and a small one does not, is
-# open. (A model of four or six layers has no layer to spare. What would you train to
-# find out?)
+# While these models learn their sinks (chapter 00), most of the gap goes. So a sink
+# does not grow *because the gap grows*. A sign of place is there from the start, and
+# the later links have to learn to use it.
+#
+# SmolLM2 and these two disagree: its first layer has kept a third of what its shape has
+# before training, theirs little. They have heads that look at few keys, so that all
+# tokens vary. *Why* a real model leaves its first layer so even is open.
 #
 # What is left of the gap is still used. Chapter 06 hands the first token what the
 # others are given on average, and the sink goes, in `softmax` and in SmolLM2.
@@ -312,9 +235,7 @@ for name, (before, *_, after) in history.items():
 # %%
 beside(("model", "Llama-2-7B, Llama-3", "SmolLM2-135M"),
        ("outlier in layer 1, random tokens", "yes", gap["random tokens"]),
-       ("the same on text", "yes", gap["English"]),
-       ("before training", "not reported", gap["not trained"]),
-       ("turned round", "not reported", turned["random tokens"]))
+       ("the same on text", "yes", gap["English"]))
 
 # %% [markdown]
 # ## What would falsify this
@@ -346,7 +267,7 @@ check("01.sum_variance", sum_variance)
 # %%
 prediction = ...
 if prediction is not ...:
-    mask = torch.ones(T, T, dtype=torch.bool).tril()
+    mask = torch.ones(64, 64, dtype=torch.bool).tril()
     mask[10, :10] = False
     x, V = random_tokens(32)[0], {}
     for when, seen in (("as usual", None), ("token 10 alone", mask)):
@@ -357,10 +278,14 @@ if prediction is not ...:
 check("01.prediction", prediction)
 
 # %% [markdown]
-# **3.** An experiment on models that you make yourself. Predict the discrepancy of an
-# untrained first layer from the standard deviation `std` of its weights, the width `C`
-# and the window `T`. Your answer is tried on other weights, widths and windows than
-# above.
+# **3.** An experiment on models of other shapes: predict the discrepancy of a first
+# layer before training from the standard deviation `std` of its weights, the width `C`
+# and the window `T`. A normed state has coordinates of size about 1. So a coordinate of
+# a query or key has variance `std**2 * C`. What variance $\tau^2$ has a score
+# $q \cdot k / \sqrt D$? Over many keys, Gaussian scores of this variance give
+#
+# $$\sum_s a_{ts}^2 \approx \frac{(t+1)\, E[e^{2x}]}{\big((t+1)\, E[e^x]\big)^2}
+#   = \frac{e^{\tau^2}}{t+1}$$
 
 
 # %%

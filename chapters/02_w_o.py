@@ -15,15 +15,14 @@
 #
 # **You need** chapter 01, and what an eigenvector is. **Run time**: ten seconds,
 # once the models exist.
-#
-# The second link is a matrix. It is easy to measure, and easy to read too much into.
 
 # %%
 import math
 
-import torch
 from lesson import beside, check, english, models, plt, random_tokens, real, show
 from lesson import untrained, windows
+
+import torch
 
 import probe
 from chapters import figures
@@ -35,19 +34,15 @@ L = model.cfg.num_hidden_layers
 
 
 # %%
-NAMES = ("z", "attn_out")
-
-
 def around(model, x):
-    """For every layer a dict: z and attn_out, (N, T, ...), and the weights."""
+    """For every layer z (N, T, H D), what is made of it (N, T, C), and W_O (C, H D)."""
     layers = range(model.cfg.num_hidden_layers)
-    kept = record(model, x, [f"{i}.{name}" for i in layers for name in NAMES])[1]
+    names = [f"{i}.{name}" for i in layers for name in ("z", "attn_out")]
+    kept = record(model, x, names)[1]
     found = []
     for i, block in enumerate(model.layers):
-        z, out = (kept[f"{i}.{name}"] for name in NAMES)
-        attn = block.self_attn
-        found.append({"z": z.flatten(2), "attn_out": out,  # z: (N, T, H D)
-                      "W_V": attn.v_proj.weight, "W_O": attn.o_proj.weight})
+        z, out = kept[f"{i}.z"].flatten(2), kept[f"{i}.attn_out"]
+        found.append((z, out, block.self_attn.o_proj.weight))
     return found
 
 
@@ -61,42 +56,37 @@ seen = {"random tokens": around(model, random_tokens()[0]),
 # layer adds $y_t = W_O z_t$ to the stream. Let $\Sigma_t$ be the covariance of $z_t$
 # over windows. The variance after $W_O$, averaged over the $C$ dimensions of $y_t$, is
 #
-# $$V^{out}_t = \frac1C \operatorname{tr}\big(W_O\, \Sigma_t\, W_O^\top\big)$$
+# $$V^{out}_t = \frac1C \operatorname{tr}\big(W_O\, \Sigma_t\, W_O^\top\big),
+#   \qquad E\big[V^{out}_t\big] = w^2 \operatorname{tr} \Sigma_t$$
 #
-# If the entries of $W_O$ were independent with variance $w^2$, the expected value of
-# $W_O^\top W_O$ would be $C w^2$ times the identity, and
-#
-# $$E\big[V^{out}_t\big] = w^2 \operatorname{tr} \Sigma_t$$
-#
-# All variance comes through, times one constant for all positions. So *any* random
+# The second holds if the entries of $W_O$ are independent with mean 0 and variance
+# $w^2$: then $W_O^\top W_O$ is $C w^2$ times the identity, in the mean. So *any* random
 # matrix passes an outlier on. It takes a special matrix to weaken it.
 
 # %%
-def discrepancy(x):
-    """(N, T, ...) -> V_0 over the median of the others, over windows."""
-    V = x.var(0).flatten(1).mean(1)
-    return (V[0] / V[1:].median()).item()
+def over_median(x):
+    """(N, T, n) -> (T,): variance over windows, over its median from token 1 on."""
+    V = x.var(0).mean(1)
+    return V / V[1:].median()
 
 
-generator = torch.Generator().manual_seed(0)
-noise = torch.randn(seen["English"][0]["W_O"].shape, generator=generator)
-through, by_noise = {}, {}
+W = model.layers[0].self_attn.o_proj.weight
+noise = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
+through = {}
 for kind, layers in seen.items():
-    z, out = layers[0]["z"], layers[0]["attn_out"]
-    assert abs(discrepancy(z) / probe.over_median(probe.variance(z), 0) - 1) < 0.01
-    through[kind] = (discrepancy(z), discrepancy(out))
-    by_noise[kind] = discrepancy(z @ noise.T)
-    print(f"{kind}, first layer: before W_O {through[kind][0]:.1f}, after "
-          f"{through[kind][1]:.1f}, after a random matrix {by_noise[kind]:.1f}")
+    z, out, _ = layers[0]
+    through[kind] = {"before": over_median(z), "after": over_median(out),
+                     "after a random one": over_median(z @ noise.T)}
+    before, after, random = (V[0].item() for V in through[kind].values())
+    assert abs(before / probe.over_median(probe.variance(z), 0) - 1) < 0.01
+    print(f"{kind}, token 0 of the first layer: before W_O {before:.1f}, "
+          f"after {after:.1f}, after a random matrix {random:.1f}")
+    assert after < 0.7 * before and 0.7 < random / before < 1.4
+assert through["random tokens"]["after"][0] > 1.8, "nothing comes through"
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8.8, 3.2), sharey=True)
-for axis, (kind, layers) in zip(axes, seen.items()):
-    z, out = layers[0]["z"], layers[0]["attn_out"]
-    curves = {}
-    for name, x in (("before", z), ("after", out), ("after a random one", z @ noise.T)):
-        V = x.var(0).mean(1)
-        curves[name] = V / V[1:].median()
+for axis, (kind, curves) in zip(axes, through.items()):
     legend = {"title": "$W_O$"} if axis is axes[0] else None
     figures.by_position(axis, curves, kind, legend)
 axes[0].set_ylabel("variance / its median")
@@ -104,15 +94,10 @@ figure.suptitle("The first layer's $W_O$ weakens the outlier, a random matrix do
 show(figure, "02_through", "Variance by position before and after W_O. After it, token "
      "0 stands out less; on English it no longer does.")
 
-# %%
-for kind, (before, after) in through.items():
-    assert after < 0.7 * before and 0.7 < by_noise[kind] / before < 1.4
-assert through["random tokens"][1] > 1.8, "on random tokens nothing comes through"
-
 # %% [markdown]
 # On random tokens token 0 still stands out after $W_O$. On English it does not, in this
-# layer: $W_O$ answers more to what varies at *later* tokens. So "passes it on" is half
-# of the story here, and the sink is there on English all the same.
+# layer: $W_O$ answers more to what varies at *later* tokens. The sink is there on
+# English all the same.
 #
 # ## Does it prefer what varies? The columns
 #
@@ -139,7 +124,7 @@ def spread(x):
     return x.flatten(0, 1).std(0)  # (N, T, n) -> (n,): over all tokens
 
 
-z, W = seen["English"][0]["z"], seen["English"][0]["W_O"]
+z, _, W = seen["English"][0]
 own = tau(spread(z), W.norm(dim=0))
 assert torch.isclose(own, probe.wo_alignment(z[:, :, None], W), atol=1e-3)
 n = W.shape[1]
@@ -163,17 +148,19 @@ def shuffled(W, seed=0):
 
 taus = {}
 for kind, layers in seen.items():
-    for a in layers:
-        z, W = a["z"], a["W_O"]
+    for z, out, W in layers:
         row = W.norm(dim=1)
         found = {"columns that read z": tau(spread(z), W.norm(dim=0)),
-                 "rows that write": tau(spread(a["attn_out"]), row),
+                 "rows that write": tau(spread(out), row),
                  "rows, shuffled": tau(spread(z @ shuffled(W).T), row)}
         for side, value in found.items():
             taus.setdefault((kind, side), []).append(value.item())
 mean = {key: sum(values) / L for key, values in taus.items()}
 for (kind, side), value in mean.items():
     print(f"{kind:14} {side:20} mean over layers {value:5.2f}")
+for kind in seen:
+    assert abs(mean[kind, "columns that read z"]) < 0.16 < mean[kind, "rows that write"]
+    assert mean[kind, "rows, shuffled"] > 0.7 * mean[kind, "rows that write"]
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8.8, 3.6), sharey=True)
@@ -189,11 +176,6 @@ figure.legend(handles, labels, loc="outside lower center", ncols=3)
 figure.suptitle("Rows give a large tau, and shuffled rows give it too (grey: chance)")
 show(figure, "02_tau", "Kendall tau by layer. Columns lie around 0, rows near 0.5, "
      "shuffled rows almost as high.")
-
-# %%
-for kind in seen:
-    assert abs(mean[kind, "columns that read z"]) < 0.16 < mean[kind, "rows that write"]
-    assert mean[kind, "rows, shuffled"] > 0.7 * mean[kind, "rows that write"]
 
 # %% [markdown]
 # The paper reports 0.32 and does not say, as far as we know, which side it takes. By
@@ -220,115 +202,48 @@ def gain(z, W, share=8):
     return (W @ widest).square().sum(0).mean() / (W.square().sum() / W.shape[1])
 
 
-gains = {}
 for kind, layers in seen.items():
-    values = [gain(a["z"], a["W_O"]).item() for a in layers]
-    gains[kind] = sum(values) / L
-    print(f"{kind:14} gain on the widest directions: mean {gains[kind]:.2f}, "
-          f"from {min(values):.2f} to {max(values):.2f}")
-    assert 0.75 < gains[kind] < 1.3, "SmolLM2's W_O has a preference"
+    g = torch.stack([gain(z, W) for z, _, W in layers])
+    print(f"{kind:14} gain on the widest directions: mean {g.mean():.2f}, "
+          f"from {g.min():.2f} to {g.max():.2f}")
+    assert 0.75 < g.mean() < 1.3, "SmolLM2's W_O has a preference"
 
 # %% [markdown]
 # ## In one that you train
 #
-# The same numbers, before and after training: the outlier, tau of the columns and the
-# gain, the last two as means over layers.
+# The same numbers, before and after training: the outlier, the gain as a mean over
+# layers, and tau of the columns layer by layer.
 
 # %%
 small = models("softmax", "tiny-softmax")
 reads = {"softmax": windows("rest")[0], "tiny-softmax": windows("text")[0]}
-toys = {}
 for name, x in reads.items():
     for when, m in (("before", untrained(name)), ("after", small[name])):
-        toys[name, when] = layers = around(m, x)
-        for a in layers:
-            a["tau"] = tau(spread(a["z"]), a["W_O"].norm(dim=0)).item()
-            a["gain"] = gain(a["z"], a["W_O"]).item()
-        into, out = (discrepancy(layers[0][key]) for key in NAMES)
-        t, g = (sum(a[key] for a in layers) / len(layers) for key in ("tau", "gain"))
+        layers = around(m, x)
+        into, out = (over_median(a)[0] for a in layers[0][:2])
+        t = torch.stack([tau(spread(z), W.norm(dim=0)) for z, _, W in layers])
+        g = torch.stack([gain(z, W) for z, _, W in layers]).mean()
         print(f"{name:12} {when:6} training: outlier {into:4.1f} -> {out:4.1f}, "
-              f"tau {t:5.2f}, gain {g:.2f}")
-        favours = layers[0]["tau"] > 0.3 and g > 1.6
-        assert favours if when == "after" else abs(t) < 0.15 and 0.7 < g < 1.4
+              f"gain {g:.2f}, tau", *(f"{value:5.2f}" for value in t.tolist()))
+        favours = t[0] > 0.3 and g > 1.6
+        assert favours if when == "after" else t.mean().abs() < 0.15 and 0.7 < g < 1.4
 
 # %% [markdown]
 # Before training $W_O$ passes the outlier on as it is; after it the outlier comes out
-# weaker, as in SmolLM2. But training also makes what the paper reports: by columns and
-# by directions, these $W_O$ favour what varies. Here the real model and the small ones
-# disagree. Why?
-#
-# ## Two lengths that go together
-#
-# One reason for a preference needs no token at all. Dimension $j$ of a value is made by
-# row $r_j$ of $W_V$ and read by column $c_j$ of $W_O$, and attention only averages in
-# between. So $r_j \to \lambda r_j$, $c_j \to c_j / \lambda$ changes nothing that the
-# model computes. Under plain gradient flow $\lVert r_j \rVert^2 - \lVert c_j \rVert^2$
-# then stays as it is, and weight decay shrinks it: *a long row gets a long column*. And
-# a long row makes a $z_j$ that varies much, **if** all heads hand out what they read.
-#
-# They need not. So measure two things in every layer: do the two lengths agree, and
-# does the length of a row show in $z$?
-
-# %%
-def lengths_agree(a, M, D):
-    """tau of the lengths of W_V's rows and of the columns of M heads that read it."""
-    column = a["W_O"].square().sum(0).view(-1, M, D).sum(1).sqrt()
-    return tau(a["W_V"].norm(dim=1), column.flatten()).item()
-
-
-def row_shows(a, M, D):
-    """tau of the length of a row and the spread of the dimension of z it makes."""
-    row = a["W_V"].norm(dim=1).view(-1, 1, D).expand(-1, M, D)
-    return tau(row.flatten(), spread(a["z"])).item()
-
-
-# %%
-cases = {"SmolLM2": (model, seen["random tokens"])}
-cases |= {name: (small[name], toys[name, "after"]) for name in small}
-agree, shows = {}, {}
-for name, (m, layers) in cases.items():
-    D = m.cfg.head_dim
-    M = m.cfg.num_attention_heads // m.cfg.num_key_value_heads
-    agree[name] = sum(lengths_agree(a, M, D) for a in layers) / len(layers)
-    shows[name] = [row_shows(a, M, D) for a in layers]
-    print(f"{name:12} lengths agree {agree[name]:.2f}, rows show in z "
-          f"{sum(shows[name]) / len(layers):.2f}")
-
-# %% [markdown]
-# The two lengths go together in all three. In SmolLM2 a long row hardly shows, and the
-# preference is missing. And in the small models? Look at them layer by layer.
-
-# %%
-for name in small:
-    columns = [a["tau"] for a in toys[name, "after"]]
-    both = torch.tensor([shows[name], columns])
-    for i, (s, t) in enumerate(zip(*both.tolist())):
-        print(f"{name:12} layer {i}: rows show {s:5.2f}, tau of columns {t:5.2f}")
-    assert torch.corrcoef(both)[0, 1] > 0.7, "tau does not follow the rows"
-assert min(agree.values()) > 0.3 and sum(shows["SmolLM2"]) / L < 0.2
-
-# %% [markdown]
-# Where long rows show, there is a preference; where they do not, there is none, not
-# even in a small model. So the balance of two lengths can explain it, without any first
-# token. *Why* long rows do not show in some layers is open. Is it because the heads
-# there rest? Count the sinks of each layer, and see.
+# weaker, as in SmolLM2. But training also makes what the paper reports: by directions,
+# and by columns in the first layers, these $W_O$ favour what varies. Here the real
+# model and the small ones disagree, and why is open.
 #
 # ## Beside the paper
 
 # %%
-sides = {side: mean["English", side] for _, side in mean}
 beside(("model", "Llama-2-7B", "SmolLM2-135M"),
-       ("tau, columns that read z", "0.32 (which?)", sides["columns that read z"]),
-       ("tau, rows that write", "", sides["rows that write"]),
-       ("  of shuffled rows", "not reported", sides["rows, shuffled"]),
-       ("gain on the widest directions", "not reported", gains["English"]),
-       ("outlier before W_O, random tokens", "yes", through["random tokens"][0]),
-       ("outlier after W_O", "yes", through["random tokens"][1]))
+       ("tau, columns", "0.32 (which?)", mean["English", "columns that read z"]),
+       ("tau, rows", "0.32 (which?)", mean["English", "rows that write"]))
 
 # %% [markdown]
-# Nothing here says that the sink *needs* $W_O$ to do anything. For that it takes an
-# intervention: chapter 06 gives the first token's $z$ the size that the others have,
-# and SmolLM2's sink stays.
+# Nothing here says that the sink *needs* $W_O$. Chapter 06 intervenes: it gives the
+# first token's $z$ the size that the others have, and SmolLM2's sink stays.
 #
 # ## What would falsify this
 #
@@ -359,7 +274,7 @@ check("02.kendall", kendall)
 prediction = ...
 if prediction is not ...:
     for i in (4, 16, 20):
-        z, W = seen["English"][i]["z"], seen["English"][i]["W_O"]
+        z, _, W = seen["English"][i]
         for when, w in (("as it is", W), ("columns dealt out anew", shuffled(W.T).T)):
             by_column = tau(spread(z), w.norm(dim=0)).item()
             by_row = tau(spread(z @ w.T), w.norm(dim=1)).item()
@@ -367,11 +282,10 @@ if prediction is not ...:
 check("02.prediction", prediction)
 
 # %% [markdown]
-# **3.** An experiment: is tau a property of what the model computes? Attention averages
-# over positions and never mixes the dimensions of a head. So the basis of a head's
-# values is free: turn it by a rotation `R` (D, D), and turn it back in $W_O$. For one
-# head, given `v` (D, C) and `o` (C, D), return the two new matrices. The check turns
-# every head of a small model, and prints what becomes of tau.
+# **3.** An experiment: is tau a property of what the model computes? Attention never
+# mixes the dimensions of a head. So the basis of its values is free: turn it by a
+# rotation `R` (D, D), and turn it back in $W_O$. For one head, given `v` (D, C) and `o`
+# (C, D), return the two new matrices. The check turns every head of a small model.
 
 
 # %%
@@ -382,6 +296,5 @@ def turn_values(v, o, R):
 check("02.turn_values", turn_values)
 
 # %% [markdown]
-# The model is the same function, and its columns have other lengths: tau depends on a
-# basis that the model does not fix, and the gain does not. That is why this chapter
-# shows both.
+# Tau depends on a basis that the model does not fix, and the gain does not. That is why
+# this chapter shows both.

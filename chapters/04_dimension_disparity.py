@@ -13,24 +13,27 @@
 # dimension is large there are sinks, and where it is erased there are none. It carries
 # no news: put its mean in its place and nothing changes.
 #
-# **You need** chapter 03: the neurons that write it. **Run time**: about ten seconds on
-# 2 cores, once the two small models are trained.
+# **You need** chapter 03: the neurons that write it. **Run time**: ten seconds, once
+# the two small models exist.
 
 # %%
 import math
 
-import torch
-from lesson import beside, check, english, figures, models, plt
-from lesson import random_tokens, real, show, windows
-from model import make_tap, record
-import probe
+from lesson import beside, check, english, models, plt, random_tokens, real, show
+from lesson import windows
 
-# %%
+import torch
+
+import probe
+from chapters import figures
+from model import make_tap, record
+
+torch.set_grad_enabled(False)
 model, _ = real()
 x, _ = random_tokens()
 L, C = model.cfg.num_hidden_layers, model.cfg.hidden_size
 names = [f"{i}.{what}" for i in range(L) for what in ("resid_pre", "pattern")]
-seen = record(model, x, [*names, f"{L - 1}.resid_post"])[1]
+seen = record(model, x, names)[1]
 states = [seen[f"{i}.resid_pre"] for i in range(L)]  # what each layer reads, (N, T, C)
 
 # %% [markdown]
@@ -43,7 +46,6 @@ states = [seen[f"{i}.resid_pre"] for i in range(L)]  # what each layer reads, (N
 
 
 # %%
-@torch.no_grad()
 def norm_ratio(state):
     """(N, T, C) -> a number, the mean over windows."""
     length = state.norm(dim=-1)
@@ -83,12 +85,10 @@ assert torch.allclose(drawn, probe.dominance(noise)), "the same number in probe"
 print(f"Gaussian vectors of {C}: formula {formula:.1f}, drawn {drawn.mean():.1f}")
 
 # %%
-with torch.no_grad():
-    readers = [block.input_layernorm for block in model.layers]
-    normed = [reader(state) for reader, state in zip(readers, states)]
+readers = [block.input_layernorm for block in model.layers]
+normed = [reader(state) for reader, state in zip(readers, states)]
 raw_0, raw = (torch.stack([dominance(s[:, t]).mean() for s in states]) for t in (0, 32))
 dom_0, dom = (torch.stack([dominance(s[:, t]).mean() for s in normed]) for t in (0, 32))
-gains = torch.stack([reader.weight.detach().abs() for reader in readers])  # (L, C)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.5))
@@ -113,11 +113,13 @@ show(figure, "04_disparity", "Left: the norm ratio by layer, 10 in the first wav
 
 # %%
 deep = slice(12, 28)
-alone = states[12][:, 0, 507].square() / states[12][:, 0].square().sum(-1)
-print(f"dimension 507 holds {alone.min():.1%} of the squared length, or more")
-rank = [(gain < gain[507]).sum().item() for gain in gains[deep]]
-print(f"of {C} gains, smaller than that of dimension 507, by layer:", *rank)
-assert alone.min() > 0.9, "one dimension is nearly all of the length"
+share = states[12][:, 0].square().mean(0) / states[12][:, 0].square().sum(-1).mean()
+c = share.argmax().item()
+print(f"dimension {c} holds {share[c]:.1%} of the squared length")
+gains = [reader.weight.abs() for reader in readers[deep]]
+rank = [(gain < gain[c]).sum().item() for gain in gains]
+print(f"of {C} gains, smaller than that of dimension {c}, by layer:", *rank)
+assert share[c] > 0.9, "one dimension is nearly all of the length"
 assert (raw_0 / raw)[deep].mean() > 3 and (dom_0 / dom)[deep].mean() > 1.5, (
     "token 0 is dominated far more than others, and still more after the norm")
 
@@ -132,27 +134,26 @@ assert (raw_0 / raw)[deep].mean() > 3 and (dom_0 / dom)[deep].mean() > 1.5, (
 first = torch.stack([state[:, 0].abs().mean(0) for state in states])  # (L, C)
 sink = torch.stack([probe.sink_score(seen[f"{i}.pattern"], 0).mean() for i in range(L)])
 for i in (1, 3, 8, 11, 12, 20, 29):
-    print(f"layer {i:2} reads {first[i, 507]:5.0f} in dimension 507, at most "
+    print(f"layer {i:2} reads {first[i, c]:5.0f} in dimension {c}, at most "
           f"{first[i].max():5.0f}; attention {sink[i]:.2f}")
-
-# %%
-figure, (top, below) = plt.subplots(2, 1, figsize=(8.8, 4.6), sharex=True)
-large = {f"dimension {c}": first[:, c] for c in (507, 247, 260)}
-large["median dimension"] = first.median(1).values
-figures.by_layer(top, large, "Dimension 507 comes, goes and comes again",
-                 ["dimension 507"], dict(ncols=2), yscale="log", xlabel=None,
-                 ylabel="|x| of token 0 (log)", ylim=(0.03, 3e6))
-figures.by_layer(below, {"heads": sink}, "and so do the sinks", ["heads"],
-                 ylabel="attention to token 0,\nmean of heads", ylim=(0, None))
-below.axhline(probe.uniform_sink(64), color="black", lw=0.9, ls=":")
-show(figure, "04_waves", "Above: size of three dimensions of token 0 by layer, in two "
-     "waves. Below: attention to token 0, high in the same layers, at chance between.")
-
-# %%
 chance = probe.uniform_sink(64)
 written = torch.cat([sink[3:9], sink[12:28]])
 missing = torch.stack([sink[0], sink[1], sink[11]])
 assert missing.max() < 2 * chance < 4 * chance < written.min(), "no write, no sink"
+
+# %%
+figure, (top, below) = plt.subplots(2, 1, figsize=(8.8, 4.6), sharex=True)
+largest = first[3].topk(3).indices.tolist()
+large = {f"dimension {i}": first[:, i] for i in largest}
+large["median dimension"] = first.median(1).values
+figures.by_layer(top, large, f"Dimension {c} comes, goes and comes again",
+                 [f"dimension {c}"], dict(ncols=2), yscale="log", xlabel=None,
+                 ylabel="|x| of token 0 (log)", ylim=(0.03, 3e6))
+figures.by_layer(below, {"heads": sink}, "and so do the sinks", ["heads"],
+                 ylabel="attention to token 0,\nmean of heads", ylim=(0, None))
+below.axhline(chance, color="black", lw=0.9, ls=":")
+show(figure, "04_waves", "Above: size of three dimensions of token 0 by layer, in two "
+     "waves. Below: attention to token 0, high in the same layers, at chance between.")
 
 # %% [markdown]
 # Before the first wave and between the two, attention to token 0 is near or below
@@ -164,33 +165,28 @@ assert missing.max() < 2 * chance < 4 * chance < written.min(), "no write, no si
 #
 # Change one number: dimension 507 of token 0, in the state that layer 12 reads. Set it
 # to zero, or set it to the mean that it has on *random* tokens, the same for every
-# text. Predict: which of the two does English text not notice, "zero", "mean", both or
-# neither?
+# text. Predict: which of the two does English text not notice?
 
 # %%
 prediction = ...  # "zero", "mean", "both" or "neither"
 
 
-# %%
 def with_507(value):
     """A tap that sets dimension 507 of token 0, before layer 12."""
     def change(state):
         state = state.clone()
-        state[:, 0, 507] = value
+        state[:, 0, c] = value
         return state
     return make_tap(model.cfg, {"12.resid_pre": change})
 
 
 text, target = english(4)
-mean = states[12][:, 0, 507].mean()
+mean = states[12][:, 0, c].mean()
 taps = {"untouched": None, "zero": with_507(0), "mean": with_507(mean)}
-with torch.no_grad():
-    losses = {name: model(text, target, tap)[1].item() for name, tap in taps.items()}
+losses = {name: model(text, target, tap)[1].item() for name, tap in taps.items()}
 print(", ".join(f"{name} {loss:.2f} nats" for name, loss in losses.items()))
 worse = {name: loss - losses["untouched"] for name, loss in losses.items()}
 assert worse["zero"] > 1 and abs(worse["mean"]) < 0.1, "its mean is as good, zero not"
-
-# %%
 check("04.prediction", prediction)
 
 # %% [markdown]
@@ -198,34 +194,15 @@ check("04.prediction", prediction)
 # of the model is built on it. The same is known of Llama-3.2-1B: four dimensions set
 # to zero ruin it, set to their mean they change nothing.
 #
-# ## A first cut
-#
-# `probe.cuts` clips the *three* largest dimensions of token 0, in every layer, to what
-# other tokens have there; its control clips the next three. What counts is the share
-# of the attention above chance that is lost.
-
-# %%
-batch = random_tokens(4)
-rows = probe.cuts(model, *batch, names=("cut disparity",))
-cut, control = (probe.share(row, 64) for row in rows)
-print(f"lost with the three largest clipped {cut:.0%}, with the next {control:.0%}")
-assert cut > 0.3 and cut > 2 * control, "the largest matter more than the next"
-
-# %% [markdown]
-# It takes much of the sink, not all. What is left is a short state that still points
-# the same way in every window, and chapter 05 says why that is enough for some heads.
-#
 # ## In one that you train
 #
-# `tiny-softmax` reads text after `<|bos|>`. `softmax` copies letters; its sink is
-# strongest where there is nothing to copy. We look at the states that some later layer
-# reads.
+# `tiny-softmax` reads text after `<|bos|>`, `softmax` letters where there is nothing to
+# copy. We look at the states that some later layer reads.
 
 # %%
 small = models("tiny-softmax", "softmax")
 inputs = {"text after <|bos|>": ("tiny-softmax", windows("bos")[0]),
-          "nothing to copy": ("softmax", windows("rest")[0]),
-          "something to copy": ("softmax", windows("copy")[0])}
+          "nothing to copy": ("softmax", windows("rest")[0])}
 longest, dominated = {}, {}
 for what, (name, tokens) in inputs.items():
     both, _ = probe.layers(small[name], tokens, ks=(0, 32))
@@ -233,8 +210,6 @@ for what, (name, tokens) in inputs.items():
     here, there = dominated[what] = [f["dominance"][:-1].max().item() for f in both]
     print(f"{name}, {what}: longest {longest[what]:.1f}, DomRatio {here:.1f}, of "
           f"token 32 {there:.1f}, sink {probe.summary(both[0])['sink']:.2f}")
-
-# %%
 here, there = dominated["text after <|bos|>"]
 assert longest["text after <|bos|>"] > 1.5 < here / there, "as in SmolLM2, but smaller"
 here, there = dominated["nothing to copy"]
@@ -244,31 +219,24 @@ assert longest["nothing to copy"] < 2 > here / there, "a sink without the dispar
 # The text model agrees with SmolLM2, in small: its first state is the long one, and a
 # few dimensions dominate it. The copying model does not. Where it has nothing to copy,
 # its first state is about as long as the others, and an *ordinary* state is the more
-# dominated one. The sink is there all the same. Where it copies, its first state is
-# longer, and the sink is weaker. So a sink does not *need* this link.
-#
-# Why, then, does a real model have it? One guess: a real model reads many kinds of
-# token, and a state that is a hundred times as long cannot be disturbed by any of
-# them. In windows of sixteen letters there is little that disturbs.
+# dominated one. The sink is there all the same. So a sink does not *need* this link.
+# Why, then, does a real model have it? One guess: it reads many kinds of token, and a
+# state that is a hundred times as long cannot be disturbed by any of them.
 #
 # ## Beside the paper
 
 # %%
 beside(("model", "Llama-2-7B", "SmolLM2-135M"),
-       ("dimension", "2533", "507"),
+       ("dimension", "2533", str(c)),
        ("DomRatio of token 0 after RMSNorm", "262.9 (C = 4096)", dom_0.max().item()),
-       ("  other tokens", "not reported", dom.max().item()),
-       ("  Gaussian null", "5.1 (our formula)", formula),
-       ("DomRatio before RMSNorm", "not reported", raw_0.max().item()),
-       ("largest dimensions clipped", "not reported", f"{cut:.0%} of the sink lost"))
+       ("  token 32", "not reported", dom.max().item()))
 
 # %% [markdown]
 # ## What would falsify this
 #
 # Sinks in layer 11, where the dimension is erased, would show that heads find the
 # first token without it. A loss that notices the mean would show that it carries a
-# message. A control that takes as much as the cut would show that any three dimensions
-# will do. All are asserted. That a large dimension is not *necessary* for a sink, the
+# message. Both are asserted. That a large dimension is not *necessary* for a sink, the
 # model that copies shows.
 #
 # ## Exercises
@@ -288,20 +256,7 @@ def spike_for(ratio, width):
 check("04.spike_for", spike_for)
 
 # %% [markdown]
-# **3.** Every part of a decoder *adds* to a state. `parts` (P, C) are vectors whose
-# sum is the state $x$. Give the share of each part, $p_n \cdot x / \lVert x \rVert^2$,
-# as (P,).
-
-
-# %%
-def shares_of(parts):
-    ...
-
-
-check("04.shares_of", shares_of)
-
-# %% [markdown]
-# **4.** An experiment. Must the first state be long? Given the state `x` (N, T, C)
+# **3.** An experiment. Must the first state be long? Given the state `x` (N, T, C)
 # that layer 12 reads, change token 0 only, make it *at most a tenth as long*, and keep
 # the loss on English text within 0.3 nats of that of the untouched model. To make
 # dimension 507 alone smaller is not the way: try `with_507(9000)` first, and think

@@ -15,14 +15,6 @@ def sink_score(answer):
          "could never be a sink.")
 
 
-def shortest_window(answer):
-    written_without(answer, "uniform_sink")
-    assert answer(0.5) == 5, ("For 0.5 it is 5: (1 + 1/2 + 1/3 + 1/4) / 4 = 0.52 is "
-                              "still above, one more token is below.")
-    assert answer(0.3) == 10 and answer(0.075) == 64, \
-        "Add up 1 / (t + 1) with t from 0, and divide by T."
-
-
 def hidden(answer):
     mask = answer(6, 2)
     assert mask.shape == (6, 6), "Return a tensor of shape (T, T)."

@@ -1,7 +1,6 @@
 """Checks of chapter 03."""
 
 import torch
-import torch.nn.functional as F
 
 from lesson import english, random_tokens, real
 from model import make_tap, record
@@ -13,22 +12,6 @@ def prediction(answer):
     assert answer in ("untouched", "silent"), 'Answer "untouched" or "silent".'
     assert answer == "untouched", \
         "Look at the last text. At which token do the two neurons write at all?"
-
-
-def mean_answer(answer):
-    g = torch.Generator().manual_seed(1)
-    gate, up = torch.randn(2, 6, generator=g)
-    mix = torch.randn(6, 6, generator=g) / 2
-    eye, half = torch.eye(6), float(gate @ gate) / 2
-    got = answer(gate, gate, eye)
-    assert got is not None, "Return a number: half the covariance of g and u."
-    assert abs(float(got) - half) < 1e-4, "Aligned rows, round input: half of |w|^2."
-    got = float(answer(gate, -gate, eye))
-    assert abs(got + half) < 1e-4, "Opposed rows answer with a minus sign."
-    h = torch.randn(400_000, 6, generator=g) @ mix.T
-    seen = float((F.silu(h @ gate) * (h @ up)).mean())
-    got = float(answer(gate, up, mix @ mix.T))
-    assert abs(got - seen) < 0.05, "What is Cov(g, u) if the input is not round?"
 
 
 def twin(answer):

@@ -28,20 +28,6 @@ def spike_for(answer):
         "DomRatio never reaches the width while the other dimensions are not 0."
 
 
-def shares_of(answer):
-    got = answer(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
-    assert got is not None, "Return a tensor (P,) that adds up to 1."
-    right = torch.tensor([9 / 25, 16 / 25])
-    assert torch.allclose(got, right), "At right angles, shares are squared lengths."
-    got = answer(torch.tensor([[2.0, 0.0], [-1.0, 0.0]]))
-    right = torch.tensor([2.0, -1.0])
-    assert torch.allclose(got, right), "A part against the state has a negative share."
-    parts = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
-    got = answer(parts)
-    assert got.shape == (5,), "One share for each part."
-    assert abs(got.sum().item() - 1) < 1e-4, "They add up to 1 for any parts."
-
-
 @torch.no_grad()
 def shorten(answer):
     model, _ = real()

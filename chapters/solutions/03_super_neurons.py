@@ -3,10 +3,6 @@
 prediction = "untouched"  # the pair is nearly silent at every other token anyway
 
 
-def mean_answer(gate, up, cov):
-    return gate @ cov @ up / 2
-
-
 def twin(x):
     x = x.clone()
     x[:, 1] = x[:, 0]  # an average of two equal values is that value

@@ -9,11 +9,6 @@ def spike_for(ratio, width):
     return ratio * (width - 1) / (width - ratio) if ratio < width else math.inf
 
 
-def shares_of(parts):
-    state = parts.sum(0)
-    return parts @ state / state.square().sum()
-
-
 def shorten(x):
     x = x.clone()
     x[:, 0] /= 10  # all dimensions alike: RMSNorm keeps the direction
