@@ -8,6 +8,11 @@ from model import GPT, HF_SIZES, Config
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
+SHAPES = {  # settings that each change another part of the forward pass
+    "plain": {}, "wide heads": dict(head_dim=12), "tied": dict(tie_word_embeddings=True),
+    "grouped": dict(num_key_value_heads=2), "one key head": dict(num_key_value_heads=1),
+    "llama3 rope": dict(num_key_value_heads=2, rope_theta=50.0, rope_scaling=LLAMA3),
+}
 
 
 def tiny_config(**changes) -> Config:
@@ -34,20 +39,23 @@ def tokens(n=2, length=24, seed=0, vocab_size=50):
     return torch.randint(vocab_size, (n, length), generator=generator)
 
 
-def tiny_llama_folder(tmp_path, **changes):
-    """`tiny_model(**changes)` in Hugging Face's format: config.json and model.safetensors in
-    tmp_path, which is returned. Needs the safetensors package."""
-    from safetensors.torch import save_file
-    gpt = tiny_model(**changes)
-    tmp_path.mkdir(parents=True, exist_ok=True)
-    raw = {key: getattr(gpt.cfg, key) for key in (*HF_SIZES, "rope_theta", "rope_scaling")}
-    raw.update(model_type="llama", tie_word_embeddings=gpt.cfg.tie_word_embeddings)
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    save_file(llama_names(gpt), tmp_path / "model.safetensors")
-    return tmp_path
+def llama_config(cfg) -> dict:
+    """A Config as the config.json of a Llama."""
+    raw = {key: getattr(cfg, key) for key in (*HF_SIZES, "rope_theta", "rope_scaling")}
+    return {**raw, "model_type": "llama", "tie_word_embeddings": cfg.tie_word_embeddings}
 
 
 def llama_names(gpt) -> dict:
     """{Hugging Face's name: weight}; a tied head is left out."""
     inner = {name: p.detach() for name, p in gpt.named_parameters()}
     return {name if name == "lm_head.weight" else f"model.{name}": p for name, p in inner.items()}
+
+
+def tiny_llama_folder(folder, **changes):
+    """`tiny_model(**changes)` in Hugging Face's format; returns the folder."""
+    from safetensors.torch import save_file
+    gpt = tiny_model(**changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(llama_config(gpt.cfg)))
+    save_file(llama_names(gpt), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
