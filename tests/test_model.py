@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data.border import UserError
-from model import (ATTENTIONS, GPT, HF_SIZES, Config, compose, make_tap, record, rope_frequencies,
-                   tap_names)
+from model import (ATTENTIONS, GPT, HF_SIZES, Config, RMSNorm, compose, make_tap, record,
+                   rope_frequencies, tap_names)
 from tests.tiny import LLAMA3, SHAPES, llama_config, tiny_config, tiny_model, tokens
 
 T = 24
@@ -27,7 +27,7 @@ PATHS = {"fused": {}, "tapped": {"tap": idle}, "masked": {"mask": FULL}}
 
 def numpy_forward(gpt, idx, mask):
     """Logits (T, V) of one window in float64, one head at a time."""
-    cfg, allowed = gpt.cfg, np.tril(mask)
+    cfg, T, allowed = gpt.cfg, len(idx), np.tril(mask)
     H, K, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
     parameters = gpt.named_parameters(remove_duplicate=False)
     w = {name: p.detach().double().numpy() for name, p in parameters}
@@ -80,15 +80,16 @@ def numpy_forward(gpt, idx, mask):
 @pytest.mark.parametrize("shape", SHAPES)
 @every_attention
 def test_logits_and_loss_agree_with_numpy(attn, shape):
-    """Without a mask, and with a random one, whose future stays unseen."""
-    gpt, idx = tiny_model(attn, **SHAPES[shape]), tokens(1)
-    draw = torch.rand(T, T, generator=torch.Generator().manual_seed(5))
-    for mask in (None, (draw < 0.4) | torch.eye(T).bool()):
+    """Without a mask, and with a random one, whose future stays unseen. The training length, which
+    sigmoid attention knows, is not that of the window."""
+    n, gpt = T - 4, tiny_model(attn, **SHAPES[shape])
+    idx, draw = tokens(1, n), torch.rand(n, n, generator=torch.Generator().manual_seed(5))
+    for mask in (None, (draw < 0.4) | torch.eye(n).bool()):
         logits, loss = gpt(idx, idx, mask=mask)
-        wanted = numpy_forward(gpt, idx[0], FULL if mask is None else mask)
+        wanted = numpy_forward(gpt, idx[0], np.ones((n, n)) if mask is None else mask)
         np.testing.assert_allclose(logits[0].detach(), wanted, rtol=0, atol=1e-4)
         p = np.exp(wanted) / np.exp(wanted).sum(1, keepdims=True)
-        nats = -np.log(p[range(T), idx[0]])
+        nats = -np.log(p[range(n), idx[0]])
         assert loss.item() == pytest.approx(nats.mean(), abs=1e-5)
     some = idx.clone()
     some[:, 5:] = -100  # these do not count
@@ -142,6 +143,11 @@ def test_bf16_stays_close_and_its_rope_frequencies_stay_in_fp32(attn):
     assert low.dtype == torch.bfloat16 and torch.equal(gpt.rope_freq, frequencies)
     for logits in (auto, low):
         assert (logits - exact).pow(2).mean().sqrt() < 0.05 * exact.std()
+
+
+def test_a_norm_of_large_states_does_not_overflow_in_fp16():
+    large = torch.full((4,), 3000.0, dtype=torch.float16)
+    assert RMSNorm(4, 1e-5)(large).tolist() == pytest.approx([1, 1, 1, 1], rel=1e-3)
 
 
 # ---------------------------------------------------------------- taps
