@@ -13,20 +13,21 @@
 # that token becomes a sink. A token that may see only itself becomes one too. Bringing
 # the first token's output to the usual length takes nothing.
 #
-# **You need** chapters 01 to 05. **Run time**: half a minute, once the small
-# model is trained (two more).
+# **You need** chapters 01 to 05. **Run time**: half a minute, once the small model is
+# trained (two more).
 
 # %%
+from lesson import beside, check, figures, models, plt
+from lesson import random_tokens, real, show, windows
+
 import torch
-from lesson import (beside, check, figures, models, plt, random_tokens, real, show,
-                    windows)
-from model import make_tap, record
 
 import probe
+from model import make_tap, record
 
 model, _ = real()
 x, y = random_tokens(4)
-(N, T), L, k = x.shape, model.cfg.num_hidden_layers, 10
+T, L, k = x.shape[1], model.cfg.num_hidden_layers, 10
 
 # %% [markdown]
 # ## The logic
@@ -61,36 +62,23 @@ prediction = [...]
 # ## One cut and one forgery, seen
 #
 # `probe.known` reads from the untouched model which neurons write most at token 0.
-# `make_tap` changes activations while the model runs.
+# `make_tap` changes activations while the model runs; a mask says who may look where.
 
 # %%
-story, other = probe.known(model, x)
-
-
-def silence(neurons):
-    """These neurons of each layer (a list) answer nothing at token 0."""
-    edits = {}
-    for i, ids in enumerate(neurons):
-        quiet = lambda post, ids=ids: post[:, 0].index_fill(-1, ids, 0)
-        edits[f"{i}.mlp_post"] = probe.at_token(0, quiet)
-    return make_tap(model.cfg, edits)
-
-
+edits = {}
+for i, ids in enumerate(probe.known(model, x)[0].neurons):
+    quiet = lambda post, ids=ids: post[:, 0].index_fill(-1, ids, 0)
+    edits[f"{i}.mlp_post"] = probe.at_token(0, quiet)
 alone = torch.ones(T, T, dtype=torch.bool)  # True where a query may look
-alone[k] = torch.arange(T) == k  # token 10 sees only itself
+alone[k] = torch.arange(T) == k
 
-# %%
-layer = 16
-cases = {"as it is": {}, "five neurons a layer silent": {"tap": silence(story.neurons)},
+layer, patterns = 16, {}
+cases = {"as it is": {},
+         "five neurons a layer silent": {"tap": make_tap(model.cfg, edits)},
          "token 10 sees only itself": {"mask": alone}}
-patterns = {}
 for name, how in cases.items():
-    seen = record(model, x, [f"{layer}.pattern"], **how)[1][f"{layer}.pattern"]
-    patterns[name] = seen.mean((0, 1))  # over windows and heads
-columns = {name: (p[k + 1:, 0].mean().item(), p[k + 1:, k].mean().item())
-           for name, p in patterns.items()}
-for name, (first, tenth) in columns.items():
-    print(f"{name:28} attention to token 0 {first:.2f}, to token 10 {tenth:.2f}")
+    pattern = record(model, x, [f"{layer}.pattern"], **how)[1][f"{layer}.pattern"]
+    patterns[name] = pattern.mean((0, 1))  # over windows and heads
 
 # %%
 figure = figures.maps(patterns, ((0,), (0,), (0, k)), "A sink taken away, and one made "
@@ -98,13 +86,10 @@ figure = figures.maps(patterns, ((0,), (0,), (0, k)), "A sink taken away, and on
 show(figure, "06_maps", "Three attention maps: a column at token 0; the same column "
      "gone when five neurons a layer are silent; a second one at token 10, which sees "
      "only itself.")
-was, silent, forged = columns.values()
-assert silent[0] < was[0] / 3 and forged[1] > 10 * was[1], "one taken, one made"
+was, silent, forged = (p[k + 1:].mean(0) for p in patterns.values())
+assert silent[0] < was[0] / 3 and forged[k] > 10 * was[k], "one taken, one made"
 
 # %% [markdown]
-# When the neurons are silent the rest goes to tokens 1 and 2: heads look for the next
-# best place, and the row has to add up to 1 somewhere.
-#
 # ## The same in one number
 #
 # Let $\alpha_j$ be the mean attention to token $j$, of the heads that have a sink in
@@ -115,75 +100,29 @@ assert silent[0] < was[0] / 3 and forged[1] > 10 * was[1], "one taken, one made"
 # \text{forged} = \frac{\alpha_k' - \alpha_k}
 # {(\alpha_k' - \alpha_k) + (\alpha_0' - u)}.$$
 #
-# A forged sink shares each row with the one at token 0. So two equal sinks have half
-# each, and 50 % is a perfect forgery. What counts as a result was fixed before
-# measuring:
+# Two equal sinks share each row, so 50 % is a perfect forgery. A cut counts from 50 %
+# on, a forgery from 25 %, and only if no control does half as much: `probe.RULE`, fixed
+# before measuring. `probe.cuts` does every edit and its controls, 26 runs of the model.
 
 # %%
-print(probe.RULE)
-wanted = [number for number in probe.numbers() if number.key == "sink"]
-
-
-def attention(tap=None):
-    """(L - 1, H) to token 0 and to token k, in layers after the first."""
-    both = probe.layers(model, x, tap, ks=(0, k), wanted=wanted)[0]
-    return [probe.later(found["sink"]) for found in both]
-
-
-free = attention()
-resting = free[0] > probe.SINK
-first, tenth = (a[resting].mean().item() for a in free)
-uniform = probe.uniform_sink(T)
-
-
-def forged_share(tap):
-    now_first, now_tenth = (a[resting].mean().item() for a in attention(tap))
-    gain, left = max(now_tenth - tenth, 0), max(now_first - uniform, 0)
-    return gain / (gain + left)
-
-
-# %% [markdown]
-# ## Every link, cut and forged
-#
-# `probe.cuts` does them all, each with its control: 26 runs of the model.
-
-
-# %%
-def shares(table):
-    """{edit: the share of its link}, and {edit: that of its strongest control}."""
-    effects, controls = {}, {}
-    for row in table:
-        name, share = f"{row['kind']} {row['link']}", probe.share(row, T)
-        if row["control"]:
-            controls[name] = max(share, controls.get(name, 0))
-        else:
-            effects[name] = share
-    return effects, controls
-
-
 table = probe.cuts(model, x, y, k)
-effects, controls = shares(table)
+verdicts = probe.verdicts([table], T)
+share = {f"{v['kind']} {v['link']}": v["share"] for v in verdicts}
+holds = {f"{v['kind']} {v['link']}" for v in verdicts if v["word"] == "holds"}
 
 # %%
-figure = figures.cut({"SmolLM2": probe.verdicts([table], T)})
+figure = figures.cut({"SmolLM2": verdicts})
 show(figure, "06_shares", "Bars: cutting variance, neurons, direction and lock takes "
      "most of the sink, cutting W_O nothing; forgeries make one; controls are short.")
-for name in effects:
-    print(f"{name:16} {effects[name]:4.0%}   strongest control {controls[name]:4.0%}")
 check("06.prediction", prediction)
-
-# %%
-carries = "neurons", "direction", "lock"
-for kind, least, most in (("cut", 0.75, 0.3), ("forge", 0.25, 0.2)):
-    for link in carries:
-        name = f"{kind} {link}"
-        assert effects[name] > least and controls[name] < most, f"{link} carries it"
-assert effects["cut W_O"] < 0.25, "the length of z_0 does not carry the sink"
+for link in ("neurons", "direction", "lock"):
+    assert {f"cut {link}", f"forge {link}"} <= holds, f"{link} does not carry the sink"
+assert share["cut W_O"] < 0.25, "the length of z_0 carries the sink"
 
 # %% [markdown]
 # Cutting *variance* does more than its name says: a $z_0$ that is the mean of the
 # others has lost its variance, and everything else by which it was its own. Cutting
-# *W_O* takes its length only, and moves nothing. What separates the two is that $z_0$
+# *W_O* takes its length only, and moves little. What separates the two is that $z_0$
 # is *unmixed*.
 #
 # ## Is it variance? Three ways to be long
@@ -197,26 +136,41 @@ assert effects["cut W_O"] < 0.25, "the length of z_0 does not carry the sink"
 # along $\mu$ that makes $z_k$ as long as `amplify` does, and leaves its variance
 # alone. All act in every layer.
 
-
 # %%
+wanted = [number for number in probe.numbers() if number.key == "sink"]
+
+
+def attention(tap=None):
+    """(L - 1, H) to token 0 and to token k, in layers after the first."""
+    both = probe.layers(model, x, tap, ks=(0, k), wanted=wanted)[0]
+    return [probe.later(found["sink"]) for found in both]
+
+
+free = attention()
+resting = free[0] > probe.SINK
+
+
+def forged_share(tap):
+    first, tenth = (a[resting].mean().item() for a in attention(tap))
+    gain = max(tenth - free[1][resting].mean().item(), 0)
+    return gain / (gain + max(first - probe.uniform_sink(T), 0))
+
+
 def at_k(name, change, layers=range(L), axis=1):
-    """A tap that gives token k of an activation to `change`, in these layers."""
-    edit = probe.at_token(k, change, axis)
+    """A tap that gives an activation of these layers to `change`, at token k."""
+    edit = probe.at_token(k, lambda z: change(z, k, None, None), axis)
     return make_tap(model.cfg, {f"{i}.{name}": edit for i in layers})
 
 
-def factor(change, by):
-    return lambda z: change(z, k, None, None, float(by))
-
-
-ways = {"amplify": probe.amplify, "scale": probe.scale, "shift": probe.shift}
-factors = (2, 5, 10, 20)
-curves = {name: [forged_share(at_k("z", factor(change, by))) for by in factors]
-          for name, change in ways.items()}
-own = forged_share(at_k("z", factor(probe.amplify, 5)))
-assert abs(own - effects["forge W_O"]) < 1e-3, "our share is not that of probe"
-
 # %%
+ways = {"amplify": probe.amplify, "scale": probe.scale, "shift": probe.shift}
+factors, curves = (2, 5, 10, 20), {name: [] for name in ways}
+for name, change in ways.items():
+    for by in factors:
+        tap = at_k("z", lambda *where: change(*where, factor=float(by)))
+        curves[name].append(forged_share(tap))
+assert abs(curves["amplify"][1] - share["forge W_O"]) < 1e-3, "probe says otherwise"
+
 figure, axis = plt.subplots(figsize=(6.4, 3))
 figures.lines(axis, curves, factors, hot=["amplify"])
 axis.set(xscale="log", ylim=(0, 0.6))
@@ -225,27 +179,20 @@ figures.dress(axis, "Amplified variance makes a sink, length alone does not", {}
 axis.set_xticks(factors, factors)
 show(figure, "06_lambda", "Share of the forged sink over lambda: amplified deviations "
      "come near a half, scaling and a constant shift stay far below.")
-for by, amplified, *rest in zip(factors, *curves.values()):
-    print(f"factor {by:2}: amplify {amplified:.0%}, scale {rest[0]:.0%}, "
-          f"shift {rest[1]:.0%}")
 strongest = max(*curves["scale"][:3], *curves["shift"][:3])
 assert curves["amplify"][2] > 2 * strongest, "variance does more than length"
 
 # %% [markdown]
 # This is the paper's finding, with a stricter control. Beyond 10 more does not help.
-# Only `amplify` drowns $\mu$, which all tokens share, in what is this window's own. Is
-# that *variance*, or again *being unmixed*? The last test below tells them apart.
+# Yet it need not be the *variance*: only `amplify` drowns $\mu$, which all tokens
+# share, in what is this window's own (`tests/results/claims.md`, Q7, goes on here).
 #
 # ## In which layers must token 10 be alone?
 
 # %%
-def see_itself(scores):
-    return probe.see_only_itself(scores, k, None, None)
-
-
 depths = {"all": range(L), "only 0": [0], "0 to 3": range(4), "0 to 11": range(12),
           "12 to 29": range(12, L)}
-made = {name: forged_share(at_k("scores", see_itself, layers, axis=2))
+made = {name: forged_share(at_k("scores", probe.see_only_itself, layers, axis=2))
         for name, layers in depths.items()}
 figure, axis = plt.subplots(figsize=(6.4, 2.8))
 figures.bars(axis, {"share": made}, "The mask must last until the state is long",
@@ -267,11 +214,12 @@ assert enough > 0.8 * made["all"] and too_few < 0.1, "the first waves decide"
 # with nothing to copy.
 
 # %%
-small = models("softmax")["softmax"]
-rest, targets = windows("rest", 16)
-toy, toy_controls = shares(probe.cuts(small, rest, targets, k))
-for name in toy:
-    print(f"{name:16} {toy[name]:4.0%}   strongest control {toy_controls[name]:4.0%}")
+small, (rest, targets) = models("softmax")["softmax"], windows("rest", 16)
+toy = {}
+for v in probe.verdicts([probe.cuts(small, rest, targets, k)], T):
+    name, strongest = f"{v['kind']} {v['link']}", max(v["controls"])[0]
+    toy[name] = v["share"]
+    print(f"{name:16} {toy[name]:4.0%}   strongest control {max(strongest, 0):4.0%}")
 assert toy["forge variance"] > 0.25 and toy["cut direction"] > 0.5, "as in SmolLM2"
 assert toy["cut lock"] < 0.25, "here the leading query does not carry the sink"
 
@@ -280,68 +228,20 @@ assert toy["cut lock"] < 0.25, "here the leading query does not carry the sink"
 # 0 is none if its state points where that of another token does.
 #
 # Three are not. The lock carries nothing, and at token 10 a *random* key does as much
-# as that of token 0: chapter 05 saw that this model dislikes all ordinary keys, so
-# whatever is unlike them is a sink. Amplified variance (`forge W_O`) does no more than
-# its controls; but trainings differ in this, try `python train.py --seed 1`. And the
-# usual length of $z_0$ (`cut W_O`) takes much of the sink. Why here, not in SmolLM2?
-#
-# ## Is it variance? One token in all heads
-#
-# Take the deviation $d = z_k - \mu$ that a token has which sees only itself, and give
-# $z_k$ the old mean plus
-#
-# - $d$ itself: **one token** speaks in all heads;
-# - $d$ with each head's part from *another window*: **heads apart**.
-#
-# Both have the same mean and, head by head, the same variance.
-
-
-# %%
-@torch.no_grad()
-def agreement(net, tokens):
-    """Attention to token k, strongest head: one token in all heads, and heads apart."""
-    names = [f"{i}.z" for i in range(len(net.layers))]
-    free, own = (record(net, tokens, names, mask=m)[1] for m in (None, alone))
-    found = []
-    for apart in (False, True):
-        edits = {}
-        for name in names:
-            mean, z = free[name][:, k].mean(0), own[name][:, k]
-            d = z - z.mean(0)  # (N, H, D)
-            if apart:
-                d = torch.stack([d[:, h].roll(h + 1, 0) for h in range(d.shape[1])], 1)
-            edits[name] = probe.at_token(k, lambda _, new=mean + d: new)
-        found.append(probe.chain(net, tokens, make_tap(net.cfg, edits), k=k)["sink"])
-    return found
-
-
-# %%
-nets = {"softmax": (small, rest), "SmolLM2": (model, x)}
-together = {name: agreement(*net) for name, net in nets.items()}
-for name, (one, apart) in together.items():
-    print(f"{name:8} one token {one:.2f}, heads apart {apart:.2f}")
-assert together["softmax"][0] > 1.3 * together["softmax"][1], "agreement helps the toy"
-assert together["SmolLM2"][1] > 2 * together["SmolLM2"][0], "and hinders SmolLM2"
-
-# %% [markdown]
-# In the toy *heads that bring the same thing* make the stronger sink: nothing was mixed
-# in. The variance alone does less. (In the first layer only, the two are alike:
-# `tests/results/claims.md`, Q7.) In SmolLM2 it is the other way round: heads that
-# disagree make a sink, one token's deviation does not.
-#
-# Why should they differ? A guess: four layers of four heads have little room, and have
-# to see the mark by what the heads have in common. Thirty layers can build up anything
-# *unusual* step by step, and heads from different windows are as unusual as amplified
-# ones. Test it: train a toy of ten layers.
+# as that of token 0: this model dislikes all ordinary keys (chapter 05), so whatever is
+# unlike them is a sink. Amplified variance (`forge W_O`) does no more than its controls
+# in this training. And the usual length of $z_0$ (`cut W_O`) takes much of the sink.
+# Why here, and not in SmolLM2?
 #
 # ## Beside the paper
 
 # %%
-beside(("token 10 sees only itself: a sink", "yes", effects["forge variance"]),
-       ("amplified variance", "yes, rising with lambda", curves["amplify"][2]),
+beside(("token 10 sees only itself: a sink", "yes", share["forge variance"]),
+       ("amplified variance, lambda 10", "yes, rising with lambda",
+        curves["amplify"][2]),
        ("  scaled", "none", curves["scale"][2]),
        ("  a shift to the same length", "not tried", curves["shift"][2]),
-       ("super neurons silent: sink lost", "not tried", effects["cut neurons"]))
+       ("super neurons silent: sink lost", "not tried", share["cut neurons"]))
 
 # %% [markdown]
 # ## What would falsify this

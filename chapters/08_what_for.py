@@ -13,75 +13,65 @@
 # states look poor in directions. Without the few neurons that write it the model
 # predicts far worse.
 #
-# **You need** chapters 00, 03 and 04. **Run time**: half a minute, once
-# the small model of text is trained.
+# **You need** chapters 00, 03 and 04. **Run time**: half a minute, once the small model
+# of text is trained.
 
 # %%
+from lesson import beside, check, english, figures, models, plt, real, show, windows
+
 import torch
 import torch.nn.functional as F
-from lesson import beside, check, english, figures, models, plt, real, show, windows
-from model import make_tap
 
 import probe
+from model import make_tap
 
 model, encoding = real()
-L = model.cfg.num_hidden_layers
 
 # %% [markdown]
 # ## Good for: a stream that never ends
 #
-# A chat that goes on for hours must forget: keys and values of all tokens do not fit
-# into memory. The plain way is a *sliding window*: a query sees the last $w$ keys and
-# no older one. A second way keeps the first $s$ tokens as well (StreamingLLM, Xiao et
-# al. 2023, arXiv 2309.17453):
+# Keys and values of a long chat do not fit into memory. With a *sliding window* a query
+# sees the last $w$ keys; StreamingLLM (arXiv 2309.17453) keeps the first $s$ as well:
 #
 # $$\text{query } t \text{ sees key } j \iff t - w < j \le t \ \text{ or } \ j < s.$$
 #
 # ### Predict first (exercise 1)
 #
-# A window of 32 keys keeps *one* token more. It is token 0, or token 1, or token 8,
-# of a text in plain English. Which of these bring back more than half of what the
-# window lost? Put their positions into the list.
+# A window of 32 keys keeps *one* token more: token 0, 1 or 8 of a text in English.
+# Which bring back more than half of what the window lost? List their positions.
 
 # %%
 prediction = [...]
 
+
 # %%
-T = 256
-x, y = english(2, T)
-place = torch.arange(T)
-
-
-def window(width, kept=()):
+def window(width, kept=(), T=256):
     """(T, T), True where a query may look. The model itself hides what comes later."""
-    near = place[:, None] - place < width
-    always = torch.tensor([j in kept for j in range(T)])
-    return near | always
+    place = torch.arange(T)
+    mask = place[:, None] - place < width
+    mask[:, list(kept)] = True
+    return mask
 
 
 @torch.no_grad()
-def late_loss(mask=None):
-    """Nats per token where the widest window, 128, has lost the first token."""
-    logits, _ = model(x, mask=mask)
+def late_loss(net, x, y, mask=None, tap=None):
+    """Nats per token in the second half, where each window has lost token 0."""
+    logits, _ = net(x, tap=tap, mask=mask)
     losses = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
-    return losses[:, 128:].mean().item()
+    return losses[:, x.shape[1] // 2:].mean().item()
 
 
 # %%
-whole = late_loss()
-widths = (8, 32, 128)
-plain = [late_loss(window(width)) for width in widths]
-first_kept = [late_loss(window(width, [0])) for width in widths]
-other = {j: late_loss(window(32, [j])) for j in (1, 8)} | {0: first_kept[1]}
-print(f"all keys {whole:.2f}")
-for width, without, with_0 in zip(widths, plain, first_kept):
-    print(f"the last {width:3} keys {without:.2f}, and token 0 {with_0:.2f}")
+x, y = english(2, 256)
+whole, widths = late_loss(model, x, y), (8, 32, 128)
+plain = [late_loss(model, x, y, window(w)) for w in widths]
+with_0 = [late_loss(model, x, y, window(w, [0])) for w in widths]
+more = {0: with_0[1]} | {j: late_loss(model, x, y, window(32, [j])) for j in (1, 8)}
 
-# %%
 figure, axis = plt.subplots(figsize=(6.4, 3.2))
-curves = {"the last w keys": plain, "the last w keys and token 0": first_kept}
+curves = {"the last w keys": plain, "the last w keys and token 0": with_0}
 figures.lines(axis, curves, widths, hot=["the last w keys and token 0"])
-axis.plot([32, 32], [other[1], other[8]], "x", color="0.45", label="and token 1, or 8")
+axis.plot([32, 32], [more[1], more[8]], "x", color="0.45", label="and token 1, or 8")
 axis.axhline(whole, color="black", lw=0.9, ls=":", label="all keys")
 axis.set_xscale("log")
 figures.dress(axis, "One token kept, and the window works", {}, xlabel="window w (log)",
@@ -89,19 +79,15 @@ figures.dress(axis, "One token kept, and the window works", {}, xlabel="window w
 axis.set_xticks(widths, widths)
 show(figure, "08_streaming", "Loss over the width of a sliding window: far above that "
      "with all keys if the first token slides out, close to it if that one is kept.")
-
-# %%
-share = {j: (plain[1] - loss) / (plain[1] - whole) for j, loss in other.items()}
-print("of what a window of 32 loses, one more token brings back:")
-print({f"token {j}": f"{share[j]:.0%}" for j in sorted(share)})
+back = {j: (plain[1] - loss) / (plain[1] - whole) for j, loss in more.items()}
+print("what one more token brings back:", {j: f"{b:.0%}" for j, b in back.items()})
 check("08.prediction", prediction)
-assert share[0] > 0.5 > 0.25 > max(share[1], share[8]), "token 0 does, others do not"
+assert back[0] > 0.5 > 0.25 > max(back[1], back[8]), "token 0 does, others do not"
 
 # %% [markdown]
 # Token 0 holds almost nothing that helps to predict word 200 of a text. It holds a
-# *place to rest*. When that place slides out of view, every resting head must put its
-# attention on tokens that mean something, and adds what it should not. Xiao et al.
-# keep four tokens, for models that rest on several. Here one is enough.
+# *place to rest*. When that slides out of view, every resting head must put its
+# attention on tokens that mean something, and adds what it should not.
 #
 # ## Costs: one scale for all
 #
@@ -109,150 +95,116 @@ assert share[0] > 0.5 > 0.25 > max(share[1], share[8]), "token 0 does, others do
 #
 # $$s = \frac{\max |x|}{127}, \qquad n = \mathrm{round}(x / s), \qquad x \approx s\,n.$$
 #
-# The scale is set by the largest $|x|$ of all that shares it. Let the state that enters
-# each layer go through int8, with one scale for the whole tensor, with one a token, and
-# with one for the whole tensor but token 0, which stays exact.
+# The largest $|x|$ sets the scale of all that share it. Let the state that enters each
+# layer go through int8, with one scale for the whole tensor, with one a token, and with
+# one for the whole tensor but token 0, which stays exact.
 
 
 # %%
-def int8(values, scale):
-    return (values / scale).round() * scale
+def int8(values, shared=(0, 1, 2), exact=()):
+    """To whole numbers and back. The dimensions `shared` have one scale; the tokens
+    `exact` stay as they are."""
+    rest = values.clone()
+    rest[:, list(exact)] = 0
+    scale = rest.abs().amax(shared, keepdim=True) / 127
+    rest = (rest / scale).round() * scale
+    rest[:, list(exact)] = values[:, list(exact)]
+    return rest
 
 
-def per_tensor(values):
-    return int8(values, values.abs().amax() / 127)
-
-
-def per_token(values):
-    return int8(values, values.abs().amax(-1, keepdim=True) / 127)
-
-
-def but(p):
-    """One scale for all tokens but p, which stays exact."""
-    def quantise(values):
-        rest = values.clone()
-        rest[:, p] = 0
-        return probe.at_token(p, lambda _: values[:, p])(per_tensor(rest))
-    return quantise
+def entering(net, change):
+    """A tap: the state that enters each layer goes through `change`."""
+    layers = range(net.cfg.num_hidden_layers)
+    return make_tap(net.cfg, {f"{i}.resid_pre": change for i in layers})
 
 
 # %%
 x, y = english()
+ways = {"exact": lambda v: v, "a scale a token": lambda v: int8(v, shared=-1),
+        "one scale,\ntoken 0 exact": lambda v: int8(v, exact=[0]),
+        "one scale,\ntoken 8 exact": lambda v: int8(v, exact=[8]), "one scale": int8}
+losses = {name: late_loss(model, x, y, tap=entering(model, change))
+          for name, change in ways.items()}
+exact, by_token, without_0, without_8, one_scale = losses.values()
+guess = torch.tensor(model.cfg.vocab_size).log().item()
 
-
-@torch.no_grad()
-def quantised(change, layers=range(L)):
-    """The loss, if the state that enters these layers goes through `change`."""
-    edits = {f"{i}.resid_pre": change for i in layers}
-    return model(x, y, tap=make_tap(model.cfg, edits))[1].item()
-
-
-ways = {"exact": lambda values: values, "a scale a token": per_token,
-        "one scale,\ntoken 0 exact": but(0), "one scale,\ntoken 32 exact": but(32),
-        "one scale": per_tensor}
-losses = {name: quantised(change) for name, change in ways.items()}
-exact, by_token, without_0, without_32, one_scale = losses.values()
-
-# %%
 figure, axis = plt.subplots(figsize=(6.4, 3))
-colors = ["0.6", "0.6", figures.ACCENT, "0.6", "0.6"]
-axis.bar(list(losses), list(losses.values()), color=colors)
-axis.grid(False, axis="x")
-figures.dress(axis, "int8 with one scale breaks on the first token",
+bars = axis.bar(losses.keys(), losses.values(), color="0.6")
+bars[2].set_color(figures.ACCENT)
+axis.axhline(guess, color="black", lw=0.9, ls=":", label="guessing")
+figures.dress(axis, "int8 with one scale breaks on the first token", {},
               ylabel="loss, nats per token")
 show(figure, "08_int8", "Loss with states in int8: a scale a token costs nothing, one "
-     "scale for all makes the model useless, and an exact token 0 repairs most of it.")
-print({name.replace("\n", " "): round(loss, 2) for name, loss in losses.items()})
-assert by_token < exact + 0.3 and one_scale > exact + 5, "a scale a token is needed"
+     "scale for all is worse than guessing, and an exact token 0 repairs most of it.")
 repaired = (one_scale - without_0) / (one_scale - exact)
-control = (one_scale - without_32) / (one_scale - exact)
-print(f"exact states repair: token 0 {repaired:.0%}, token 32 {control:.0%}")
-assert repaired > 2 / 3 and control < 1 / 3, "most of the damage is done by token 0"
+print(f"an exact token 0 repairs {repaired:.0%} of the damage")
+assert by_token < exact + 0.3 and one_scale > exact + 5, "a scale a token is needed"
+assert repaired > 2 / 3 and without_8 > guess, "most of the damage is done by token 0"
 
 # %% [markdown]
-# Token 0 is some hundred times as long as the others (chapter 04), so a scale that
-# fits it leaves the others a handful of whole numbers. This is why large models are
-# quantised with a scale a token, or with their outliers kept apart (Dettmers et al.
-# 2022, arXiv 2208.07339).
-#
-# With token 0 exact something is still lost. Exercise 3 asks who else is long.
+# A scale that fits the long token 0 leaves the others a handful of whole numbers. So
+# large models are quantised with a scale a token, or with their outliers kept apart
+# (arXiv 2208.07339). *Any* exact token helps, as all later ones read it; but with token
+# 8 the loss is still above that of guessing. Exercise 3 asks who else is long.
 #
 # ## Costs: all states look alike
 #
-# How many directions do the states use? Put them into the rows of a matrix with
-# singular values $\sigma_i$. Its *effective rank* (Roy and Vetterli 2007) is
+# How many directions do the states use? Let them be the rows of a matrix with singular
+# values $\sigma_i$. Its *effective rank* (Roy and Vetterli 2007) is
 #
 # $$\exp\Big(-\sum_i p_i \ln p_i\Big), \qquad p_i = \sigma_i \Big/ \sum_j \sigma_j.$$
 #
-# It is $n$ for $n$ equal singular values, and 1 if one is all there is. We read it
-# with and without the rows of token 0. The same pass over the text gives the gradient
-# that the next section needs.
-
+# It is $n$ for $n$ equal singular values, and 1 if one is all there is. The same pass
+# over the text gives the gradients of the next section.
 
 # %%
+kept = []
+
+
 def effective_rank(states):
     """(N, T, C): a row for each token."""
     share = F.normalize(torch.linalg.svdvals(states.flatten(0, 1)), p=1, dim=0)
     return torch.special.entr(share).sum().exp().item()
 
 
-dice = torch.Generator().manual_seed(0)
-noise = torch.randn(8, 64, model.cfg.hidden_size, generator=dice)
-print(f"effective rank of noise of this shape: {effective_rank(noise):.0f}")
-
-# %%
-states = {}
-
-
 def keep(name, value):
     """A tap that keeps the state that enters each layer, and its gradient."""
-    if name == "embed":
-        value.requires_grad_()
     if name.endswith("resid_pre"):
-        value.retain_grad()
-        states[name] = value
+        value.requires_grad_().retain_grad()
+        kept.append(value)
     return value
 
 
 model.requires_grad_(False)  # only the states need a gradient
 model(x, y, tap=keep)[1].backward()
-slopes = torch.stack([state.grad.norm(dim=-1).mean(0) for state in states.values()])
-states = torch.stack([state.detach() for state in states.values()])  # (L, N, T, C)
+states = torch.stack([state.detach() for state in kept])  # (L, N, T, C)
 
 # %%
-with_0 = [effective_rank(state) for state in states]
-without = [effective_rank(state[:, 1:]) for state in states]
+ranks = {"all tokens": [effective_rank(state) for state in states],
+         "without token 0": [effective_rank(state[:, 1:]) for state in states]}
 figure, axis = plt.subplots(figsize=(6.4, 3))
-curves = {"all tokens": torch.tensor(with_0), "without token 0": torch.tensor(without)}
-figures.by_layer(axis, curves, "One long row hides the others", hot=["all tokens"],
+figures.by_layer(axis, ranks, "One long row hides the others", hot=["all tokens"],
                  legend={}, ylabel="effective rank of the states", ylim=(0, None))
 show(figure, "08_rank", "Effective rank over depth: from layer 12 on the states with "
      "token 0 have hardly any directions; without it as many as in the first layers.")
-
-# %%
-middle = slice(12, 20)
-both = torch.tensor([with_0, without])
-collapsed, rest = both[:, middle].mean(1).tolist()
-print(f"layers 12 to 19: {collapsed:.0f} with token 0, {rest:.0f} without")
+collapsed, rest = (sum(rank[12:20]) / 8 for rank in ranks.values())
 assert collapsed < rest / 5, "token 0 alone makes the effective rank small"
 
 # %% [markdown]
-# The others are not alike at all: the collapse is in the measure. The paper reports
-# that its cure raises the effective rank from 344 to 446. Where a sink is cured, ask
-# how much of such a gain is left without the first token (chapter 07 does).
+# The others are not alike at all: the collapse is in the measure. Of a gain such as the
+# paper's, from 344 to 446 by its cure, ask what is left without the first token
+# (`tests/results/cures.md` does).
 #
 # ## Costs: a state that training cannot move
 #
 # $g_t = \partial\,\mathrm{loss} / \partial x_t$ says how the loss answers to a small
-# step of the state of token $t$. Every norm divides by the length of the state:
-# $\mathrm{RMSNorm}(c\,x) = \mathrm{RMSNorm}(x)$, so a state $c$ times as long has a
-# gradient $c$ times as short, as long as everything else is equal.
+# step of the state of token $t$. As $\mathrm{RMSNorm}(c\,x) = \mathrm{RMSNorm}(x)$, a
+# state $c$ times as long has a gradient $c$ times as short, all else being equal.
 
 # %%
-lengths = states.norm(dim=-1).mean(1)  # (L, T)
-early, late = 6, 16
+slopes = torch.stack([state.grad.norm(dim=-1).mean(0) for state in kept])  # (L, T)
 figure, axes = plt.subplots(1, 2, figsize=(8.8, 3))
-for axis, layer in zip(axes, (early, late)):
+for axis, layer in zip(axes, (6, 16)):
     axis.plot(slopes[layer], color="black")
     axis.plot(0, slopes[layer, 0], "o", color=figures.ACCENT, ms=7, label="token 0")
     figures.dress(axis, f"into layer {layer}", {}, xlabel="position", ylim=(0, None),
@@ -260,23 +212,16 @@ for axis, layer in zip(axes, (early, late)):
 figure.suptitle("The long state hears little of the loss")
 show(figure, "08_gradient", "Length of the gradient by position: into layer 6 token 0 "
      "has more than most, into layer 16, where its state is long, far less.")
-
-# %%
 slope = probe.over_median(slopes, 0)  # (L,): token 0 over the median of the others
-length = probe.over_median(lengths, 0)
-for layer in (2, early, late, 28):
-    print(f"into layer {layer:2}, token 0 / others: gradient {slope[layer]:.2f}, "
-          f"length {length[layer]:.1f}")
-assert slope[2:11].min() > 1, "before layer 11 token 0 hears less than others"
-assert slope[12:].max() < 0.6, "afterwards less"
-assert (slope * length)[12:20].min() > 5, "its direction no longer matters"
+length = probe.over_median(states.norm(dim=-1).mean(1), 0)
+print(f"layer 16, token 0 / others: gradient {slope[16]:.2f}, length {length[16]:.0f}")
+assert slope[2:11].min() > 1 > 0.6 > slope[12:].max(), "only the longest hears less"
+assert (slope * length)[12:20].min() > 5, "its direction does not matter more"
 
 # %% [markdown]
-# The gradient is small, but not as small as the length would make it. Multiply both:
-# what a turn by a small *angle* does is still many times what it does elsewhere,
-# because so many queries read this key. So the direction matters much, and a step of
-# usual size hardly turns it. That is a stable anchor, and it is dear: such a state
-# needs numbers with a wide range.
+# The gradient is small, but not as small as the length would make it: a turn by a small
+# *angle* does many times what it does elsewhere, because so many queries read this key.
+# And a step of usual size hardly turns it: a stable anchor.
 #
 # ## The price of going without
 #
@@ -285,57 +230,37 @@ assert (slope * length)[12:20].min() > 5, "its direction no longer matters"
 # %%
 rows = probe.cuts(model, x, y, names=("cut neurons",))
 prices = [row["after"][0]["loss"] - row["before"][0]["loss"] for row in rows]
-for row, price in zip(rows, prices):
-    print(f"{row['says']:34} attention to token 0 {row['after'][0]['resting']:.2f}, "
-          f"loss {price:+.2f}")
+print(f"loss {prices[0]:+.2f}, other neurons of like weight {prices[1]:+.2f}")
 assert prices[0] > 0.3 and abs(prices[1]) < prices[0] / 5, "the sink is free of charge"
 
 # %% [markdown]
 # The neurons are silent at *one* token of 64, and all others are predicted worse.
 # What a model has learned to rest on cannot be taken away afterwards for nothing.
-# Taking it away *before* training is what chapter 07 tries.
 #
 # ## In one that you train
 #
-# The small model of text knows its first token, `<|bos|>`. Does it need it, too? (The
-# copying model would not tell: what it copies slides out of a window as well.)
-
+# Does the small model of text need its first token, `<|bos|>`, too?
 
 # %%
-small, (bx, by) = models("tiny-softmax")["tiny-softmax"], windows("bos")
-
-
-@torch.no_grad()
-def small_loss(tap=None, **how):
-    logits, _ = small(bx, **how, tap=tap)
-    losses = F.cross_entropy(logits.transpose(1, 2), by, reduction="none")
-    return losses[:, 32:].mean().item()
-
-
-near, inner = window(16)[:64, :64], window(16, [0])[:64, :64]  # of 64 positions
-edits = {f"{i}.resid_pre": per_tensor for i in range(small.cfg.num_hidden_layers)}
-toy = {"all keys": small_loss(), "the last 16": small_loss(mask=near),
-       "and token 0": small_loss(mask=inner),
-       "int8, one scale": small_loss(make_tap(small.cfg, edits))}
+small, text = models("tiny-softmax")["tiny-softmax"], windows("bos")
+toy = {"all keys": late_loss(small, *text),
+       "the last 16": late_loss(small, *text, window(16, T=64)),
+       "and token 0": late_loss(small, *text, window(16, [0], T=64)),
+       "int8, one scale": late_loss(small, *text, tap=entering(small, int8))}
 print({name: round(loss, 2) for name, loss in toy.items()})
 assert toy["the last 16"] > toy["and token 0"] + 0.5, "the toy streams without token 0"
 assert toy["int8, one scale"] < toy["all keys"] + 0.1, "int8 breaks the toy"
 
 # %% [markdown]
-# The same place to rest, and none of the cost: here one scale is good enough. Why?
-# Its first state is some five times as long as the others, not a hundred times
-# (chapter 04), and 127 steps are enough for both. So a sink does not need the enormous
-# state, not even on a token that cannot be known by its name: `softmax` has neither.
-# Why, then, do large models build it, and pay?
-#
-# A first token can be good for something else. `softmax` measures from it how long its
-# passage has lasted, as chapter 07 shows.
+# The same place to rest, and none of the cost: its first state is only a few times as
+# long as the others (chapter 07), so one scale is good enough for both. A sink does not
+# need the enormous state. Why, then, do large models build it, and pay?
 #
 # ## Beside the paper and its neighbours
 
 # %%
 beside(("window that keeps first tokens", "as good as all keys (2309.17453)",
-        f"loss {first_kept[2]:.2f}, all keys {whole:.2f}"),
+        f"loss {with_0[2]:.2f}, all keys {whole:.2f}"),
        ("window that does not", "loss explodes", f"{plain[2]:.2f}"),
        ("effective rank, softmax", "343.7 (152M weights)", f"{collapsed:.0f}"),
        ("  without token 0", "not reported", f"{rest:.0f}"))
@@ -343,16 +268,14 @@ beside(("window that keeps first tokens", "as good as all keys (2309.17453)",
 # %% [markdown]
 # ## What would falsify this
 #
-# Another token, kept beside a window, does as much as token 0. Quantisation with one
-# scale works as soon as *any* token is exact. The effective rank stays low when token
-# 0 is left out. Other neurons of like weight cost as much. All are asserted above,
-# for this model, 16 short stretches of one text, and masks rather than a real cache:
-# positions are counted from the start of the text, which a stream without end cannot
-# do.
+# Another token, kept beside a window, does as much as token 0. One scale works with
+# *any* token exact. The effective rank stays low without token 0. Other neurons cost as
+# much. All are asserted above, for one model, short stretches of one text, and masks
+# instead of a cache, in which a stream without end could not count positions.
 #
 # ## Exercises
 #
-# **1.** The prediction at the start: which tokens bring the window back?
+# **1.** The prediction at the start.
 #
 # **2.** Why does one row hide the others? Take `n` rows at right angles to each
 # other, one of length `c`, all others of length 1. What is their effective rank? (The
@@ -367,10 +290,9 @@ def rank_of_rows(n, c):
 check("08.rank_of_rows", rank_of_rows)
 
 # %% [markdown]
-# **3.** An experiment. With token 0 exact, some windows still have a long token in
-# layers 4 to 10, before the great wave of layer 11. In `states[6]` find the tokens,
-# other than the first, with an entry above 300, and decode them:
-# `encoding.decode([x[n, t].item()])`. They are all the same word. Which? (Blanks do
+# **3.** An experiment. In layers 4 to 10 some windows have another long token. In
+# `states[6]` find the tokens, other than the first, with an entry above 300, and decode
+# them: `encoding.decode([x[n, t].item()])`. All are the same word. Which? (Blanks do
 # not count.)
 
 # %%

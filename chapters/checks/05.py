@@ -30,7 +30,7 @@ def norm_limit(answer):
 
 
 def common_direction(answer):
-    written_without(answer, "leading", "leading_query")
+    written_without(answer, "leading_query")
     generator = torch.Generator().manual_seed(3)
     fixed = F.normalize(torch.randn(8, generator=generator), dim=0)
     q = 3 * fixed + torch.randn(500, 8, generator=generator)

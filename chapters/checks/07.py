@@ -3,7 +3,7 @@
 import torch
 
 from lesson import models, windows, written_without
-from model import make_tap, record
+from model import make_tap
 import probe
 
 
@@ -11,7 +11,7 @@ def prediction(answer):
     names = ("softmax", "sigmoid", "headnorm", "gated")
     assert set(answer) <= set(names), f"Names out of {', '.join(names)}."
     assert set(answer) == {"softmax", "headnorm", "gated"}, \
-        "Read the first row of the table: who is above 0.3?"
+        "Read the first number of each line: who is above 0.3?"
 
 
 def head_norm(answer):
@@ -30,30 +30,6 @@ def head_norm(answer):
         "A zero vector stays zero: what is eps for?"
     small = answer(torch.full((1, 1, 1, 4), 1e-3), torch.ones(4), eps=3e-6)
     assert small[0, 0, 0, 0].sub(0.5).abs() < 1e-3, "eps is added under the root."
-
-
-def attention_needed(answer):
-    got = answer(0.5**0.5, 1.0)
-    assert got is not None, "Return a between 0 and 1."
-    assert abs(float(got) - 0.5) < 1e-6, "At 45 degrees both parts are equally long."
-    assert abs(float(answer(0.0, 2.0))) < 1e-9, "No attention, no part along v_0."
-    for cosine, d in ((0.9, 3.0), (0.9, 0.2), (0.99, 1.0)):
-        a = float(answer(cosine, d))
-        z = torch.tensor([a * d, 1 - a])
-        assert abs(z[0] / z.norm() - cosine) < 1e-4, \
-            "Divide both parts by 1 - a: what is the tangent of the angle?"
-
-
-def raw_weight(answer):
-    model, x = models("sigmoid")["sigmoid"], windows("rest")[0]
-    names = [f"{i}.pattern" for i in range(1, len(model.layers))]
-    patterns = torch.stack(list(record(model, x, names)[1].values()))
-    scores = torch.stack([probe.sink_score(p, 0).mean(0) for p in patterns])
-    layer, head = divmod(scores.argmax().item(), scores.shape[1])
-    wanted = patterns[layer, :, head, 1:, 0].mean().item()
-    share = scores[layer, head].item()
-    assert abs(float(answer) - share) > 1e-3, "That is a share, of rows that sum to 1."
-    assert abs(float(answer) - wanted) < 1e-3, "Mean over windows and queries 1 to 63."
 
 
 @torch.no_grad()
