@@ -226,7 +226,7 @@ for axis, rate in zip(axes, RATES):
               f"excess {fmean(losses):.3f} ± {stdev(losses):.3f}")
     axis.axhline(probe.SINK, color="black", lw=0.9, ls=":")
     axis.set_xticks(range(4), ATTENTIONS, rotation=30)
-    figures.dress(axis, f"learning rate {rate}", ylim=(0, 1), xlim=(-0.5, 3.5))
+    figures.dress(axis, f"rate {rate}", ylim=(0, 1), xlim=(-0.5, 3.5))
 axes[0].set_ylabel("attention to token 0,\nstrongest head")
 show(figure, "07_seeds", "The sink of each attention, a dot a seed, a panel a learning "
      "rate: sigmoid stays below 0.3, headnorm is as high as softmax.")
