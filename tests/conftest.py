@@ -1,7 +1,4 @@
-"""`pytest` runs the fast suite, `pytest -m slow` the rest; neither may reach the network.
-
-`tiny_run(folder, **changes)` trains a model of two layers for twelve steps, in half a second.
-"""
+"""`pytest` runs the fast suite, `pytest -m slow` the rest; neither may reach the network."""
 
 import socket
 import sys
@@ -12,6 +9,8 @@ import pytest
 import torch
 
 import train
+
+sys.path.append(str(Path(__file__).parent.parent / "chapters"))  # `import lesson`, as chapters do
 
 TINY = dict(data="copy", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
             num_attention_heads=2, seq_len=16, batch_size=4, steps=12, evals=2, warmup=4, lr=1e-2,
@@ -69,19 +68,16 @@ def no_network():
 
 
 @pytest.fixture(scope="module")
-def quick():
-    """Few tokens for an evaluation and an empty picture: a short run takes half of the time."""
+def tiny_run():
+    """run(folder, **changes) trains two layers for twelve steps, in half a second: with few tokens
+    for an evaluation, and an empty picture."""
+    def run(out, resume=False, overwrite=False, say=lambda line: None, **changes):
+        settings = train.Run(**{**TINY, "out": str(out), **changes})
+        return train.train(settings, resume, overwrite, say)
+
     figures = SimpleNamespace(curve=lambda folder, *_: Path(folder, "curve.png").touch())
     with pytest.MonkeyPatch.context() as m:
         m.setattr(train, "EVAL_TOKENS", 256)
         m.setattr(train, "PROBE_TOKENS", 128)
         m.setitem(sys.modules, "chapters.figures", figures)
-        yield
-
-
-@pytest.fixture(scope="module")
-def tiny_run(quick):
-    def run(out, resume=False, overwrite=False, **changes):
-        settings = train.Run(**{**TINY, "out": str(out), **changes})
-        return train.train(settings, resume, overwrite, say=lambda line: None)
-    return run
+        yield run

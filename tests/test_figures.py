@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_hex
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
 
@@ -45,7 +44,7 @@ def log(seen, missing=()):
         links = {key: v * (1 + i) for key, v in seen["links"].items()}
         links |= {key: None for key in missing if i == 2}
         rows.append({"step": step, "train_loss": None if i == 0 else 3.0 / i, "val_loss": 4.0 - i,
-                     "links": links, "links_bos": links})
+                     "links": links})
     return rows
 
 
@@ -53,63 +52,42 @@ def words(figure):
     return [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible()]
 
 
-def text(figure):
-    return " ".join(" ".join(t.get_text() for t in words(figure)).split())
+DRAWN = {  # how it is drawn, and what is said of the made-up link
+    "chain": (lambda s: figures.chain({"a": s["portrait"]}, "random tokens"), "it is mere luck"),
+    "three": (lambda s: figures.chain(dict.fromkeys("abc", s["portrait"]), ""), "it is mere luck"),
+    "cut": (lambda s: figures.cut({"a": s["verdicts"], "b": s["verdicts"]}), "luck: lucky charm"),
+    "matrix": (lambda s: figures.matrix(s["tables"]), "luck: lucky charm removed"),
+    "birth": (lambda s: figures.birth(log(s)), "luck ("),
+    "maps": (lambda s: figures.maps(dict.fromkeys("ab", s["portrait"]["map"]), ((0,), (0, 5))), "")}
 
 
-DRAWN = {
-    "chain of one": lambda s: figures.chain({"a": s["portrait"]}, "random tokens"),
-    "chain of three": lambda s: figures.chain(dict.fromkeys("abc", s["portrait"]), "text"),
-    "cut": lambda s: figures.cut({"a": s["verdicts"], "b": s["verdicts"]}),
-    "matrix": lambda s: figures.matrix(s["tables"]),
-    "birth": lambda s: figures.birth(log(s)),
-    "maps": lambda s: figures.maps({"one": s["portrait"]["map"], "two": s["portrait"]["map"]},
-                                   ((0,), (0, 5))),
-}
-
-
-@pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
-def test_each_is_readable_and_the_same_twice(seen, draw):
+@pytest.mark.parametrize("draw, says", DRAWN.values(), ids=DRAWN)
+def test_each_has_the_link_is_readable_and_the_same_twice(seen, draw, says):
     figure = draw(seen)
     first = figures.png(figure)
     assert first[:4] == b"\x89PNG" and first == figures.png(draw(seen))
-    assert figure.get_figwidth() <= figures.WIDTH == 8.8  # 850 CSS pixels: points stay points
+    text = " ".join(t.get_text() for t in words(figure))
+    assert says in " ".join(text.split())
+    assert figure.get_figwidth() <= 8.8  # 850 CSS pixels: points stay points
     assert min(t.get_fontsize() for t in words(figure)) >= 9
-    for ax in figure.axes:
-        if ax.findobj(AxesImage):
-            assert not any(spine.get_visible() for spine in ax.spines.values())
+    for ax in figure.axes:  # a frame would hide the first token
+        assert not (ax.findobj(AxesImage) and any(s.get_visible() for s in ax.spines.values()))
 
 
-@pytest.mark.parametrize("name, says", [
-    ("chain of one", "it is mere luck"), ("chain of three", "it is mere luck"),
-    ("cut", "luck: lucky charm removed"), ("matrix", "luck: lucky charm removed"),
-    ("birth", "luck (")])
-def test_a_made_up_link_is_in_each(seen, name, says):
-    assert says in text(DRAWN[name](seen))
-
-
-def test_the_sink_has_the_accent_and_nothing_hides_it():
-    figure, ax = figures.new(3, 1, 1)
-    pattern = torch.full((8, 8), 0.25).tril()
-    figures.attention(ax, pattern, "a map", sink=(0, 3))
-    image = ax.images[0].get_array()
-    red, green = image[..., 0], image[..., 1]
+def test_the_sink_has_the_accent():
+    _, ax = figures.new(3, 1, 1)
+    figures.attention(ax, torch.full((8, 8), 0.25).tril(), "a map", sink=(0, 3))
+    red, green, _ = ax.images[0].get_array().transpose(2, 0, 1)
     assert (red[4:, [0, 3]] > green[4:, [0, 3]] + 0.2).all()
     assert (red[:, [1, 2, 4, 5, 6, 7]] == green[:, [1, 2, 4, 5, 6, 7]]).all()
-    assert (image[0, 1:] == 1).all() and (image[7, :7] < 1).any(-1).all()
-    assert "0" in [t.get_text() for t in ax.get_xticklabels()]
+    assert (red[0, 1:] == 1).all() and (green[7] < 1).all()  # white: what a query cannot see
 
 
 def test_portrait_is_the_strongest_head_after_layer_0(seen):
-    model = tiny_model()
-    x, _ = random_windows(4, 16, 50)
-    p = seen["portrait"]
-    found = probe.layers(model, x)[0][0]["sink"]
-    assert p["layer"] == 1 and p["head"] == found[1].argmax()
+    p, sink = seen["portrait"], seen["portrait"]["first"]["sink"]
+    assert p["layer"] == 1 and p["head"] == sink[1].argmax()
     assert torch.allclose(p["map"].sum(-1), torch.ones(16))
-    mean = p["map"][:, 0].mean()
-    assert torch.isclose(mean, found[1].max(), atol=1e-5)
-    assert torch.isclose(mean, torch.tensor(probe.summary(p["first"])["sink"]), atol=1e-5)
+    assert torch.isclose(p["map"][:, 0].mean(), sink[1].max(), atol=1e-5)
 
 
 def test_numbers_that_do_not_exist_are_left_out(seen):
@@ -117,28 +95,23 @@ def test_numbers_that_do_not_exist_are_left_out(seen):
     axes = figures.birth(log(seen, missing=keys)).axes[0]
     assert {len(line.get_xdata()) for line in axes.lines} == {3}
     never = [row | {"links": dict.fromkeys(keys)} for row in log(seen)]
-    assert figures.png(figures.birth(never))
     nothing = {key: v * torch.nan for key, v in seen["portrait"]["first"].items()}
-    assert figures.png(figures.chain({"a": seen["portrait"] | {"first": nothing}}, "text"))
     verdicts = [v | {"share": float("nan")} for v in seen["verdicts"]]
-    assert figures.png(figures.cut({"a": verdicts}))
+    for figure in (figures.birth(never), figures.cut({"a": verdicts}),
+                   figures.chain({"a": seen["portrait"] | {"first": nothing}}, "text")):
+        assert figures.png(figure)
 
 
-def test_verdicts_have_bars_with_spread_and_thresholds(seen):
-    above, below = figures.cut({"a": seen["verdicts"]}).axes
-    for ax, kind, whole in ((above, "cut", 0.5), (below, "forge", 0.25)):
+def test_verdicts_have_bars_with_spread_and_the_thresholds_of_the_rule(seen):
+    axes = figures.cut({"a": seen["verdicts"]}).axes
+    for ax, (kind, whole) in zip(axes, probe.WHOLE.items()):
         rows = [v for v in seen["verdicts"] if v["kind"] == kind]
         shares = [share for v in rows for share in (v["share"], *(c for c, _ in v["controls"]))]
         drawn = [bar.get_width() for bar in ax.patches]
         assert drawn == pytest.approx([max(-0.2, min(s, 1.1)) for s in shares])
         assert {whole, whole / 2} <= {line.get_xdata()[0] for line in ax.lines}
-        assert ax.findobj(LineCollection)
+        assert ax.findobj(LineCollection) and f"from {whole * 100:.0f} %" in probe.RULE
         assert [v["word"] for v in rows] == [t.get_text() for t in ax.texts]
-
-
-def test_rule_says_from_where_on_it_holds():
-    for whole in probe.WHOLE.values():
-        assert f"from {whole:.0%}".replace("%", " %") in probe.RULE
 
 
 def test_curve_of_a_training(seen, tmp_path):
@@ -149,28 +122,10 @@ def test_curve_of_a_training(seen, tmp_path):
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_small_ones_draw_into_any_axes():
-    figure, axes = figures.new(3, 1, 3)
-    figures.by_layer(axes[0], {"token 0": torch.rand(6, 4), "others": [1, 2, 3, 4, 5, 6]},
-                     "layers", hot=["token 0"], legend={}, ylabel="length")
-    figures.by_position(axes[1], {"a": torch.rand(32)}, "positions")
-    figures.bars(axes[2], {"it": {"x": (0.5, 0.1), "y": 0.2}, "control": {"x": 0.1}}, "bars",
-                 hot=["it"])
-    assert to_hex(axes[2].patches[0].get_facecolor()) == figures.ACCENT
-    assert [line.get_color() for line in axes[0].lines] == [figures.ACCENT, "black"]
-    assert figures.png(figure)
-
-
 def test_import_leaves_pyplot_the_backend_and_the_folder_alone(tmp_path):
-    code = """if True:
-        import os, sys
-        from chapters import figures
-        assert "matplotlib.pyplot" not in sys.modules
-        import lesson, matplotlib
-        assert matplotlib.get_backend().lower() == "svg", matplotlib.get_backend()
-        print(os.getcwd())"""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "chapters")])
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
-                          capture_output=True, env=os.environ | {"MPLBACKEND": "svg",
-                                                                 "PYTHONPATH": path})
-    assert done.stdout.strip() == str(tmp_path.resolve()), done.stderr
+    code = ("import os, sys; from chapters import figures; assert 'matplotlib.pyplot' not in "
+            "sys.modules; import lesson, matplotlib; print(matplotlib.get_backend(), os.getcwd())")
+    env = os.environ | {"MPLBACKEND": "svg", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'chapters'}"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, env=env,
+                          capture_output=True)
+    assert done.stdout.split() == ["svg", str(tmp_path.resolve())], done.stderr

@@ -13,6 +13,7 @@ import train
 from data.border import UserError
 from model import GPT, Config, record
 from probe import Edit, Link, Number
+from tests.conftest import tiny_flags
 from tests.tiny import tiny_llama_folder, tiny_model, tokens
 
 T = 16
@@ -59,10 +60,10 @@ def test_averaging_law():
         assert near(probe.averaging_law(pattern, v), probe.variance(z), 0.05)
 
 
-def test_law_holds_in_an_untrained_model():
+def test_the_law_holds_in_an_untrained_model():
     cfg = Config(vocab_size=1000, hidden_size=64, num_hidden_layers=1, initializer_range=0.05)
     found = probe.chain(GPT(cfg), ids(400, vocab_size=1000))
-    assert abs(found["variance"] / found["variance_law"] - 1) < 0.15
+    assert found["variance"] == pytest.approx(found["variance_law"], rel=0.15)
     assert 8 < found["variance"] < 16
 
 
@@ -108,11 +109,13 @@ def test_dominance_and_direction():
     assert abs(probe.direction_cos(randn(200, 64))) < 0.01
 
 
-def test_leading_query():
+def test_leading_query_and_lock_cos():
     q = randn(4, 6, 2, 3) * 0.01
     q[:, :, 0, 1] += 2
     q[:, :, 1, 2] -= 5
     assert near(probe.leading_query(q), [[0, 1, 0], [0, 0, -1]], 0.02)
+    key = torch.tensor([[0.0, 3, 4], [0, 0, 7]]).expand(4, 2, 3)
+    assert near(probe.lock_cos(q, key, 0), [0.6, -1], 0.02)
 
 
 def test_lock_gap():
@@ -156,18 +159,17 @@ def test_chain_is_flat_finite_and_draws_nothing(attn):
 def test_layers_agree_with_recorded_activations():
     model, x = small(), ids()
     found = probe.layers(model, x, ks=(0, 2))[0][1]
-    names = ["1.pattern", "1.z", "1.attn_out", "1.scores", "0.v", "1.resid_post", "2.resid_post"]
-    kept = record(model, x, names)[1]
-    pattern, z, out, scores, v, state, end = (kept[name] for name in names)
-    assert near(found["sink"][1], probe.sink_score(pattern, 2).mean(0))
+    names = ["0.v", "1.scores", "1.pattern", "1.z", "1.resid_post", "2.resid_post"]
+    v, scores, pattern, z, state, end = record(model, x, names)[1].values()
     assert near(found["variance"][1], probe.over_median(probe.variance(z), 2))
-    assert near(found["variance_out"][1], probe.over_median(probe.variance(out), 2))
-    assert near(found["lock_gap"][1], probe.lock_gap(scores, 2))
-    assert near(found["drain"][0], probe.value_drain(v, 2).repeat_interleave(2))
-    normed = model.layers[2].input_layernorm(state)[:, 2]
+    assert near(found["norm_ratio"][1], probe.over_median(state.norm(dim=-1), 2).mean())
+    normed = model.layers[2].input_layernorm(state)[:, 2]  # as the next layer reads it
     assert near(found["dominance"][1], probe.dominance(normed).mean())
     assert near(found["dominance"][2], probe.dominance(model.norm(end)[:, 2]).mean())
-    assert found["sink"].shape == (3, 4) and found["norm_ratio"].shape == (3,)
+    assert near(found["lock_gap"][1], probe.lock_gap(scores, 2))
+    assert near(found["sink"][1], probe.sink_score(pattern, 2).mean(0))
+    assert near(found["sink_rate"][1], (probe.sink_score(pattern, 2) > probe.SINK).float().mean())
+    assert near(found["drain"][0], probe.value_drain(v, 2).repeat_interleave(2))
 
 
 def test_headnorm_shows_the_variance_before_its_norm():
@@ -176,17 +178,12 @@ def test_headnorm_shows_the_variance_before_its_norm():
     assert near(probe.chain(model, x)["variance"], probe.over_median(probe.variance(raw), 0))
 
 
-def test_fixed_first_token_has_no_variance():
-    x = ids()
-    x[:, 0] = 3
-    found = probe.chain(small(), x)
-    assert found["variance"] < 1e-6 and near(found["direction"], 1)
-
-
-@pytest.mark.parametrize("x, k", [(ids(1), 0), (ids(), T - 1), (ids(), -1)])
-def test_windows_that_cannot_be_measured(x, k):
-    with pytest.raises(UserError, match="2 or more windows"):
-        probe.chain(small(), x, k=k)
+@pytest.mark.parametrize("measure, n, k, message", [
+    (probe.chain, 1, 0, "2 or more windows"), (probe.chain, 6, T - 1, "token from 0 to 14"),
+    (probe.cuts, 6, 0, "a sink can be forged"), (probe.cuts, 6, T // 2, "a sink can be forged")])
+def test_what_cannot_be_measured(measure, n, k, message):
+    with pytest.raises(UserError, match=message):
+        measure(small(), ids(n), y=ids(n), k=k)
 
 
 # ---------------------------------------------------------------- cut and forge
@@ -220,87 +217,69 @@ def cut_rows():
     return probe.cuts(model, x, x, k=5)
 
 
-def test_rows_follow_the_plan(cut_rows):
+PLANNED = list(probe.planned())
+
+
+def test_rows_follow_the_plan_and_no_edit_lacks_a_control(cut_rows):
     assert len(cut_rows) == len(PLANNED) > 20
     for row, (link, kind, edit, control) in zip(cut_rows, PLANNED):
         assert (row["link"], row["kind"], row["says"]) == (link.name, kind, edit.says)
         assert (row["control"], row["token"]) == (control, 0 if kind == "cut" else 5)
-    for link in probe.LINKS:  # no edit without a matched control
-        for edit in (link.cut, link.forge):
-            assert edit is None or edit.controls
-    json.dumps(cut_rows)
+        assert edit.controls
+    model, x = sinking()
+    some = probe.cuts(model, x, x, k=5, names=("cut lock",))
+    assert some == [row for row in cut_rows if (row["kind"], row["link"]) == ("cut", "lock")]
 
 
 def test_what_is_planted_is_found(cut_rows):
-    found = {(v["link"], v["kind"]): v for v in probe.verdicts([cut_rows], T)}
+    found = {f"{v['kind']} {v['link']}": v["word"] for v in probe.verdicts([cut_rows], T)}
     assert cut_rows[0]["before"][0]["sink"] > 0.5
-    for case in (("disparity", "cut"), ("direction", "cut"), ("lock", "cut"), ("lock", "forge"),
-                 ("direction", "forge")):
-        assert found[case]["word"] == "holds", (case, found[case])
-    for case in (("variance", "cut"), ("W_O", "cut"), ("W_O", "forge"), ("neurons", "cut")):
-        assert found[case]["word"] == "no", (case, found[case])  # layer 1 reads the embedding
-
-
-def test_names_choose_and_agree_with_the_whole(cut_rows):
-    model, x = sinking()
-    some = probe.cuts(model, x, x, k=5, names=("cut lock",))
-    assert some == [r for r in cut_rows if (r["kind"], r["link"]) == ("cut", "lock")]
-
-
-PLANNED = list(probe.planned())
+    for edit in ("cut disparity", "cut direction", "cut lock", "forge lock", "forge direction"):
+        assert found[edit] == "holds", edit
+    for edit in ("cut variance", "cut W_O", "forge W_O", "cut neurons"):
+        assert found[edit] == "no", edit  # layer 1 reads the embedding
 
 
 @pytest.mark.parametrize("case", PLANNED, ids=lambda c: f"{c[1]} {c[2].says}")
 def test_an_edit_changes_its_token_and_nothing_else(case):
-    """Recorded at the tap where it acts: token p differs in every chosen layer (or is what it was,
-    where there is nothing to change), and no other token does in the first of them."""
+    """Recorded where it acts, in the first of its layers."""
     edit, model, x, k = case[2], small(), ids(), 5
     tap = probe.intervene(model, edit, *probe.known(model, x), k, T)
     p = {"middle": T // 2, "first": 0, "k": k}[edit.token]
     axis = 2 if edit.tap == "scores" else 1
-    first = 1 if edit.layers == "deep" else 0
     names = [f"{i}.{edit.tap}" for i in range(3)]
-    free = record(model, x, names)[1]
-    cut = record(model, x, names, tap=tap)[1]
+    free, cut = (record(model, x, names, tap=tap)[1] for tap in (None, tap))
+    first = 1 if edit.layers == "deep" else 0
     moved = cut[names[first]] != free[names[first]]
-    rest = [t for t in range(T) if t != p]
     assert moved.select(axis, p).any(), "nothing was changed"
-    assert not moved.index_select(axis, torch.tensor(rest)).any()
+    assert not moved.index_select(axis, torch.tensor([t for t in range(T) if t != p])).any()
     assert first == 0 or torch.equal(cut[names[0]], free[names[0]])
 
 
 def test_edits_do_what_they_say():
     model, x = small(), ids(64)
     story, other = probe.known(model, x)
-    edits = {}
-    for link, kind, edit, _ in PLANNED:  # the first of a name is no control
-        edits.setdefault(f"{kind} {link.name}", edit.change)
+    cut, forge = ({link.name: getattr(link, kind) for link in probe.LINKS}
+                  for kind in ("cut", "forge"))
     z, state, key = record(model, x, ["0.z", "1.resid_pre", "1.k"])[1].values()
-
-    def rms(y):
-        return y.square().mean(-1).sqrt()
-
-    def var(y):
-        return probe.variance(y[:, None])[0]
-
-    def length(y):
-        return y.square().sum(-1).mean(0).sqrt()
-
-    assert near(rms(edits["cut W_O"](z, 0, story, 0)), rms(z[:, 1:]).mean(1))
-    assert near(edits["cut variance"](z, 0, story, 0), z[:, 1:].mean(1))
+    assert near(cut["variance"].change(z, 0, story, 0), z[:, 1:].mean(1))
+    rms = z.square().mean(-1).sqrt()
+    same_length = cut["W_O"].change(z, 0, story, 0)
+    assert near(same_length.square().mean(-1).sqrt(), rms[:, 1:].mean(1))
     big, scaled, moved = (f(z, 5, story, 0) for f in (probe.amplify, probe.scale, probe.shift))
-    assert near(var(big), 25 * var(z[:, 5])) and near(var(scaled), 25 * var(z[:, 5]))
-    assert near(var(moved), var(z[:, 5])) and near(big.mean(0), z[:, 5].mean(0))
-    assert near(length(moved), length(big), 2 / len(z))  # the variance of n windows has n - 1
-    dims, clipped = story.dims[1], edits["cut disparity"](state, 0, story, 1)
+    plain, length = z[:, 5].var(0), big.square().sum(-1).mean(0)
+    assert near(big.var(0), 25 * plain) and near(big.mean(0), z[:, 5].mean(0))
+    assert near(scaled, 5 * z[:, 5]) and near(moved.var(0), plain)
+    assert near(moved.square().sum(-1).mean(0) / length, torch.ones(4), 0.05)
+    dims, clipped = story.dims[1], cut["disparity"].change(state, 0, story, 1)
     assert (clipped[:, dims].abs() <= state[:, 1:, dims].abs().mean((0, 1)) + 1e-6).all()
-    large = edits["forge disparity"](state, 5, story, 1)
+    large = forge["disparity"].change(state, 5, story, 1)
     assert near(large[:, dims], state[:, 0, dims].mean(0))
-    turned = edits["forge direction"](state, 5, story, 1)
+    turned = forge["direction"].change(state, 5, story, 1)
     assert near(turned.norm(dim=-1), state[:, 5].norm(dim=-1))
-    assert near(torch.nn.functional.cosine_similarity(turned, story.state[1], dim=-1), 1)
-    assert near((edits["cut lock"](key, 0, story, 1) * story.query[1]).sum(-1), 0)
-    for i in range(3):
+    assert near(torch.cosine_similarity(turned, story.state[1], dim=-1), torch.ones(64))
+    assert near((cut["lock"].change(key, 0, story, 1) * story.query[1]).sum(-1), 0)
+    for i in range(3):  # a control has others, of the same size
         assert not set(story.neurons[i].tolist()) & set(other.neurons[i].tolist())
         assert not set(story.dims[i].tolist()) & set(other.dims[i].tolist())
         assert near(other.state[i].norm(), story.state[i].norm())
@@ -314,38 +293,34 @@ def test_seeing_only_itself_is_the_mask_of_the_model():
     assert near(model(x, tap=tap)[0], model(x, mask=mask)[0])
 
 
-def row(kind, before, after, control=False):
-    numbers = lambda pair: [{"resting": pair[0], "sink": 0.9}, {"resting": pair[1], "sink": 0.1}]
-    return {"link": "l", "kind": kind, "control": control, "says": "s",
-            "before": numbers(before), "after": numbers(after)}
+def row(kind, first, k, control=False, sink=0.9):
+    """Of `cuts`: attention to token 0 and to token k, each (before, after), above chance."""
+    numbers = [[{"resting": probe.uniform_sink(T) + first[at], "sink": sink}, {"resting": k[at]}]
+               for at in (0, 1)]
+    return {"link": "l", "kind": kind, "says": "s", "control": control,
+            "before": numbers[0], "after": numbers[1]}
 
 
-def test_share_and_verdicts_by_the_rule():
-    null = probe.uniform_sink(T)
-    assert near(probe.share(row("cut", (null + 0.4, 0), (null + 0.1, 0)), T), 0.75)
-    assert near(probe.share(row("forge", (null + 0.4, 0.1), (null + 0.2, 0.3)), T), 0.5)
-    assert probe.share(row("forge", (null + 0.4, 0.1), (null + 0.4, 0.05)), T) == 0
+@pytest.mark.parametrize("kind, first, k, control, sink, share, word", [
+    ("cut", (0.4, 0.1), (0, 0), 1, 0.9, 0.75, "holds"),         # of one sink it takes 75 %
+    ("cut", (1, 0.6), (0, 0), 1, 0.9, 0.4, "partly"),
+    ("cut", (1, 0.8), (0, 0), 1, 0.9, 0.2, "no"),
+    ("cut", (1, 0.4), (0, 0), 0.6, 0.9, 0.6, "no"),             # and so does half of a control
+    ("cut", (1, 0), (0, 0), 1, 0.2, 1, "absent"),               # there was no sink
+    ("forge", (0.4, 0.2), (0.1, 0.3), 1, 0.9, 0.5, "holds"),    # it has 50 % of two sinks
+    ("forge", (1, 0.8), (0, 0.2), 1, 0.9, 0.2, "partly"),
+    ("forge", (1, 0.9), (0, 0.1), 1, 0.9, 0.1, "no"),
+    ("forge", (0.4, 0.4), (0.1, 0.05), 1, 0.9, 0, "no")])
+def test_share_and_verdict_by_the_rule(kind, first, k, control, sink, share, word):
+    unmoved = (first[0], control * first[0])
+    rows = [row(kind, first, k, sink=sink), row(kind, unmoved, (0, 0), control=True)]
+    found = probe.verdicts([rows, rows], T)[0]
+    assert near(found["share"], share) and found["spread"] == 0 and found["word"] == word
 
-    def word(kind, effect, control):
-        after = lambda e: (null + 1 - e, 0) if kind == "cut" else (null + 1, e)
-        rows = [row(kind, (null + 1, 0), after(effect)),
-                row(kind, (null + 1, 0), after(control), control=True)]
-        return probe.verdicts([rows, rows], T)[0]["word"]
-    assert [word("cut", e, 0) for e in (0.6, 0.4, 0.2)] == ["holds", "partly", "no"]
-    assert word("cut", 0.6, 0.4) == "no"
-    assert [word("forge", e, 0) for e in (0.5, 0.2, 0.1)] == ["holds", "partly", "no"]
-    rows = [row("cut", (null + 1, 0), (null, 0))]
-    rows[0]["before"][0]["sink"] = 0.2
-    assert probe.verdicts([rows], T)[0]["word"] == "absent"
-    two = [row("cut", (null + 1, 0), (null + 0.2, 0))], [row("cut", (null + 1, 0), (null + 0.4, 0))]
-    found = probe.verdicts(two, T)[0]
+
+def test_spread_is_over_batches():
+    found = probe.verdicts([[row("cut", (1, after), (0, 0))] for after in (0.2, 0.4)], T)[0]
     assert near(found["share"], 0.7) and near(found["spread"], 0.02**0.5)
-
-
-@pytest.mark.parametrize("k", [0, T // 2, T - 1, 99])
-def test_a_sink_cannot_be_forged_everywhere(k):
-    with pytest.raises(UserError, match="a sink can be forged"):
-        probe.cuts(small(), ids(), ids(), k=k)
 
 
 # ---------------------------------------------------------------- LINKS is the one place
@@ -357,55 +332,48 @@ def made_up(monkeypatch):
     headline = Number("mirror", "a headline nobody else names",
                       lambda a: a["resid_post"][:, a.k].mean(), "largest")
     link = Link("mirrors", "a link nobody else names", [headline],
-                cut=Edit("it is mirrored", "resid_pre", "first", lambda x, p, s, i: -x[:, p],
-                         controls=probe.MIDDLE))
+                cut=Edit("it is mirrored", "resid_pre", "first", lambda x, p, s, i: -x[:, p]))
     links = [*probe.LINKS[:-1], link, probe.LINKS[-1]]
     monkeypatch.setattr(probe, "LINKS", links)
     monkeypatch.setattr(links[0], "numbers", [*links[0].numbers, number])
-    return number, headline, link
 
 
-def test_what_is_added_to_links_is_found_everywhere(made_up, capsys, tmp_path, monkeypatch):
-    folder = tiny_llama_folder(tmp_path / "llama", num_hidden_layers=3)
-    common = ["--llama", str(folder), "--windows", "4", "--threads", "1",
-              "--out", str(tmp_path / "out")]
-    assert probe.main(common) == 0
+def test_what_is_added_to_links_is_found_everywhere(made_up, capsys, tmp_path):
+    """The figures are read off LINKS too: tests/test_figures.py."""
+    folder, out = tiny_llama_folder(tmp_path / "llama", num_hidden_layers=3), tmp_path / "out"
+    words = ["--llama", str(folder), "--windows=4", "--threads=1", f"--out={out}"]
+    assert probe.main(words) == 0
     text = capsys.readouterr().out
     assert "a number nobody else names" in text and "a headline nobody else names" in text
-    assert probe.main([*common, "--cut", "--batches", "2"]) == 0
-    text = capsys.readouterr().out
-    assert "mirrors: it is mirrored" in text
-    assert re.search(r"^ +variance .* mirrors +sink +loss$", text, flags=re.M)
-    assert re.search(r"mirrors +cut +it is mirrored", text)
-    saved = json.loads((tmp_path / "out/chain.json").read_text())["chain"]["random tokens"]
+    saved = json.loads((out / "chain.json").read_text())["chain"]["random tokens"]
     assert {"made_up", "mirror"} <= saved["llama"]["mean"].keys()
-    saved = json.loads((tmp_path / "out/cut.json").read_text())["cut"]["llama"]
+
+    assert probe.main([*words, "--cut", "--batches=2"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^ +variance .* mirrors +sink +loss$", text, flags=re.M)
+    assert re.search(r"^mirrors: it is mirrored( +\S+){9}$", text, flags=re.M)
+    assert re.search(r"mirrors.* it is mirrored +(holds|partly|no|absent) .*control", text)
+    saved = json.loads((out / "cut.json").read_text())["cut"]["llama"]
     assert "mirrors" in [v["link"] for v in saved["verdicts"]]
     assert "mirror" in saved["batches"][0][0]["after"][0]
+
     with pytest.raises(SystemExit):
-        probe.parse(["--help"])
+        probe.main(["--help"])
     assert "a number nobody else names" in capsys.readouterr().out
-    run = train.Run(out=str(tmp_path / "run"), steps=2, evals=1, batch_size=2, hidden_size=16,
-                    intermediate_size=16, num_hidden_layers=2, seq_len=12, data="copy")
-    lines = []
-    result = train.train(run, say=lines.append)
-    assert any("mirrors" in line for line in lines)
-    assert {"made_up", "mirror"} <= result.log[-1]["links"].keys()
-    # the figures are read off LINKS too: tests/test_figures.py
+    assert train.main(tiny_flags(tmp_path / "run")) == 0
+    assert "mirrors" in capsys.readouterr().out
+    assert {"made_up", "mirror"} <= train.read_log(tmp_path / "run")[-1]["links"].keys()
 
 
 # ---------------------------------------------------------------- the command
 
-def test_smollm2_and_runs_are_told_apart(capsys):
-    for words in ([], ["smollm2", "out/softmax", "--file", "x"], ["a", "--llama", "b"],
-                  ["a", "--file", "x"]):
-        with pytest.raises(UserError, match="give smollm2"):
-            probe.check(probe.parse(words))
-
-
-@pytest.mark.parametrize("words", [["--windows", "1"], ["--batches", "0"], ["--batches", "99999"],
-                                   ["--seed", "-1"], ["--threads", "0"], ["--position", "0"],
-                                   ["--windows", "9" * 400]])
-def test_sizes_out_of_proportion(words):
-    with pytest.raises(UserError, match=f"{words[0]} must be from"):
-        probe.check(probe.parse(["smollm2", *words]))
+@pytest.mark.parametrize("words, message", [
+    ("", "give smollm2"), ("smollm2 out/softmax --file x", "give smollm2"),
+    ("a --llama b", "give smollm2"), ("a --file x", "give smollm2"),
+    ("smollm2 --windows 1", "--windows must be from 2"),
+    ("smollm2 --batches 99999", "--batches must be from 1"),
+    ("smollm2 --position 0", "--position must be from 1"),
+    ("smollm2 --out=", "--out is empty"), ("nowhere", "nowhere holds no run")])
+def test_bad_command(words, message):
+    with pytest.raises(UserError, match=message):
+        probe.main(words.split())

@@ -15,8 +15,8 @@ from data.border import fill, read_json
 from tests import bench, claims, cures
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "tests" / "results"
-PAGES = [ROOT / "README.md", ROOT / "chapters" / "README.md", *sorted(RESULTS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "chapters" / "README.md",
+         *sorted((ROOT / "tests" / "results").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 
 
@@ -29,6 +29,10 @@ def commands() -> list[str]:
     return sorted({part for part in parts if part})
 
 
+def run(*words, cwd=ROOT):
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True)
+
+
 def test_first_screen():
     screen = README.splitlines()[:40]
     assert "pip install -r requirements.txt && python train.py --attn headnorm" in screen
@@ -38,47 +42,45 @@ def test_first_screen():
 
 @pytest.mark.parametrize("command", commands())
 def test_command(command):
-    words = shlex.split(command)
-    if words[:2] == ["python", "train.py"]:
-        given = train.parse(words[2:]) if "--help" not in words else {}
+    program, *words = shlex.split(command)
+    if program != "python":
+        assert program in ("pip", "pytest", "jupytext")
+    elif words[0] == "-m":
+        assert importlib.util.find_spec(words[1])
+    elif words[0] == "train.py" and "--help" not in words:
+        given = train.parse(words[1:])
         settings = {k: v for k, v in given.items() if k in train.Run.__dataclass_fields__}
         train.resolve(train.Run(**settings))
-    elif words[:2] == ["python", "probe.py"]:
-        if "--help" not in words:
-            probe.check(probe.parse(words[2:]))
-    elif words[:2] == ["python", "-m"]:
-        assert importlib.util.find_spec(words[2])
-    elif words[0] == "python":
-        assert (ROOT / words[1]).is_file()
+    elif words[0] == "probe.py" and "--help" not in words:
+        probe.parse(words[1:])
     else:
-        assert words[0] in ("pip", "pytest", "jupytext")
+        assert (ROOT / words[0]).is_file()
 
 
-@pytest.mark.parametrize("program", ["train.py", "probe.py"])
-def test_help_runs(program):
-    done = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and not done.stderr
-    assert "smollm2" in done.stdout or "--attn" in done.stdout
+@pytest.mark.parametrize("program, flags", [
+    ("train.py", [train.flag(field.name) for field in train.fields(train.Run)]),
+    ("probe.py", ["--cut", "--llama", "smollm2"])])
+def test_help_names_every_flag_without_docstrings(program, flags):
+    done = run("-OO", program, "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(flag in done.stdout for flag in flags)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_links_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
 def test_tables_are_those_of_the_json():
-    blocks = claims.tables(read_json(claims.FILE))
+    bench_tables = map(bench.table, read_json(bench.RESULTS)["shapes"].values())
+    made = {cures.PAGE: cures.tables(read_json(cures.FILE)),
+            bench.PAGE: {"speed": "\n\n".join(bench_tables)}}
     for path in claims.PAGES:
+        made[path] = made.get(path, {}) | claims.tables(read_json(claims.FILE))
+    for path, blocks in made.items():
         text = path.read_text(encoding="utf-8")
-        assert fill(text, blocks) == text, f"{path}: python -m tests.claims --render"
-    text = cures.PAGE.read_text(encoding="utf-8")
-    assert fill(text, cures.tables(read_json(cures.FILE))) == text
-    text = bench.PAGE.read_text(encoding="utf-8")
-    tables = map(bench.table, read_json(bench.RESULTS)["shapes"].values())
-    assert fill(text, {"speed": "\n\n".join(tables)}) == text
+        assert fill(text, blocks) == text, f"{path} must be rendered anew"
 
 
 @pytest.mark.slow
@@ -89,20 +91,15 @@ def test_first_command_in_a_fresh_folder(tmp_path):
         if name.split("/")[0] in ("model.py", "train.py", "probe.py", "data", "chapters"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-
-    def run(*words):
-        return subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True,
-                              text=True)
-
-    done = run("train.py", "--attn", "headnorm", "--steps", "60", "--out", "out/headnorm")
-    assert done.returncode == 0, done.stderr
-    files = {path.name for path in (tmp_path / "out/headnorm").iterdir()} - {".lock"}
-    assert files == {"config.json", "log.jsonl", "model.pt", "curve.png"}
-    following, seen = done.stdout.strip().splitlines()[-2:]
-    assert following == "next: python probe.py out/headnorm"
-    assert "a sample:" in done.stdout and seen.startswith("headnorm has")
-    done = run(*following.removeprefix("next: python ").split())
+    first = ("train.py", "--attn", "headnorm", "--steps", "60", "--out", "out/headnorm")
+    done = run(*first, cwd=tmp_path)
+    assert done.returncode == 0 and "a sample:" in done.stdout, done.stderr
+    files = {path.name for path in (tmp_path / "out/headnorm").iterdir()}
+    assert files >= {"config.json", "log.jsonl", "model.pt", "curve.png"}
+    following, seen = done.stdout.splitlines()[-2:]
+    assert following == "next: python probe.py out/headnorm" and seen.startswith("headnorm has")
+    done = run(*following.split()[2:], cwd=tmp_path)
     assert done.returncode == 0 and "sink" in done.stdout, done.stderr
     assert (tmp_path / "out/headnorm/chain.png").exists()
-    again = run("train.py", "--attn", "headnorm", "--steps", "60", "--out", "out/headnorm")
+    again = run(*first, cwd=tmp_path)
     assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
