@@ -330,8 +330,8 @@ def encoding(folder=CACHE / "smollm2") -> tiktoken.Encoding:
     """The tokenizer of SmolLM2, from the folder's vocab.json. Raises UserError if that is damaged.
 
     Its ids are in the order in which the merges were learned, which is all that tiktoken wants to
-    know. 21 single bytes, which no UTF-8 text of the training data held, are not in the vocabulary;
-    tiktoken needs all 256, so they get ids past its end.
+    know. 21 single bytes are not in the vocabulary, six control characters such as U+0004 among
+    them; tiktoken needs all 256, so they get ids past its end, which the model cannot read.
     """
     path = Path(folder) / "vocab.json"
     vocab = read_json(path)
