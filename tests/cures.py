@@ -18,13 +18,8 @@ under gated and sigmoid. Written before fresh seeds (FRESH) were run to that ste
 
     SINK is passed under softmax and under headnorm in 4 of 5 seeds at least, under gated and under
     sigmoid in none
-
-And, written before any run of it: how large a learning rate an attention bears. Runs of 1,000 steps
-at 0.01, doubled until 0.08; one is *borne* in a seed if the loss ends less than BORNE above the
-lowest of that attention and seed.
 """
 import argparse
-import math
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -36,12 +31,11 @@ import torch.nn.functional as F
 
 import probe
 import train
-from data.border import UserError, bar, fill, read_json, write_atomically, write_json
+from data.border import bar, fill, read_json, write_atomically, write_json
 from model import ATTENTIONS, Attention, record
 
 SEEDS, RATES = range(5), (2.5e-3, 5e-3, 1e-2, 2e-2)
 SINK, LEARNED, REACHED = probe.SINK, 0.25, 1.6  # attention; nats above perfect; nats
-LADDER, LADDER_SEEDS, BORNE = [1e-2 * 2**i for i in range(4)], range(2), 0.3  # ...; nats
 EARLY, FRESH = 889, range(5, 10)
 T = 64
 RESULTS = Path("tests/results")
@@ -91,7 +85,7 @@ VARIANTS = {  # of headnorm: what is replaced in Attention, and by what
     "all heads at once": ("mix", all_heads_at_once),
     "on the values": ("mix", values_instead),
 }
-VARIANT_RATE = 1e-2
+VARIANT_RATE, VARIANT_SEEDS = 1e-2, range(3)
 
 
 def train_variant(name, seed):
@@ -109,16 +103,6 @@ def train_and_measure(run) -> dict:
 
 
 # ---------------------------------------------------------------- measuring one run
-
-def short_loss(attn, lr, seed) -> float:
-    """Validation loss after a training of 1,000 steps; infinite, if it was given up."""
-    run = train.Run(attn=attn, size="micro", lr=lr, seed=seed, steps=1000, evals=1)
-    run.out = f"out/cures/short-{attn}-{lr:g}-{seed}"
-    try:
-        return train.train(run, overwrite=True, say=lambda text: None).log[-1]["val_loss"]
-    except UserError:  # the loss is no longer finite
-        return math.inf
-
 
 def early(attn, seed) -> dict:
     """The sink after the first EARLY steps of a training, 30 seconds on one core."""
@@ -319,24 +303,10 @@ def ruler_table(found) -> str:
     return "\n".join(lines)
 
 
-def ladder_table(found) -> str:
-    """Mean loss over seeds, and the largest rate that is borne in all of them."""
-    lines = ["| | " + " | ".join(f"{lr:g}" for lr in LADDER) + " | largest borne |",
-             "|---" * (len(LADDER) + 2) + "|"]
-    for attn in ATTENTIONS:
-        rows = [found["ladder"][attn][f"{lr:g}"] for lr in LADDER]
-        loss = [[math.inf if row[seed] is None else row[seed] for row in rows] for seed in rows[0]]
-        borne = [lr for lr, same in zip(LADDER, zip(*loss))
-                 if all(a < min(whole) + BORNE for a, whole in zip(same, loss))]
-        cells = [f"{statistics.fmean(same):.2f}" for same in zip(*loss)]
-        lines.append(f"| {attn} | {' | '.join(cells)} | {max(borne):g} |")
-    return "\n".join(lines)
-
-
 def variants_table(found) -> str:
     lines = ["| headnorm | sink | value drain | DomRatio | loss above perfect | minus headnorm |",
              "|---" * 6 + "|"]
-    whole = cells(found, "headnorm", VARIANT_RATE)
+    whole = cells(found, "headnorm", VARIANT_RATE)[:len(VARIANT_SEEDS)]
     for name in ("headnorm", *VARIANTS):
         there = found["variants"].get(name)
         seeds = [there[seed] for seed in sorted(there)] if there else whole
@@ -379,7 +349,7 @@ def tables(found) -> dict[str, str]:
             "same": comparison(found, dict.fromkeys(ATTENTIONS, best["softmax"])),
             "best": comparison(found, best), "variants": variants_table(found),
             "births": births_table(found), "early": early_table(found),
-            "ruler": ruler_table(found), "ladder": ladder_table(found),
+            "ruler": ruler_table(found),
             "search": search_table(found)}
 
 
@@ -402,24 +372,19 @@ def main():
 
 def work(jobs) -> None:
     """Train and measure what is not yet in cures.json; write it after each run."""
-    found, plan = {"early": {}, "ladder": {}} | read_json(FILE), []
+    found, plan = {"early": {}} | read_json(FILE), []
     for seed in SEEDS:
         for lr in RATES:
             for attn in ATTENTIONS:
                 place = found["grid"].setdefault(attn, {}).setdefault(f"{lr:g}", {})
                 plan.append((place, seed, train_and_measure, run_of(attn, lr, seed)))
-    for seed in SEEDS:
+    for seed in VARIANT_SEEDS:
         for name in VARIANTS:
             place = found["variants"].setdefault(name, {})
             plan.append((place, seed, train_variant, name, seed))
     for seed in FRESH:
         for attn in ATTENTIONS:
             plan.append((found["early"].setdefault(attn, {}), seed, early, attn, seed))
-    for seed in LADDER_SEEDS:
-        for lr in LADDER:
-            for attn in ATTENTIONS:
-                place = found["ladder"].setdefault(attn, {}).setdefault(f"{lr:g}", {})
-                plan.append((place, seed, short_loss, attn, lr, seed))
     with ProcessPoolExecutor(jobs) as pool:
         waiting = [(place, seed, pool.submit(*job)) for place, seed, *job in plan
                    if str(seed) not in place]
