@@ -15,14 +15,15 @@ else. A claim is shown when all its tests are, and partly when any is at least p
 """
 
 import argparse
-import json
+import itertools
 import math
+import operator
 import os
 import platform
+import re
 import statistics
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ import probe
 import train
 from chapters.lesson import trained
 from data import smollm2
-from data.border import fill, read_json, write_atomically, write_json
+from data.border import bar, fill, read_json, write_atomically, write_json
 from data.windows import english, random_windows, text_windows
 from model import GPT, record
 from tests import cures
@@ -49,14 +50,11 @@ K, T = 10, 64
 
 def plan() -> dict[tuple, train.Run]:
     """(lane, attn, seed) -> the run."""
-    size = {"text": "tiny", "micro": "micro"}
     runs = {}
-    for lane in size:
-        for seed in range(UNITS[lane]):
-            for attn in ATTENTIONS:
-                run = train.Run(attn=attn, size=size[lane], seed=seed)
-                folder = str(RUNS / f"{lane}-{attn}-{seed}")
-                runs[lane, attn, seed] = train.resolve(replace(run, out=folder))
+    for lane, size in (("text", "tiny"), ("micro", "micro")):
+        for seed, attn in itertools.product(range(UNITS[lane]), ATTENTIONS):
+            out = str(RUNS / f"{lane}-{attn}-{seed}")
+            runs[lane, attn, seed] = train.resolve(train.Run(attn, size, seed=seed, out=out))
     return runs
 
 
@@ -140,31 +138,33 @@ def measure_batch(b):
     random = random_windows(8, T, model.cfg.vocab_size, seed=b)
     text = text_windows(encode(english()), UNITS["SmolLM2"], 8, T)[b]
     forge = "forge variance", "forge W_O"
-    return {"softmax": {
-        "random": numbers(model, *random), "text": numbers(model, *text),
-        "effects": effects(model, *random), "effects in text": effects(model, *text),
-        "effects at 20": effects(model, *random, 20, forge),
-        "effects at 40": effects(model, *random, 40, forge),
-        "agreement": agreement(model, random[0]), "screen": screen(model, random[0]),
-        "tau of rows": rows_that_write(model, random[0])}}
+    return {"random": numbers(model, *random), "text": numbers(model, *text),
+            "effects": effects(model, *random), "effects in text": effects(model, *text),
+            "effects at 20": effects(model, *random, 20, forge),
+            "effects at 40": effects(model, *random, 40, forge),
+            "agreement": agreement(model, random[0]), "screen": screen(model, random[0]),
+            "tau of rows": rows_that_write(model, random[0])}
 
 
-def measure_seed(job):
-    """One seed of a toy, one attention: the windows in which its sink is read come first."""
+def measure_seed(lane, run):
+    """One seed of a toy, one attention. `main` are the windows in which its sink is read."""
     torch.set_num_threads(1)
-    lane, run = job
     model, corpus, _ = train.load_run(run.out)
-    null = GPT(model.cfg, seed=run.seed).eval()
-    draw = lambda bos: corpus.batch(32, T, torch.Generator().manual_seed(0), "val", bos)
-    rest = lambda: corpus.rest(32, T, torch.Generator().manual_seed(0))
-    random = rest() if corpus.task else random_windows(32, T, corpus.bos)
-    main = draw(1.0) if lane == "text" else random
-    log = train.read_log(run.out)
+    log, untrained = train.read_log(run.out), GPT(model.cfg, seed=run.seed).eval()
+
+    def held_out(bos):
+        return corpus.batch(32, T, torch.Generator().manual_seed(0), "val", bos)
+
+    if lane == "text":
+        random, main, links = random_windows(32, T, corpus.bos), held_out(1.0), "links_bos"
+    else:
+        random = main = corpus.rest(32, T, torch.Generator().manual_seed(0))
+        links = "links_rest"
+    kept = ("step", "val_loss")
     found = {"main": numbers(model, *main), "random": numbers(model, *random),
-             "text": numbers(model, *draw(0.0)), "untrained": numbers(null, *random),
+             "text": numbers(model, *held_out(0.0)), "untrained": numbers(untrained, *random),
              "val_loss": log[-1]["val_loss"], "lr": run.lr, "seconds": log[-1]["seconds"],
-             "birth": [{"step": row["step"], "val_loss": row["val_loss"],
-                        **row["links_bos" if lane == "text" else "links_rest"]} for row in log]}
+             "birth": [{key: row[key] for key in kept} | row[links] for row in log]}
     if lane == "text":
         found["loss at 1024"] = loss_at(model, corpus, 1024) - loss_at(model, corpus, T)
     if run.attn in ("softmax", "gated"):
@@ -182,6 +182,29 @@ def loss_at(model, corpus, length, tokens=16384):
     return statistics.fmean(model(a, b)[1].item() for a, b in zip(x.split(16), y.split(16)))
 
 
+# ---------------------------------------------------------------- reading the records
+
+def units(found, lane) -> list[dict]:
+    """What was measured in each batch or seed of a lane, {attn: record}, each `ready`."""
+    there = (found[lane].get(str(unit)) for unit in range(UNITS[lane]))
+    return [{attn: ready(record) for attn, record in unit.items()} for unit in there if unit]
+
+
+def ready(record) -> dict:
+    """A record in which `number` finds its places: on top `first` and `ordinary` of the windows in
+    which the sink is read; every effect, with its strongest control, and nan for all shares where
+    there is no sink to share; and `half`, when a number has gone half of its way."""
+    found = record | record.get("main", record["random"])
+    has_sink = found["first"]["sink"] > probe.SINK
+    nothing = {"share": math.nan, "controls": [math.nan, math.nan], "control": math.nan}
+    for name, effect in record.get("effects", {}).items():
+        found[name] = effect | ({"control": max(effect["controls"])} if has_sink else nothing)
+    if "birth" in record:
+        found["half"] = {key: half_time(record["birth"], key) for key in
+                         ("sink", "lock_gap", "norm_ratio", "neuron_contrast")}
+    return found
+
+
 def half_time(birth, key):
     """The first step at which a number has gone half of its way from the first to the last."""
     values = [row[key] for row in birth]
@@ -190,145 +213,111 @@ def half_time(birth, key):
                 if (v - middle) * (values[-1] - middle) >= 0)
 
 
+def number(unit, what) -> float:
+    """What stands at a place in a record, as in "first.sink" or, where it is not softmax's,
+    "sigmoid.val_loss"; or "a minus b" or "a over b" of two places."""
+    for word, apply in (("minus", operator.sub), ("over", operator.truediv)):
+        if f" {word} " in what:
+            a, b = what.split(f" {word} ")
+            return apply(number(unit, a), number(unit, b))
+    keys = what.split(".")
+    value = unit if keys[0] in ATTENTIONS else unit["softmax"]
+    for key in keys:
+        value = value[int(key) if isinstance(value, list) else key]
+    return value
+
+
+def numbers_of(found, lane, what) -> list[float]:
+    return [number(unit, what) for unit in units(found, lane)]
+
+
+def finite(values) -> list[float]:
+    """Those of the batches or seeds that have a sink."""
+    return [v for v in values if math.isfinite(v)]
+
+
 # ---------------------------------------------------------------- hypotheses
-
-def main_of(r):
-    return r["softmax"]["main" if "main" in r["softmax"] else "random"]
-
-
-def at(key, windows=None, token="first", attn="softmax"):
-    """A number of the chain; windows None: those in which the sink of the lane is read."""
-    return lambda r: (r[attn][windows] if windows else (
-        r[attn]["main"] if "main" in r[attn] else r[attn]["random"]))[token][key]
-
-
-def over(key, windows=None):
-    """A number at token 0 over the same at the ordinary token."""
-    return lambda r: at(key, windows)(r) / at(key, windows, "ordinary")(r)
-
-
-def has_sink(r):
-    return main_of(r)["first"]["sink"] > probe.SINK
-
-
-def effect(name, control=None, where="effects"):
-    """The share of a cut or forgery; with `control`, how far above its control of that number. nan
-    without a sink at token 0: there is nothing to share."""
-    def of(r):
-        e = r["softmax"][where][name]
-        if not has_sink(r):
-            return math.nan
-        return e["share"] - (e["controls"][control] if control is not None else 0.0)
-    return of
-
-
-def control_of(name, number=0):
-    return lambda r: r["softmax"]["effects"][name]["controls"][number] if has_sink(r) else math.nan
-
-
-def times(name):
-    return lambda r: (lambda e: e["after"] / e["before"])(r["softmax"]["effects"][name])
-
-
-def own(attn, key):
-    return lambda r: r[attn][key]
-
-
-def form(name):
-    return lambda r: r["softmax"]["agreement"][name]
-
-
-def minus(a, b):
-    return lambda r: a(r) - b(r)
-
-
-def divided(a, b):
-    return lambda r: a(r) / b(r)
-
-
-def birth(first, then):
-    return lambda r: (half_time(r["softmax"]["birth"], then)
-                      - half_time(r["softmax"]["birth"], first))
-
 
 SMOL, TOYS = ("SmolLM2",), ("text", "micro")
 ALL = SMOL + TOYS
-CLAIMS = (  # claim, what is measured, lanes, number of one batch or seed, holds from, holds up to
+CLAIMS = (  # claim, what is measured, lanes, `number` of a batch or seed, holds from, holds up to
     ("C1", "V_0 / median V_t of z, first layer, random tokens", ALL,
-     at("variance", "random"), 2, None),
-    ("C1", "the same, untrained", TOYS, at("variance", "untrained"), 2, None),
-    ("C2", "the same on text (or on the task)", ALL, at("variance", "text"), 2, None),
+     "random.first.variance", 2, None),
+    ("C1", "the same, untrained", TOYS, "untrained.first.variance", 2, None),
+    ("C2", "the same on text (or on the task)", ALL, "text.first.variance", 2, None),
     ("C3", "Kendall tau: spread of z, columns of W_O that read it (paper 0.32; half is asked)", ALL,
-     at("wo_tau"), 0.16, None),
+     "first.wo_tau", 0.16, None),
     ("C3", "Kendall tau: spread of the state, rows of W_O that write into it", ALL,
-     own("softmax", "tau of rows"), 0.16, None),
+     "tau of rows", 0.16, None),
     ("C4", "write of the top 5 neurons at token 0, over other tokens", ALL,
-     at("neuron_contrast"), 10, None),
-    ("C4", "that over the same at token 32", ALL, over("neuron_contrast"), 3, None),
-    ("C4", "share of these 5 that weights alone find", ALL,
-     lambda r: r["softmax"]["screen"]["overlap"], 0.4, None),
-    ("C5", "length of the state of token 0 over the median", ALL, at("norm_ratio"), 3, None),
+     "first.neuron_contrast", 10, None),
+    ("C4", "that over the same at token 32", ALL,
+     "first.neuron_contrast over ordinary.neuron_contrast", 3, None),
+    ("C4", "share of these 5 that weights alone find", ALL, "screen.overlap", 0.4, None),
+    ("C5", "length of the state of token 0 over the median", ALL, "first.norm_ratio", 3, None),
     ("C5", "DomRatio of token 0, largest layer, over that of token 32", ALL,
-     over("dominance"), 3, None),
+     "first.dominance over ordinary.dominance", 3, None),
     ("C6", "cosine of the normed state of token 0 between windows", SMOL + ("micro",),
-     at("direction"), 0.5, None),
-    ("C6", "that over the same at token 32", SMOL + ("micro",), over("direction"), 2, None),
+     "first.direction", 0.5, None),
+    ("C6", "that over the same at token 32", SMOL + ("micro",),
+     "first.direction over ordinary.direction", 2, None),
     ("C7", "logit of key 0 above the others, head with the largest sink, nats", ALL,
-     at("lock_gap"), 1, None),
-    ("C7", "cosine of the leading query and key 0 there", ALL, at("lock_cos"), 0.5, None),
-    ("C7", "attention of that head to token 0", ALL, at("sink"), 0.3, None),
+     "first.lock_gap", 1, None),
+    ("C7", "cosine of the leading query and key 0 there", ALL, "first.lock_cos", 0.5, None),
+    ("C7", "attention of that head to token 0", ALL, "first.sink", 0.3, None),
     ("C8", "token 10 sees only itself: attention of the strongest head to it, times", ALL,
-     times("forge variance"), 3, None),
-    ("C8", "its share of the two sinks", ALL, effect("forge variance"), 0.25, None),
-    ("C8", "the same in text", SMOL, effect("forge variance", where="effects in text"), 0.25, None),
-    ("C8", "the same at token 20", SMOL,
-     effect("forge variance", where="effects at 20"), 0.25, None),
-    ("C8", "the same at token 40", SMOL,
-     effect("forge variance", where="effects at 40"), 0.25, None),
-    ("C9", "variance of z_10 x 25: its share of the two sinks", ALL,
-     effect("forge W_O"), 0.25, None),
-    ("C9", "that minus the share by z_10 x 5", ALL, effect("forge W_O", 1), 0.1, None),
-    ("C9", "the same in text", SMOL, effect("forge W_O", 1, "effects in text"), 0.1, None),
-    ("C9", "the same at token 20", SMOL, effect("forge W_O", 1, "effects at 20"), 0.1, None),
-    ("C9", "the same at token 40", SMOL, effect("forge W_O", 1, "effects at 40"), 0.1, None),
+     "forge variance.after over forge variance.before", 3, None),
+    ("C8", "its share of the two sinks", ALL, "forge variance.share", 0.25, None),
+    ("C8", "the same in text", SMOL, "effects in text.forge variance.share", 0.25, None),
+    ("C8", "the same at token 20", SMOL, "effects at 20.forge variance.share", 0.25, None),
+    ("C8", "the same at token 40", SMOL, "effects at 40.forge variance.share", 0.25, None),
+    ("C9", "variance of z_10 x 25: its share of the two sinks", ALL, "forge W_O.share", 0.25, None),
+    ("C9", "that minus the share by z_10 x 5", ALL,
+     "forge W_O.share minus forge W_O.controls.1", 0.1, None),
+    ("C9", "the same in text", SMOL,
+     "effects in text.forge W_O.share minus effects in text.forge W_O.controls.1", 0.1, None),
+    ("C9", "the same at token 20", SMOL,
+     "effects at 20.forge W_O.share minus effects at 20.forge W_O.controls.1", 0.1, None),
+    ("C9", "the same at token 40", SMOL,
+     "effects at 40.forge W_O.share minus effects at 40.forge W_O.controls.1", 0.1, None),
     ("C10", "sigmoid: strongest head, rows made to sum to 1", TOYS,
-     at("sink", attn="sigmoid"), None, 0.3),
+     "sigmoid.first.sink", None, 0.3),
     ("C10", "sigmoid's loss minus softmax's, each at its own learning rate", TOYS,
-     minus(own("sigmoid", "val_loss"), own("softmax", "val_loss")), 0.005, None),
+     "sigmoid.val_loss minus softmax.val_loss", 0.005, None),
     ("C10", "loss at T = 1,024 above that at 64: sigmoid minus softmax", ("text",),
-     minus(own("sigmoid", "loss at 1024"), own("softmax", "loss at 1024")), 0.005, None),
+     "sigmoid.loss at 1024 minus softmax.loss at 1024", 0.005, None),
     ("C11", "headnorm's loss minus softmax's (paper -0.039)", TOYS,
-     minus(own("headnorm", "val_loss"), own("softmax", "val_loss")), None, -0.005),
+     "headnorm.val_loss minus softmax.val_loss", None, -0.005),
     ("C11", "headnorm: strongest head, attention to token 0", TOYS,
-     at("sink", attn="headnorm"), None, 0.3),
+     "headnorm.first.sink", None, 0.3),
     ("C11", "DomRatio of token 0: headnorm over softmax (paper 0.41)", TOYS,
-     divided(at("dominance", attn="headnorm"), at("dominance")), None, 0.7),
+     "headnorm.first.dominance over softmax.first.dominance", None, 0.7),
     ("control", "gated, a known cure: strongest head, attention to token 0", TOYS,
-     at("sink", attn="gated"), None, 0.3),
+     "gated.first.sink", None, 0.3),
     ("Q1", "steps to half of the sink minus steps to half of the lock", TOYS,
-     birth("lock_gap", "sink"), 0, None),
+     "half.sink minus half.lock_gap", 0, None),
     ("Q1", "steps to half of the sink minus steps to half of the norm", TOYS,
-     birth("norm_ratio", "sink"), 0, None),
+     "half.sink minus half.norm_ratio", 0, None),
     ("Q1", "steps to half of the norm minus steps to half of the neurons", TOYS,
-     birth("neuron_contrast", "norm_ratio"), 0, None),
+     "half.norm_ratio minus half.neuron_contrast", 0, None),
     ("Q2", "top 5 neurons a layer silent at token 0: share of the sink lost", ALL,
-     effect("cut neurons"), 0.5, None),
-    ("Q2", "the same in text", SMOL, effect("cut neurons", where="effects in text"), 0.5, None),
-    ("Q2", "the same for 5 others of like weight", ALL, control_of("cut neurons"), None, 0.25),
+     "cut neurons.share", 0.5, None),
+    ("Q2", "the same in text", SMOL, "effects in text.cut neurons.share", 0.5, None),
+    ("Q2", "the same for 5 others of like weight", ALL, "cut neurons.controls.0", None, 0.25),
     ("Q3", "share by variance minus share by a shift to the same length", ALL,
-     effect("forge W_O", 0), 0.1, None),
+     "forge W_O.share minus forge W_O.controls.0", 0.1, None),
     ("Q4", "z_0 given the RMS of the others: share of the sink lost", ALL,
-     effect("cut W_O"), 0.5, None),
+     "cut W_O.share", 0.5, None),
     ("Q4", "value drain at the sink: headnorm over softmax", TOYS,
-     divided(at("drain", attn="headnorm"), at("drain")), 2, None),
+     "headnorm.first.drain over softmax.first.drain", 2, None),
     ("Q5", "headnorm's loss minus softmax's", TOYS,
-     minus(own("headnorm", "val_loss"), own("softmax", "val_loss")), None, 0),
+     "headnorm.val_loss minus softmax.val_loss", None, 0),
     ("Q6", "trained with <|bos|> first: attention to a token that sees only itself, times",
-     ("text",),
-     times("forge variance"), 3, None),
-    ("Q6", "trained without: the same", SMOL + ("micro",), times("forge variance"), 3, None),
+     ("text",), "forge variance.after over forge variance.before", 3, None),
+    ("Q6", "trained without: the same", SMOL + ("micro",),
+     "forge variance.after over forge variance.before", 3, None),
     ("Q7", "one token's value in all heads, over heads from different windows, equal variance", ALL,
-     divided(form("one token"), form("heads apart")), 1.5, None),
+     "agreement.one token over agreement.heads apart", 1.5, None),
 )
 SAYS = {  # claim -> what the paper says (or the question), and what would have refuted it
     "C1": ("Causal averaging leaves the first token a variance outlier.",
@@ -369,11 +358,6 @@ SAYS = {  # claim -> what the paper says (or the question), and what would have 
 
 # ---------------------------------------------------------------- tables
 
-def units(found, lane):
-    """One record for each batch or seed: {attn: numbers}."""
-    return [found[lane][str(u)] for u in range(UNITS[lane]) if str(u) in found[lane]]
-
-
 def judge(values, low, high):
     """(how many hold, the word for it)"""
     held = sum((low is None or v >= low) and (high is None or v <= high) for v in values)
@@ -385,10 +369,10 @@ def judge(values, low, high):
 def tests_of(found) -> list[dict]:
     """Every test in every lane: {claim, lane, what, margin, values, held, word}."""
     rows = []
-    for claim, what, lanes, number, low, high in CLAIMS:
+    for claim, what, lanes, place, low, high in CLAIMS:
         margin = f"at least {low:g}" if high is None else f"at most {high:g}"
         for lane in lanes:
-            values = [number(r) for r in units(found, lane)]
+            values = numbers_of(found, lane, place)
             held, word = judge(values, low, high)
             rows.append(dict(claim=claim, lane=lane, what=what, margin=margin, values=values,
                              held=held, word=word))
@@ -404,7 +388,7 @@ def word_of(tests) -> str:
 
 
 def spread(values) -> str:
-    there = [v for v in values if math.isfinite(v)]
+    there = finite(values)
     if not there:
         return "no sink"
     text = probe.with_spread(statistics.fmean(there), statistics.stdev(there) if there[1:] else 0)
@@ -436,112 +420,97 @@ def links_table(found) -> str:
              "control | forged: share of two sinks | its control | own model, cut | forged |",
              "|---|---|---|---|---|---|---|---|"]
     for link in probe.LINKS:
-        n = link.numbers[0]
-        mean = lambda token: statistics.fmean(
-            r["softmax"]["random"][token][n.key] for r in units(found, "SmolLM2"))
-        cells = []
-        for lane in ("SmolLM2", "micro"):
-            for kind in ("cut", "forge"):
-                values = [r["softmax"]["effects"].get(f"{kind} {link.name}")
-                          for r in units(found, lane) if has_sink(r)]
-                there = [v for v in values if v]
-                cells.append(percent([v["share"] for v in there]))
-                if lane == "SmolLM2":
-                    cells.append(percent([max(v["controls"]) for v in there]))
-        lines.append(f"| **{link.name}**: {n.says} | {probe.digits(mean('first'))} "
-                     f"({probe.digits(mean('ordinary'))}) | {' | '.join(cells)} |")
+        headline = link.numbers[0]
+        first, ordinary = (numbers_of(found, "SmolLM2", f"{token}.{headline.key}")
+                           for token in ("first", "ordinary"))
+        cells = [f"**{link.name}**: {headline.says}", f"{probe.digits(statistics.fmean(first))} "
+                 f"({probe.digits(statistics.fmean(ordinary))})"]
+        for lane, of in (("SmolLM2", ("share", "control")), ("micro", ("share",))):
+            for kind, key in itertools.product(("cut", "forge"), of):
+                place = f"{kind} {link.name}.{key}"
+                edit = getattr(link, kind)
+                cells.append(percent(numbers_of(found, lane, place)) if edit else "-")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def percent(values) -> str:
-    if not values:
-        return "-"
-    std = statistics.stdev(values) if values[1:] else 0
-    return f"{statistics.fmean(values):.0%} ± {std:.0%}"
+    there = finite(values)
+    return f"{statistics.fmean(there):.0%} ± {statistics.stdev(there):.0%}"
 
 
 def losses_table(found) -> str:
     """Loss and sink of every attention in the toys."""
     lines = ["| | attention | learning rate | loss, nats per token | minus softmax, same seed | "
              "strongest head | length of token 0 | DomRatio |", "|---|---|---|---|---|---|---|---|"]
+    places = ("val_loss", "val_loss minus softmax.val_loss", "first.sink", "first.norm_ratio",
+              "first.dominance")
     for lane in TOYS:
         for attn in ATTENTIONS:
-            r = [u for u in units(found, lane) if attn in u]
-            key = lambda name: spread([u[attn]["main"]["first"][name] for u in r])
-            gap = spread([u[attn]["val_loss"] - u["softmax"]["val_loss"] for u in r])
-            loss = spread([u[attn]["val_loss"] for u in r])
-            lines.append(f"| {lane} | {attn} | {r[0][attn]['lr']:g} | {loss} | "
-                         f"{'-' if attn == 'softmax' else gap} | {key('sink')} | "
-                         f"{key('norm_ratio')} | {key('dominance')} |")
+            cells = [spread(numbers_of(found, lane, f"{attn}.{place}")) for place in places]
+            if attn == "softmax":
+                cells[1] = "-"
+            rate = numbers_of(found, lane, f"{attn}.lr")[0]
+            lines.append(f"| {lane} | {attn} | {rate:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-FOUND = (  # the README's five bullets; what stands in braces comes from claims.json
-    "**A real Llama shows the chain.** In SmolLM2, on random tokens, the first token varies "
-    "{variance} times as much as the median, its state is {norm} times as long, and {heads} of "
-    "all heads have a sink on it. Cutting what it averages, its neurons, its direction or its "
-    "key takes {cut_variance}, {cut_neurons}, {cut_direction} and {cut_lock} of the sink; the "
-    "controls take next to nothing.",
-    "**A handful of neurons carries it**, which the paper did not test: with five of 1,536 a "
-    "layer silent at that one token it has no sink (the next tokens take it over; with the five "
-    "silent everywhere there is none), and five others of like weight take nothing ({others}). "
-    "Let the model write without two of them: [chapter 03](chapters/book/03.md).",
-    "**Variance forges a sink, length does not.** A token that sees only itself gets {itself} "
-    "of the two sinks; one whose variance is amplified {amplified}, shifted to the same length "
-    "{shifted}, scaled {scaled}. In the model that `python train.py` trains (the {sinks} of 5 "
-    "seeds that have a sink) it is {toy_itself} and {toy_amplified}, by the shift {toy_shifted}; "
-    "there scaling does it too ({toy_scaled}).",
-    "**Not everything holds.** In SmolLM2 the columns of W_O do not favour the dimensions of "
-    "high variance (Kendall tau {tau}, the paper 0.32), nor do the rows that write ({rows}); it "
-    "weakens the outlier that it is said to pass on ({variance} times the median before it, "
-    "{out} after, in text {text_variance} and {text_out}). Giving the first token the others' "
-    "RMS before W_O takes only {cut_W_O} of the sink. A fixed direction and a large DomRatio "
-    "are not its own alone: it has {direction} and {dominance}, an ordinary token "
-    "{direction_ordinary} and {dominance_ordinary}.",
-    "**Sigmoid ends the sink, headnorm does not, and a small sink has its uses.** With ordinary "
-    "first tokens (`python train.py`, five seeds, one learning rate) the strongest head gives "
-    "token 0 {micro_softmax} (softmax), {micro_headnorm} (headnorm), {micro_gated} (gated, a known "
-    "cure) and {micro_sigmoid} (sigmoid). But this sink is a *ruler*: hide token 0, and the model "
-    "measures its place from token 1 ([chapter 07](chapters/book/07.md)). No cure takes away what "
-    "is in use, so a sink that stays here refutes none. After `<|bos|>`, which a head knows by "
-    "name, it is {text_softmax}, {text_headnorm}, {text_gated} and {text_sigmoid}. Headnorm has "
-    "the lower loss all the same: {loss} nats against softmax, each at its best learning rate "
-    "(95 % interval; the paper: -0.039). More: [the cures](tests/results/cures.md).",)
+FOUND = """
+**A real Llama shows the chain.** In SmolLM2, on random tokens, the first token varies
+{first.variance} times as much as the median, its state is {first.norm_ratio} times as long, and
+{first.sink_rate %} of all heads have a sink on it. Cutting what it averages, its neurons, its
+direction or its key takes {cut variance.share %}, {cut neurons.share %}, {cut direction.share %}
+and {cut lock.share %} of the sink; the controls take next to nothing.
+
+**A handful of neurons carries it**, which the paper did not test: with five of 1,536 a layer silent
+at that one token it has no sink (the next tokens take it over; with the five silent everywhere
+there is none), and five others of like weight take nothing ({cut neurons.controls.0 %}). Let the
+model write without two of them: [chapter 03](chapters/book/03.md).
+
+**Variance forges a sink, length does not.** A token that sees only itself gets {forge
+variance.share %} of the two sinks; one whose variance is amplified {forge W_O.share %}, shifted to
+the same length {forge W_O.controls.0 %}, scaled {forge W_O.controls.1 %}. In the model that `python
+train.py` trains (the {sinks} of 5 seeds that have a sink) it is {micro: forge variance.share %} and
+{micro: forge W_O.share %}, by the shift {micro: forge W_O.controls.0 %}; there scaling does it too
+({micro: forge W_O.controls.1 %}).
+
+**Not everything holds.** In SmolLM2 the columns of W_O do not favour the dimensions of high
+variance (Kendall tau {first.wo_tau}, the paper 0.32), nor do the rows that write ({tau of rows});
+it weakens the outlier that it is said to pass on ({first.variance} times the median before it,
+{first.variance_out} after, in text {text.first.variance} and {text.first.variance_out}). Giving the
+first token the others' RMS before W_O takes only {cut W_O.share %} of the sink. A fixed direction
+and a large DomRatio are not its own alone: it has {first.direction} and {first.dominance}, an
+ordinary token {ordinary.direction} and {ordinary.dominance}.
+
+**Sigmoid ends the sink, headnorm does not, and a small sink has its uses.** With ordinary first
+tokens (`python train.py`, five seeds, one learning rate) the strongest head gives token 0 {micro:
+softmax.first.sink} (softmax), {micro: headnorm.first.sink} (headnorm), {micro: gated.first.sink}
+(gated, a known cure) and {micro: sigmoid.first.sink} (sigmoid). But this sink is a *ruler*: hide
+token 0, and the model measures its place from token 1 ([chapter 07](chapters/book/07.md)). No cure
+takes away what is in use, so a sink that stays here refutes none. After `<|bos|>`, which a head
+knows by name, it is {text: softmax.first.sink}, {text: headnorm.first.sink}, {text:
+gated.first.sink} and {text: sigmoid.first.sink}. Headnorm has the lower loss all the same: {loss}
+nats against softmax, each at its best learning rate (95 % interval; the paper: -0.039). More: [the
+cures](tests/results/cures.md).
+"""  # what stands in braces is a `number`, of SmolLM2 where it names no lane
 
 
 def findings(found) -> str:
     """FOUND with its numbers, means over batches or seeds."""
-    def mean(lane, number):
-        values = [number(r) for r in units(found, lane)]
-        return statistics.fmean(v for v in values if math.isfinite(v))
+    def fill_in(braces):
+        lane, place, as_percent = braces.groups()
+        mean = statistics.fmean(finite(numbers_of(found, lane or "SmolLM2", place)))
+        return f"{mean:.0%}" if as_percent else probe.digits(mean)
 
-    S, M = "SmolLM2", "micro"
-    percents = {f"cut_{link.name}": (S, effect(f"cut {link.name}")) for link in probe.LINKS
-                if link.cut}
-    percents |= {
-        "heads": (S, at("sink_rate")), "others": (S, control_of("cut neurons")),
-        "itself": (S, effect("forge variance")),
-        "toy_itself": (M, effect("forge variance")), "amplified": (S, effect("forge W_O")),
-        "shifted": (S, control_of("forge W_O")), "scaled": (S, control_of("forge W_O", 1)),
-        "toy_amplified": (M, effect("forge W_O")), "toy_shifted": (M, control_of("forge W_O")),
-        "toy_scaled": (M, control_of("forge W_O", 1))}
-    plain = {
-        "variance": (S, at("variance")), "norm": (S, at("norm_ratio")), "tau": (S, at("wo_tau")),
-        "rows": (S, own("softmax", "tau of rows")), "out": (S, at("variance_out")),
-        "text_variance": (S, at("variance", "text")), "text_out": (S, at("variance_out", "text")),
-        "direction": (S, at("direction")),
-        "dominance": (S, at("dominance")),
-        "direction_ordinary": (S, at("direction", token="ordinary")),
-        "dominance_ordinary": (S, at("dominance", token="ordinary"))}
-    for lane in TOYS:
-        plain |= {f"{lane}_{a}": (lane, at("sink", attn=a)) for a in ATTENTIONS}
-    values = {name: f"{mean(*v):.0%}" for name, v in percents.items()}
-    values |= {name: probe.digits(mean(*v)) for name, v in plain.items()}
-    values["sinks"] = sum(has_sink(r) for r in units(found, M))
-    values["loss"] = cures.gain(read_json(cures.FILE))
-    return "\n".join(textwrap.fill("- " + text.format(**values), 100, subsequent_indent="  ",
-                                   break_long_words=False, break_on_hyphens=False)
-                     for text in FOUND)
+    sinks = len(finite(numbers_of(found, "micro", "cut lock.share")))
+    lines = []
+    for text in FOUND.strip().split("\n\n"):
+        text = text.replace("{sinks}", str(sinks))
+        text = text.replace("{loss}", cures.gain(read_json(cures.FILE)))
+        text = re.sub(r"\{(?:(\w+): )?(.+?)( %)?\}", fill_in, " ".join(text.split()))
+        lines.append(textwrap.fill("- " + text, 100, subsequent_indent="  ",
+                                   break_long_words=False, break_on_hyphens=False))
+    return "\n".join(lines)
 
 
 def tables(found) -> dict[str, str]:
@@ -565,35 +534,31 @@ def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--render", action="store_true", help="only the tables, from the JSON")
     parser.add_argument("--jobs", type=int, default=2, help="at a time, one thread each (2)")
-    parser.add_argument("--lane", choices=LANES, help="only this one; the others stay as they are")
     args = parser.parse_args()
     if not args.render:
-        measure(args.jobs, [args.lane] if args.lane else list(LANES))
+        measure(args.jobs)
     render()
 
 
-def measure(jobs, lanes) -> None:
+def measure(jobs) -> None:
     """Train what is missing, measure what is not yet in claims.json, write it after each."""
     found = read_json(FILE) if FILE.exists() else {}
     found["environment"] = {"torch": torch.__version__, "python": platform.python_version(),
                             "cores": os.cpu_count(), "machine": platform.machine()}
-    runs = {key: run for key, run in plan().items() if key[0] in lanes}
+    runs, waiting = plan(), []
     trained(*runs.values(), jobs=jobs)
     with ProcessPoolExecutor(jobs) as pool:
-        waiting = []
-        for lane in lanes:
-            there = found.setdefault(lane, {})
-            if lane == "SmolLM2":
-                waiting += [(lane, str(b), None, pool.submit(measure_batch, b))
-                            for b in range(UNITS[lane]) if str(b) not in there]
+        for b in range(UNITS["SmolLM2"]):
+            place = found.setdefault("SmolLM2", {}).setdefault(str(b), {})
+            if not place:
+                waiting.append((place, "softmax", pool.submit(measure_batch, b)))
         for (lane, attn, seed), run in runs.items():
-            if attn not in found[lane].get(str(seed), {}):
-                waiting.append((lane, str(seed), attn, pool.submit(measure_seed, (lane, run))))
-        for lane, unit, attn, job in waiting:
-            numbers_ = job.result() if attn is None else {attn: job.result()}
-            found[lane].setdefault(unit, {}).update(numbers_)
+            place = found.setdefault(lane, {}).setdefault(str(seed), {})
+            if attn not in place:
+                waiting.append((place, attn, pool.submit(measure_seed, lane, run)))
+        for place, attn, job in bar(waiting, "measured"):
+            place[attn] = job.result()
             write_json(FILE, found)
-            print(f"measured {lane} {unit} {attn or ''}", flush=True)
 
 
 if __name__ == "__main__":
