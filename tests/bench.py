@@ -1,423 +1,272 @@
-"""How fast is a training step, against what, and what made it so: `python -m tests.bench`.
+"""How fast is a training step, against what, and what makes it faster?
 
-Everything is measured in one process, in rounds: each case runs for a moment, then the next, and
-again from the start. A ratio is taken within a round, so whatever else the machine does meets both
-sides; the table gives the median over rounds and, as spread, the quartiles. Times no test.
+    python -m tests.bench               # widths 64, 128, 256 on one thread: about 15 minutes
+    python -m tests.bench --threads 2   # the same on two, beside what is there
+    python -m tests.bench --render      # only the tables of tests/results/speed.md, from the JSON
 
-A step is what train.py does: draw a batch, forward, backward, clip, AdamW. Tokens are random.
-The share of the peak counts, for each token of a training step,
-
-    6 P + 6 L C T   floating point operations,
-
-P the weights of all matrices but the embedding (2 for forward, 4 for backward), and causal
-attention: of 12 L C T for whole squares (q k' and the sum over values) half is needed. The peak is
-that of a 1024 x 1024 matrix product on the same threads, measured in the same rounds.
+Every case is trained by `train.train_step` on the same random tokens; only the model differs. The
+cases take turns, a quarter of a second each, and a ratio compares neighbours in time: medians over
+rounds stand in the tables, with quartiles. On one thread the clock is that of the processor, which
+other programs do not move. It tests nothing.
 """
-
 import argparse
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import patch
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
-import model as decoder
 import train
-from data.border import fill, read_json, write_atomically, write_json
-from model import ATTENTIONS, GPT, Attention, Config, RMSNorm, rope_turns, rotate, untapped
+from data import Corpus
+from data.border import bar, environment, fill, read_json, write_atomically, write_json
+from model import ATTENTIONS, GPT, RMSNorm
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 PAGE = RESULTS.with_name("speed.md")
-KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "seq_len",
-    "batch_size",
-)
+CPU, SLICE, N = torch.device("cpu"), 0.25, 1024  # seconds; of the matrices that set the peak
 SHAPES = {
-    "tiny": {key: train.SIZES["tiny"][key] for key in KEYS},
-    "wide": dict(zip(KEYS, (128, 344, 4, 2, 1024, 128, 16))),
+    64: {"size": "tiny"},
+    128: {"size": "tiny", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4,
+          "vocab_size": 1024, "seq_len": 128},
+    256: {"size": "tiny", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+          "num_attention_heads": 4, "vocab_size": 1024, "seq_len": 128},
 }
 
 
-# ---------------------------------------------------------------- the baseline
+# ---------------------------------------------------------------- what others write
 
+class Rival(nn.Module):
+    """The frame of the two plain models; `positions` are learned where a block does not rotate."""
 
-class BaselineBlock(nn.Module):
-    """GPT-2 as most people write it: LayerNorm, one matrix for q k v, GELU at 4 C, biases."""
-
-    def __init__(self, C, H):
+    def __init__(self, cfg, block, norm, positions):
         super().__init__()
-        self.H = H
-        self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.c_fc, self.c_out = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
-
-    def forward(self, x):
-        B, T, C = x.shape
-        q, k, v = (
-            t.view(B, T, self.H, -1).transpose(1, 2)
-            for t in self.c_attn(self.ln_1(x)).split(C, dim=2)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
-        return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x))))
-
-
-class Baseline(nn.Module):
-    def __init__(self, s):
-        super().__init__()
-        self.wte, self.wpe = nn.Embedding(s["vocab_size"], s["hidden_size"]), nn.Embedding(
-            s["seq_len"], s["hidden_size"]
-        )
-        self.blocks = nn.Sequential(
-            *(
-                BaselineBlock(s["hidden_size"], s["num_attention_heads"])
-                for _ in range(s["num_hidden_layers"])
-            )
-        )
-        self.ln_f = nn.LayerNorm(s["hidden_size"])
-        self.lm_head = nn.Linear(s["hidden_size"], s["vocab_size"], bias=False)
+        C, V = cfg.hidden_size, cfg.vocab_size
+        self.tokens = nn.Embedding(V, C)
+        self.positions = nn.Embedding(cfg.max_position_embeddings, C) if positions else None
+        self.layers = nn.ModuleList(block(cfg) for _ in range(cfg.num_hidden_layers))
+        self.norm, self.head = norm(C), nn.Linear(C, V, bias=False)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, idx, targets):
-        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
-        logits = self.lm_head(self.ln_f(self.blocks(x)))
-        return logits, F.cross_entropy(
-            logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-1
-        )
+        x = self.tokens(idx)
+        if self.positions:
+            x = x + self.positions(torch.arange(idx.shape[1]))
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(self.norm(x))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def baseline(s, corpus, compiled=False):
-    """Its usual loop: windows stacked one by one, AdamW as torch gives it."""
-    model = Baseline(s)
-    forward = torch.compile(model) if compiled else model
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
-    T, B, count = s["seq_len"], s["batch_size"], 0
-
-    def step():
-        nonlocal count
-        ix = torch.randint(len(corpus.train) - T, (B,))
-        x = torch.stack([corpus.train[i : i + T].long() for i in ix])
-        y = torch.stack([corpus.train[i + 1 : i + 1 + T].long() for i in ix])
-        _, loss = forward(x, y)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        count += 1
-        if count % 10 == 0:
-            loss.item()
-
-    return step
-
-
-# ---------------------------------------------------------------- our step, and changes of it
-
-
-class FusedAttention(Attention):
-    """One matrix for q, k and v, and no taps."""
-
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        self.qkv = nn.Linear(cfg.hidden_size, 3 * cfg.hidden_size, bias=False)
-        del self.q_proj, self.k_proj, self.v_proj
-
-    def forward(self, x, rope, bias, tap):
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.H, self.D).permute(2, 0, 3, 1, 4)
-        q, k = rotate(torch.stack((q, k)), *rope)
-        return self.o_proj(self.mix(q, k, v, x, bias, tap).reshape(B, T, C))
-
-
-class FusedMLP(nn.Module):
-    """One matrix for gate and up, and no taps."""
+class PlainBlock(nn.Module):
+    """Llama as most people write it: rotation of even and odd halves, four small products each."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.gate_up = nn.Linear(cfg.hidden_size, 2 * cfg.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+        C, F_, self.H = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads
+        self.norm_1, self.norm_2 = RMSNorm(C, 1e-5), RMSNorm(C, 1e-5)
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.w1, self.w3 = nn.Linear(C, F_, bias=False), nn.Linear(C, F_, bias=False)
+        self.w2 = nn.Linear(F_, C, bias=False)
+        D = C // self.H
+        frequency = 10000.0 ** (-torch.arange(0, D, 2) / D)
+        angle = torch.outer(torch.arange(cfg.max_position_embeddings), frequency)[:, None]
+        self.register_buffer("cos", angle.cos())  # (T, 1, D/2)
+        self.register_buffer("sin", angle.sin())
 
-    def forward(self, x, tap):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+    def rotate(self, x):
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = even * self.cos - odd * self.sin, even * self.sin + odd * self.cos
+        return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
 
-
-def rotate_by_halves(x, cos, sin):
-    """`model.rotate` as most people write it: four products of halves and a concatenation."""
-    (a, b), cos, sin = x.float().chunk(2, dim=-1), *(t.chunk(2, dim=-1)[1] for t in (cos, sin))
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
-
-
-def norm_by_length(self, x):
-    """`model.RMSNorm` with one reduction for the sum of squares, instead of square and mean."""
-    y = x.float()
-    mean_square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / y.shape[-1]
-    return self.weight * (y * torch.rsqrt(mean_square + self.eps)).type_as(x)
-
-
-def norm_by_torch(self, x):
-    return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
-
-def our_model(s, attn="softmax", fused_qkv=False, fused_mlp=False):
-    cfg = Config(
-        **{key: s[key] for key in KEYS[:5]}, max_position_embeddings=s["seq_len"], attn=attn
-    )
-    model = GPT(cfg)
-    for layer in model.layers:
-        if fused_qkv:
-            layer.self_attn = FusedAttention(cfg)
-        if fused_mlp:
-            layer.mlp = FusedMLP(cfg)
-    return model
+    def forward(self, x):
+        h = self.norm_1(x)
+        q, k, v = (w(h).unflatten(-1, (self.H, -1)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (t.transpose(1, 2) for t in (self.rotate(q), self.rotate(k), v))
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.wo(z.transpose(1, 2).flatten(-2))
+        h = self.norm_2(x)
+        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
 
-def split_loss(model, x, y, chunks=1, head_dtype=torch.float32):
-    """The forward pass with the loss over pieces of the batch, or the head in another dtype."""
-    rope, h = rope_turns(model.rope_freq, x.shape[1]), model.embed_tokens(x)
-    for layer in model.layers:
-        h = layer(h, rope, None, untapped)
-    total = 0.0
-    for part, target in zip(model.norm(h).flatten(0, 1).chunk(chunks), y.flatten().chunk(chunks)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=head_dtype == torch.bfloat16):
-            logits = model.lm_head(part)
-        total = total + F.cross_entropy(logits.float(), target, reduction="sum")
-    return None, total / y.numel()
+class GPT2Block(nn.Module):
+    """GPT-2 as most people write it: LayerNorm, one matrix for q k v, GELU at 4 C, biases."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        C, self.H = cfg.hidden_size, cfg.num_attention_heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.up, self.down = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def forward(self, x):
+        heads = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.H, -1))
+        q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))  # (B, H, T, D)
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(z.transpose(1, 2).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))
 
 
-def ours(
-    s,
-    corpus,
-    attn="softmax",
-    bf16=False,
-    compiled=False,
-    optimizer={},
-    clip={},
-    gather=None,
-    set_to_none=True,
-    loss={},
-    turn=rotate,
-    norm=RMSNorm.forward,
-    precision="highest",
-    **shape,
-):
-    """A step of train.py with everything at its default but what the keywords change."""
-    model = our_model(s, attn, **shape)
-    run = train.resolve(train.Run(attn=attn))
-    adamw = train.make_optimizer(model, run, torch.device("cpu"))
-    if optimizer:
-        adamw = torch.optim.AdamW(adamw.param_groups, lr=run.lr, betas=(0.9, 0.95), **optimizer)
-    forward = (
-        torch.compile(model)
-        if compiled
-        else (lambda x, y: split_loss(model, x, y, **loss)) if loss else model
-    )
-    cast = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
-    draw = torch.Generator().manual_seed(1)
-    batch = gather or (lambda: corpus.batch(s["batch_size"], s["seq_len"], draw, bos=run.bos))
-    count = 0
+class HuggingFace(nn.Module):
+    """LlamaForCausalLM of transformers, of the same shape."""
 
-    def step():
-        nonlocal count
-        x, y = batch()
-        torch.set_float32_matmul_precision(precision)
-        with cast, patch.object(decoder, "rotate", turn), patch.object(RMSNorm, "forward", norm):
-            value = forward(x, y)[1]
-        adamw.zero_grad(set_to_none=set_to_none)
-        value.backward()
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, **clip)
-        adamw.step()
-        torch.set_float32_matmul_precision("highest")
-        count += 1
-        if count % 10 == 0:
-            value.item()
+    def __init__(self, cfg):
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+        same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "max_position_embeddings")
+        shape = {name: getattr(cfg, name) for name in same}
+        self.llama = LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
+        self.layers = self.llama.model.layers
 
-    return step
+    def forward(self, idx, targets):
+        logits = self.llama(idx).logits
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def index_table(s, corpus):
-    """Batches by an (n, T + 1) table of indices instead of a view of all windows."""
-    draw, T, B = torch.Generator().manual_seed(1), s["seq_len"], s["batch_size"]
-
-    def batch():
-        starts = torch.randint(len(corpus.train) - T - 1, (B,), generator=draw)
-        tokens = corpus.train[starts[:, None] + torch.arange(T + 1)].long()
-        return tokens[:, :-1], tokens[:, 1:]
-
-    return batch
-
-
-def product(dtype, n=1024):
-    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
-    return lambda: a @ b
-
-
-def cases(s, corpus, threads, with_compile):
-    """{name: (what makes the step, threads)}; the first is what all others are compared with."""
-    bf16 = torch.cpu._is_avx512_bf16_supported()
-    found = (
-        {"softmax": {}}
-        | {attn: dict(attn=attn) for attn in ATTENTIONS[1:]}
-        | {
-            "AdamW not fused": dict(optimizer=dict(fused=False)),
-            "AdamW foreach": dict(optimizer=dict(foreach=True)),
-            "clip foreach": dict(clip=dict(foreach=True)),
-            "no clipping": dict(clip=None),
-            "gradients zeroed, not freed": dict(set_to_none=False),
-            "batch by index table": dict(gather=index_table(s, corpus)),
-            "rotation by halves": dict(turn=rotate_by_halves),
-            "RMSNorm by one reduction": dict(norm=norm_by_length),
-            "RMSNorm by F.rms_norm": dict(norm=norm_by_torch),
-            "q k v in one matrix": dict(fused_qkv=True),
-            "gate and up in one matrix": dict(fused_mlp=True),
-            "loss in 4 chunks": dict(loss=dict(chunks=4)),
-        }
-    )
-    if bf16:
-        found |= {
-            "bf16 autocast": dict(bf16=True),
-            "output matrix bf16": dict(loss=dict(head_dtype=torch.bfloat16)),
-            "products inside in bf16": dict(precision="medium"),
-        }
-    if with_compile:
-        found |= {"compile": dict(compiled=True)} | (
-            {"compile, bf16": dict(compiled=True, bf16=True)} if bf16 else {}
-        )
-    made = {
-        name: ((lambda how=how: ours(s, corpus, **how)), threads) for name, how in found.items()
-    }
-    made["baseline"] = (lambda: baseline(s, corpus)), threads
-    if with_compile:
-        made["baseline, compile"] = (lambda: baseline(s, corpus, compiled=True)), threads
-    for other in sorted({1, 2, os.cpu_count() or 1} - {threads}):
-        if other <= (os.cpu_count() or 1):
-            made[f"{other} thread{'s' * (other > 1)}"] = (lambda: ours(s, corpus)), other
-    made["peak fp32"] = (lambda: product(torch.float32)), threads
-    if bf16:
-        made["peak bf16"] = (lambda: product(torch.bfloat16)), threads
-    return made
+RIVALS = {"LlamaForCausalLM": HuggingFace,
+          "plain Llama": lambda cfg: Rival(cfg, PlainBlock, lambda C: RMSNorm(C, 1e-5), False),
+          "nanoGPT-style": lambda cfg: Rival(cfg, GPT2Block, nn.LayerNorm, True)}
 
 
 # ---------------------------------------------------------------- measuring
 
+def settings(width, attn="softmax"):
+    """The run, a corpus of random tokens, and the shape of its model."""
+    run = train.resolve(train.Run(attn=attn, **SHAPES[width]))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(run.vocab_size - 1, (10**6,), generator=generator).to(torch.int16)
+    corpus = Corpus("random", run.vocab_size, run.vocab_size - 1, train=tokens, val=tokens)
+    return run, corpus, train.shape(run, corpus)
 
-def measure(made, seconds):
-    """{name: calls per second in each round} and {name: seconds that the first call took}."""
-    steps, first, rates = {}, {}, {name: [] for name in made}
-    for name, (make, threads) in made.items():
-        torch.set_num_threads(threads)
-        start = time.perf_counter()
-        steps[name] = make()
-        steps[name]()
-        first[name] = time.perf_counter() - start
-        for _ in range(3):
-            steps[name]()
-    rounds = max(5, round(seconds / len(made) / 0.25))
-    for _ in range(rounds):
+
+def stepper(width, attn="softmax", rival=None, compiled=False, bf16=False):
+    """A function that makes one training step, of our model or of a rival's."""
+    run, corpus, cfg = settings(width, attn)
+    model = RIVALS[rival](cfg) if rival else GPT(cfg)
+    if compiled:
+        for layer in model.layers:  # as train.py --compile
+            layer.compile()
+    state = SimpleNamespace(run=run, corpus=corpus, model=model, device=CPU, step=0,
+                            optimizer=train.make_optimizer(model, run, CPU),
+                            batches=torch.Generator().manual_seed(1))
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    return lambda: train.train_step(state, cast)
+
+
+def fastest(width) -> str:
+    """What makes most of the processor; at width 64 the products are too small for bf16."""
+    bf16 = width > 64 and torch.cpu._is_avx512_bf16_supported()
+    return "compiled, bf16" if bf16 else "compiled"
+
+
+def cases(width):
+    """{name: a function that does it once}"""
+    found = {attn: stepper(width, attn) for attn in ATTENTIONS}
+    found["compiled"] = stepper(width, compiled=True)
+    if torch.cpu._is_avx512_bf16_supported():  # without, it is a hundred times slower
+        found["bf16"] = stepper(width, bf16=True)
+        found["compiled, bf16"] = stepper(width, compiled=True, bf16=True)
+    fast = fastest(width)
+    for rival in RIVALS:
+        found[rival] = stepper(width, rival=rival)
+        found[f"{rival}, {fast}"] = stepper(width, "softmax", rival, True, "bf16" in fast)
+    a, b = torch.randn(2, N, N)
+    found["peak"] = lambda: a @ b
+    return found
+
+
+def rates(width, rounds, clock):
+    """{case: how often a second, in each round}"""
+    steps = cases(width)
+    for step in bar(steps.values(), f"width {width}, first steps"):
+        step()
+    found = {name: [] for name in steps}
+    for _ in bar(range(rounds), f"width {width}, rounds"):
         for name, step in steps.items():
-            torch.set_num_threads(made[name][1])
-            step()
-            calls, start = 0, time.perf_counter()
-            while (passed := time.perf_counter() - start) < 0.25:
+            step()  # brings its numbers back into the cache
+            count, begin = 0, clock()
+            while clock() < begin + SLICE:
                 step()
-                calls += 1
-            rates[name].append(calls / passed)
-    return rates, first
+                count += 1
+            found[name].append(round(count / (clock() - begin), 4))
+    return found
 
 
-def middle(values):
-    """[lower quartile, median, upper quartile]"""
-    return statistics.quantiles(values, n=4, method="inclusive")
+def first_step(width) -> float:
+    """Seconds of the processor, those of the compiler included, of a first compiled step."""
+    step = stepper(width, compiled=True)
+    begin = sum(os.times()[:4])
+    step()
+    return sum(os.times()[:4]) - begin
 
 
-def bench(shape, seconds, threads, with_compile):
-    """Measure one shape -> a row for each case, and what the shares of the peak are made of."""
-    s = SHAPES[shape]
-    stream = torch.randint(
-        s["vocab_size"] - 1, (10**6,), generator=torch.Generator().manual_seed(0)
-    ).to(torch.int16)
-    corpus = data.Corpus("random", s["vocab_size"], s["vocab_size"] - 1, train=stream, val=stream)
-    rates, first = measure(cases(s, corpus, threads, with_compile), seconds)
-    model = our_model(s)
-    parameters = sum(p.numel() for p in model.parameters())
-    matrices = sum(
-        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name
-    )
-    flops = 6 * matrices + 6 * s["num_hidden_layers"] * s["hidden_size"] * s["seq_len"]
-    tokens, rows = s["batch_size"] * s["seq_len"], {}
-    for name, values in rates.items():
-        if name.startswith("peak"):
-            rows[name] = {"gflops": [round(2 * 1024**3 * v / 1e9, 1) for v in middle(values)]}
-            continue
-        rows[name] = {
-            "tokens_per_second": [round(tokens * v) for v in middle(values)],
-            "ratio": [
-                round(v, 3) for v in middle([a / b for a, b in zip(values, rates["softmax"])])
-            ],
-            "first_step_seconds": round(first[name], 2),
-        }
-    for name, peak in (
-        ("softmax", "peak fp32"),
-        ("bf16 autocast", "peak bf16"),
-        ("compile", "peak fp32"),
-        ("compile, bf16", "peak bf16"),
-    ):
-        if name in rows and peak in rows:
-            share = [
-                tokens * flops * a / (2 * 1024**3 * b) for a, b in zip(rates[name], rates[peak])
-            ]
-            rows[name]["share_of_peak"] = [round(v, 3) for v in middle(share)]
-    return {
-        "shape": s,
-        "parameters": parameters,
-        "flops_per_token": flops,
-        "rounds": len(rates["softmax"]),
-        "cases": rows,
-    }
+def compile_times(width) -> dict:
+    """`first_step` in a process of its own, twice: when nothing is kept yet, and when all is."""
+    words = [sys.executable, "-m", "tests.bench", "--first-step", str(width)]
+    with tempfile.TemporaryDirectory() as kept:
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": kept, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        cold, warm = (float(subprocess.check_output(words, env=env)) for _ in range(2))
+    return {"cold": round(cold, 1), "warm": round(warm, 1)}
+
+
+def measure(width, threads, rounds) -> dict:
+    torch._dynamo.reset()
+    run, _, cfg = settings(width)
+    L, C, T, V = cfg.num_hidden_layers, cfg.hidden_size, run.seq_len, cfg.vocab_size
+    weights = L * (4 * C * C + 3 * C * cfg.intermediate_size) + C * V  # without the embedding
+    clock = time.process_time if threads == 1 else time.perf_counter
+    return {"width": C, "layers": L, "vocabulary": V, "T": T, "B": run.batch_size,
+            "flops_per_token": 6 * weights + 6 * L * C * T, "fastest": fastest(width),
+            "compile": compile_times(width), "environment": environment(CPU, threads),
+            "rates": rates(width, rounds, clock)}
+
+
+# ---------------------------------------------------------------- tables
+
+def against(found, a, b):
+    """Quartiles of the speed of case a over that of case b, compared within each round."""
+    ratios = [x / y for x, y in zip(found["rates"][a], found["rates"][b])]
+    return statistics.quantiles(ratios, n=4, method="inclusive")
 
 
 def table(found):
-    """The measurements of one shape as Markdown."""
-    s, rows = found["shape"], found["cases"]
-    out = [
-        f"width {s['hidden_size']}, {s['num_hidden_layers']} layers, V {s['vocab_size']}, "
-        f"T {s['seq_len']}, B {s['batch_size']}: "
-        f"{found['parameters']:,} parameters, {found['rounds']} rounds",
-        "",
-        "| case | tokens/s | against softmax | quartiles | share of peak |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        if "gflops" in row:
-            out.append(
-                f"| {name} | {row['gflops'][1]:,.0f} GFLOP/s | | "
-                f"{row['gflops'][0]:,.0f} to {row['gflops'][2]:,.0f} | |"
-            )
-        else:
-            share = f"{row['share_of_peak'][1]:.0%}" if "share_of_peak" in row else ""
-            low, mid, high = row["ratio"]
-            out.append(
-                f"| {name} | {row['tokens_per_second'][1]:,} | {mid:.2f} | "
-                f"{low:.2f} to {high:.2f} | {share} |"
-            )
-    return "\n".join(out)
+    """The measurements of one width as Markdown: what was asked for, and every case."""
+    rates_, fast, threads = found["rates"], found["fastest"], found["environment"]["threads"]
+    tokens = found["T"] * found["B"]
+    peak = 2 * N**3 * statistics.median(rates_["peak"])
+    lines = [
+        f"**Width {found['width']}**, {found['layers']} layers, V {found['vocabulary']}, "
+        f"T {found['T']}, B {found['B']}; {threads} thread{'s' * (threads > 1)}, "
+        f"{len(rates_['softmax'])} rounds. Peak: {peak / 1e9:.0f} GFLOP/s in fp32. First compiled "
+        f"step: {found['compile']['cold']:.0f} s, then {found['compile']['warm']:.0f} s.", "",
+        "| speed of | over that of | asked for | found |", "|---|---|---|---|"]
+    whole = 1.6 if found["width"] > 128 else 1.25
+    asked = [(fast, "LlamaForCausalLM", whole), (fast, "plain Llama", whole),
+             (fast, "nanoGPT-style", 1.0), ("headnorm", "softmax", 1 / 1.05),
+             ("sigmoid", "softmax", 1 / 1.1)]
+    asked += [(fast, f"{rival}, {fast}", None) for rival in RIVALS]
+    for a, b, least in asked:
+        least = f"{least:.2f}" if least else "-"
+        lines.append(f"| {a} | {b} | {least} | {against(found, a, b)[1]:.2f} |")
+    lines += ["", "| case | tokens/s | speed over softmax | quartiles | share of the peak |",
+              "|---|---|---|---|---|"]
+    for name in rates_:
+        if name != "peak":
+            speed = tokens * statistics.median(rates_[name])
+            low, middle, high = against(found, name, "softmax")
+            share = found["flops_per_token"] * speed / peak
+            lines.append(f"| {name} | {speed:,.0f} | {middle:.2f} | {low:.2f} to {high:.2f} | "
+                         f"{'-' if 'GPT' in name else f'{share:.0%}'} |")
+    return "\n".join(lines)
 
 
 def render():
@@ -428,39 +277,23 @@ def render():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--seconds", type=float, default=180, help="of measuring, for each shape (default: 180)"
-    )
-    parser.add_argument(
-        "--shape", choices=list(SHAPES), action="append", help="only this one (default: all)"
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=min(os.cpu_count() or 1, 4),
-        help="(default: the cores, at most 4)",
-    )
-    parser.add_argument(
-        "--no-compile",
-        action="store_true",
-        help="leave torch.compile out: it takes a minute to start",
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=1, help="(1)")
+    parser.add_argument("--rounds", type=int, default=15, help="of all cases (15)")
+    parser.add_argument("--render", action="store_true", help="only the tables, from the JSON")
+    parser.add_argument("--first-step", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    result = {
-        "environment": train.environment(torch.device("cpu"), args.threads),
-        "bf16_instructions": torch.cpu._is_avx512_bf16_supported(),
-        "shapes": {},
-    }
-    for shape in args.shape or SHAPES:
-        torch._dynamo.reset()
-        found = result["shapes"][shape] = bench(
-            shape, args.seconds, args.threads, not args.no_compile
-        )
-        print(f"{shape}: {table(found)}\n", flush=True)
-    write_json(RESULTS, result)
+    torch.set_num_threads(args.threads)
+    if args.first_step:
+        print(first_step(args.first_step))
+        return
+    if not args.render:
+        found = read_json(RESULTS) if RESULTS.exists() else {"shapes": {}}
+        for width in SHAPES:
+            shape = measure(width, args.threads, args.rounds)
+            found["shapes"][f"width {width}, threads {args.threads}"] = shape
+            write_json(RESULTS, found)
     render()
-    print(f"written to tests/results/{RESULTS.name} and {PAGE.name}")
 
 
 if __name__ == "__main__":
