@@ -409,7 +409,7 @@ def draw_neurons(found):
         says = f"{row['set']} ({len(row['neurons'])})"
         if row["set"] == "one":
             says = f"{neuron} of layer {layer}"
-        labels.append(textwrap.fill(says, 8))
+        labels.append(textwrap.fill(says, 7, break_long_words=False))
     shares = {"random tokens": spreads(labels, at_0), "English": spreads(labels, in_text)}
     figures.bars(sink, shares, "Five neurons write the sink; no single one carries it",
                  ["random tokens"], {}, ylabel="share of the sink taken")
@@ -431,7 +431,7 @@ def draw_neurons(found):
                           label=name if name == "untouched" else f"without {name}")
     by_layer.axhline(uniform_sink(T), **DOTTED)
     figures.dress(by_layer, "Wave one carries the sinks of layers 2 to 10, wave two most of those "
-                  "from 12 on", {"loc": "upper center", "ncols": 5},
+                  "from 12 on", {"loc": "upper center", "ncols": 5, "columnspacing": 1},
                   xlabel="layer", ylabel="attention to token 0", ylim=(0, 1))
     return figure
 
