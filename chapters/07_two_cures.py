@@ -254,8 +254,8 @@ for attn in ATTENTIONS:  # long before the end, while the copying is learned
 # %% [markdown]
 # At 0.005, the rate of `train.py`, sigmoid has no sink in any seed, and pays with the
 # highest loss. Gated lowers the sink, headnorm does not; early on that is plainest.
-# Each at its own best rate, headnorm has a lower loss than softmax, and at 0.02 it still
-# learns where softmax is lost: training can gain without a cure.
+# Each at its own best rate, headnorm has a lower loss than softmax, and at 0.02 it
+# still learns where softmax is lost: training can gain without a cure.
 #
 # ## Beside the paper
 
