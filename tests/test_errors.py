@@ -1,13 +1,11 @@
 """Mistakes of the user and damaged files: one line on stderr, exit code 2, and nothing is written,
 changed or run."""
 
-import json
 import math
 import os
 import pickle
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,31 +14,24 @@ from torch._dynamo.exc import TorchDynamoException
 
 import data
 import train
-from data.border import UserError
-from tests.conftest import same, tiny_flags
+from tests.conftest import tiny_flags
 
 # A command, and words of the line that it must end in
 COMMANDS = """
 --atn softmax                                | unrecognized
 --attn linear                                | choose from
---steps many                                 | invalid int
 --steps 0                                    | --steps must be from 1
 --steps {digits}                             | --steps must be from 1
---seq-len 2                                  | --seq-len must be from 3
---evals 2000000000                           | --evals must be from 1 to 10000
 --lr nan                                     | --lr must be from
---bos 2                                      | --bos must be from 0 to 1
 --num-attention-heads 3                      | twice --num-attention-heads 3
 --num-key-value-heads 3                      | --num-key-value-heads 3 must divide
 --batch-size 65536 --seq-len 4096            | GB of memory
 --device tpu                                 | --device must be
 --data text.txt --vocab-size 256             | at least 257
 --data text.txt --seq-len 9999               | too short for windows of 9999
---data nowhere.txt                           | nowhere.txt does not exist
 --data not{bad}utf8.txt                      | not\\xffutf8.txt does not exist
 --data {x300}.txt                            | cannot be opened
 --data wikipedia                             | unknown data
---data ""                                    | --data is empty
 --data blank.txt                             | blank.txt is empty
 --data binary.txt                            | binary (zero byte at offset 6)
 --data latin1.txt                            | not UTF-8 text (byte 0xe9 at offset 3)
@@ -51,20 +42,13 @@ COMMANDS = """
 --out text.txt                               | choose another --out
 --out old                                    | --resume old, start anew with --overwrite
 --out notes --overwrite                      | holds files that are no run
---out config-torn --overwrite                | holds files that are no run
 --tokens 3                                   | goes with --sample
 --resume old --attn sigmoid                  | leave --attn out (it goes with --device, --threads
---resume old --threads 0                     | --threads must be from 1
 --resume nowhere                             | nowhere holds no run
---resume text.txt                            | text.txt holds no run
---sample llama                               | llama/config.json is not that of a run
 --sample no-model                            | has no model.pt
 --sample piped                               | no ordinary file
---resume piped                               | no ordinary file
---sample old --steps 3                       | leave --steps out
 --sample old --prompt 7                      | '7' is not a symbol
 --sample old --temperature nan               | --temperature must be
---sample old --tokens 0                      | --tokens must be
 """
 FILL = dict(digits="1" * 400, x300="x" * 300, bad="\udcff")
 ROWS = [line.split(" | ") for line in COMMANDS.format(**FILL).strip().splitlines()]
@@ -73,7 +57,7 @@ TEXTS = {
     "text.txt": b"".join(b"%d sheep and %d legs\n" % (i, i * i) for i in range(300)),
     "blank.txt": b" \n\n ", "binary.txt": b"GIF89a\0\1\2",
     "latin1.txt": "caf\u00e9\n".encode("latin-1") * 500, "pictures/a.png": b"\x89PNG",
-    "notes/todo.md": b"keep me", "llama/config.json": b'{"model_type": "llama"}'}
+    "notes/todo.md": b"keep me"}
 
 
 class Hostile:
@@ -96,7 +80,6 @@ DAMAGED = {
     "cut": ("model.pt", lambda b: b[:-1000], "not a zip file"),
     "pickle": ("model.pt", lambda b: pickle.dumps(Hostile()), "not a zip file"),
     "hostile": ("saved", lambda s: {"model": {"x": Hostile()}}, "Unpickling"),
-    "list": ("saved", lambda s: [1, 2], "no checkpoint"),
     "integers": ("saved", lambda s: other_weight(s, torch.ones(32).int()), "no plain one"),
     "huge": ("saved", lambda s: other_weight(s, torch.ones(1).expand(2**40)), "larger than the"),
     "shape": ("saved", lambda s: other_weight(s, torch.ones(31)), "of shape (31,)"),
@@ -106,10 +89,9 @@ DAMAGED = {
     "generator": ("saved", lambda s: s | {"batches": torch.zeros(3)}, "generator"),
     "config-torn": ("config.json", lambda b: b"{", "is not JSON"),
     "config-deep": ("config.json", lambda b: b"[" * 10**5, "is not JSON"),
-    "config-list": ("config.json", lambda b: b"[]", "is not a JSON object"),
     "config-bare": ("config.json", lambda b: b'{"run": {}}', "is not that of a run"),
-    "config-word": ("config.json", lambda b: b.replace(b'"steps": 12', b'"steps": "x"'), "type int"),
-    "wider": ("config.json", lambda b: b.replace(b"_size\": 32", b"_size\": 4096"), "asks for"),
+    "config-word": ("config.json", lambda b: b.replace(b": 12", b': "many"'), "type int"),
+    "bit": ("model.pt", lambda b: b[:9999] + bytes([b[9999] ^ 1]) + b[10000:], "damaged"),
 }
 TO_RESUME = {  # what only --resume reads
     "late": ("saved", lambda s: s | {"step": 10**9}, "not of this run"),
@@ -122,9 +104,8 @@ TO_RESUME = {  # what only --resume reads
 
 
 def damage(folder, file, change):
-    path = Path(folder) / file
+    path = Path(folder, "model.pt" if file == "saved" else file)
     if file == "saved":
-        path = Path(folder) / "model.pt"
         torch.save(change(torch.load(path, weights_only=True)), path)
     else:
         path.write_bytes(change(path.read_bytes()))
@@ -188,28 +169,6 @@ def test_damaged_run(place, capsys, name):
     if name in DAMAGED:
         assert message in refused(["--sample", name], capsys)
     assert not Path("hacked").exists()
-
-
-def test_flipped_bits_are_found(tmp_path, tiny_run):
-    """200 bits of a checkpoint, one at a time: whatever changes a number of it is refused."""
-    path = Path(tiny_run(tmp_path).folder, "model.pt")
-    raw, right, found = path.read_bytes(), train.load_checkpoint(path), 0
-    for i in range(200):
-        at = len(raw) * i // 200 + i % 7
-        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << i % 8]) + raw[at + 1:])
-        try:  # bytes that no reader looks at, such as padding, may differ
-            assert same(train.load_checkpoint(path), right), f"bit {i % 8} of byte {at}"
-        except UserError:
-            found += 1
-    assert found > 150
-
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(steps="many"), "type int"), (dict(bos=True), "type float"), (dict(attn=None), "type str"),
-    (dict(attn="Softmax"), "one of"), (dict(lr=10**400), "from 1e-30")])
-def test_bad_setting_in_python(changes, message):
-    with pytest.raises(UserError, match=message):
-        train.resolve(train.Run(**changes))
 
 
 @pytest.mark.parametrize("where, name, error, message", [
