@@ -261,8 +261,8 @@ def test_edits_do_what_they_say():
     story, other = probe.known(model, x)
     cut, forge = ({link.name: getattr(link, kind) for link in probe.LINKS}
                   for kind in ("cut", "forge"))
-    names = ["0.scores", "0.z", "1.resid_pre", "1.k"]
-    scores, z, state, key = record(model, x, names)[1].values()
+    names = ["0.scores", "0.z", "0.mlp_post", "1.resid_pre", "1.k"]
+    scores, z, post, state, key = record(model, x, names)[1].values()
     assert near(cut["variance"].change(z, 0, story, 0), z[:, 1:].mean(1))
     alone = forge["variance"].change(scores, 5, story, 0)
     assert near(alone.softmax(-1).mean((0, 1)), torch.arange(T) == 5)
@@ -274,6 +274,9 @@ def test_edits_do_what_they_say():
     assert near(big.var(0), 25 * plain) and near(big.mean(0), z[:, 5].mean(0))
     assert near(scaled, 5 * z[:, 5]) and near(moved.var(0), plain)
     assert near(moved.square().sum(-1).mean(0) / length, torch.ones(4), 0.05)
+    few = story.neurons[0]
+    assert (cut["neurons"].change(post, 0, story, 0)[:, few] == 0).all()
+    assert near(forge["neurons"].change(post, 5, story, 0)[:, few], post[:, 0, few])
     dims, clipped = story.dims[1], cut["disparity"].change(state, 0, story, 1)
     assert (clipped[:, dims].abs() <= state[:, 1:, dims].abs().mean((0, 1)) + 1e-6).all()
     large = forge["disparity"].change(state, 5, story, 1)
