@@ -1,6 +1,7 @@
 """The chapters: their form, their exercises and solutions, the book that is made of them, and every
 one of them run in a real Jupyter kernel."""
 
+import ast
 import contextlib
 import json
 import re
@@ -39,6 +40,17 @@ def test_jupytext_keeps_every_chapter():
     command = [sys.executable, "-m", "jupytext", "--test", "--to", "ipynb", *map(str, CHAPTERS)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@every_chapter
+def test_a_chapter_is_read_in_one_sitting(path):
+    """At most 310 lines and ten assertions; a cell of code holds one idea, 22 lines."""
+    text = read(path)
+    asserted = sum(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(text)))
+    assert len(text.splitlines()) <= 310 and 3 <= asserted <= 10
+    for cell in jupytext.read(path).cells:
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert cell.cell_type != "code" or len(lines) <= 22, cell.source
 
 
 # ---------------------------------------------------------------- exercises
