@@ -137,7 +137,7 @@ assert off["not trained"] < 1.2, "the law fails before training"
 assert off_stranger["random tokens"] < 1.25 < off["random tokens"], "see the control"
 
 # %% [markdown]
-# Token 0 is the outlier each time. Without training the law tells how much: the
+# Token 0 is the outlier each time. Without training the law says how much: the
 # architecture alone makes a gap. After training the law overrates averaging, and the
 # control says why: with a neighbour's weights it is right again. Trained weights depend
 # on what they average, and the law takes them as given.
