@@ -14,7 +14,7 @@
 # the first token's output to the usual length takes nothing.
 #
 # **You need** chapters 01 to 05. **Run time**: half a minute, once the small model is
-# trained (two more).
+# trained (two minutes more).
 
 # %%
 from lesson import beside, check, figures, models, plt
