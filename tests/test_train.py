@@ -81,10 +81,11 @@ def test_an_interrupted_run_goes_on_as_told_and_ends_as_one_that_was_not(
     words = shlex.split(said.out.splitlines()[-1].split("go on with: python train.py ")[1])
     interrupt_at(2)
     assert train.main(words) == 130 and saved(parts)["step"] == 7
+    (parts / "log.jsonl").write_bytes(files(whole)["log.jsonl"])  # with steps that were not saved
     assert train.main(words) == 0 and same_runs(whole, parts)
     ended = files(parts)
     assert train.main(words) == 0 and files(parts) == ended
-    assert signal.getsignal(signal.SIGINT) is before and said.err + capsys.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) is before and "train.py" not in said.err
 
 
 @pytest.mark.parametrize("how", ["resume", "overwrite"])
