@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import train
 from data import Corpus
-from data.border import bar, environment, fill, read_json, write_atomically, write_json
+from data.border import bar, environment, fill_page, markdown, read_json, write_json
 from model import ATTENTIONS, GPT, RMSNorm
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
@@ -243,37 +243,35 @@ def table(found):
     rates_, fast, threads = found["rates"], found["fastest"], found["environment"]["threads"]
     tokens = found["T"] * found["B"]
     peak = 2 * N**3 * statistics.median(rates_["peak"])
-    lines = [
+    title = (
         f"**Width {found['width']}**, {found['layers']} layers, V {found['vocabulary']}, "
         f"T {found['T']}, B {found['B']}; {threads} thread{'s' * (threads > 1)}, "
         f"{len(rates_['softmax'])} rounds. Peak: {peak / 1e9:.0f} GFLOP/s in fp32. First compiled "
-        f"step: {found['compile']['cold']:.0f} s, then {found['compile']['warm']:.0f} s.", "",
-        "| speed of | over that of | asked for | found |", "|---|---|---|---|"]
+        f"step: {found['compile']['cold']:.0f} s, then {found['compile']['warm']:.0f} s.")
     whole = 1.6 if found["width"] > 128 else 1.25
     asked = [(fast, "LlamaForCausalLM", whole), (fast, "plain Llama", whole),
              (fast, "nanoGPT-style", 1.0), ("headnorm", "softmax", 1 / 1.05),
              ("sigmoid", "softmax", 1 / 1.1)]
     asked += [(fast, f"{rival}, {fast}", None) for rival in RIVALS]
-    for a, b, least in asked:
-        least = f"{least:.2f}" if least else "-"
-        lines.append(f"| {a} | {b} | {least} | {against(found, a, b)[1]:.2f} |")
-    lines += ["", "| case | tokens/s | speed over softmax | quartiles | share of the peak |",
-              "|---|---|---|---|---|"]
+    goals = [(a, b, f"{least:.2f}" if least else "-", f"{against(found, a, b)[1]:.2f}")
+             for a, b, least in asked]
+    rows = []
     for name in rates_:
         if name != "peak":
             speed = tokens * statistics.median(rates_[name])
             low, middle, high = against(found, name, "softmax")
             share = found["flops_per_token"] * speed / peak
-            lines.append(f"| {name} | {speed:,.0f} | {middle:.2f} | {low:.2f} to {high:.2f} | "
-                         f"{'-' if 'GPT' in name else f'{share:.0%}'} |")
-    return "\n".join(lines)
+            rows.append((name, f"{speed:,.0f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}",
+                         "-" if "GPT" in name else f"{share:.0%}"))
+    return "\n\n".join((
+        title, markdown(("speed of", "over that of", "asked for", "found"), goals),
+        markdown(("case", "tokens/s", "speed over softmax", "quartiles", "share of the peak"), rows)))
 
 
 def render():
     """Put the tables into speed.md."""
     found = read_json(RESULTS)["shapes"].values()
-    text = fill(PAGE.read_text(encoding="utf-8"), {"speed": "\n\n".join(map(table, found))})
-    write_atomically(PAGE, lambda part: part.write_text(text, encoding="utf-8"))
+    fill_page(PAGE, {"speed": "\n\n".join(map(table, found))})
 
 
 def main():

@@ -32,7 +32,7 @@ import probe
 import train
 from chapters.lesson import trained
 from data import smollm2
-from data.border import bar, fill, read_json, write_atomically, write_json
+from data.border import bar, fill_page, markdown, read_json, write_json
 from data.windows import english, random_windows, text_windows
 from model import GPT, record
 from tests import cures
@@ -406,19 +406,17 @@ def page(found) -> str:
                          for lane in lanes)
         lines += [f"## {claim}: {says}", "", f"{seen[0].upper() + seen[1:]}. "
                   f"It would be refuted if {refuted}.", "",
-                  "| what was measured | in | holds if | mean ± std | holds in |",
-                  "|---|---|---|---|---|"]
-        lines += [f"| {t['what']} | {t['lane']} | {t['margin']} | {spread(t['values'])} "
-                  f"| {t['held']} of {len(t['values'])} {LANES[t['lane']]} |" for t in here]
-        lines.append("")
+                  markdown(("what was measured", "in", "holds if", "mean ± std", "holds in"), [
+                      (t["what"], t["lane"], t["margin"], spread(t["values"]),
+                       f"{t['held']} of {len(t['values'])} {LANES[t['lane']]}") for t in here]), ""]
     return "\n".join(lines).replace("<|bos|>", "`<\\|bos\\|>`")
 
 
 def links_table(found) -> str:
     """The README's table: a row for each link, SmolLM2 as it is, cut, its control, and micro."""
-    lines = ["| link | SmolLM2, first token (an ordinary one) | cut: share of the sink taken | its "
-             "control | forged: share of two sinks | its control | own model, cut | forged |",
-             "|---|---|---|---|---|---|---|---|"]
+    rows, head = [], (
+        "link", "SmolLM2, first token (an ordinary one)", "cut: share of the sink taken",
+        "its control", "forged: share of two sinks", "its control", "own model, cut", "forged")
     for link in probe.LINKS:
         headline = link.numbers[0]
         first, ordinary = (numbers_of(found, "SmolLM2", f"{token}.{headline.key}")
@@ -430,8 +428,8 @@ def links_table(found) -> str:
                 place = f"{kind} {link.name}.{key}"
                 edit = getattr(link, kind)
                 cells.append(percent(numbers_of(found, lane, place)) if edit else "-")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(head, rows)
 
 
 def percent(values) -> str:
@@ -441,8 +439,9 @@ def percent(values) -> str:
 
 def losses_table(found) -> str:
     """Loss and sink of every attention in the toys."""
-    lines = ["| | attention | learning rate | loss, nats per token | minus softmax, same seed | "
-             "strongest head | length of token 0 | DomRatio |", "|---|---|---|---|---|---|---|---|"]
+    rows, head = [], (
+        "", "attention", "learning rate", "loss, nats per token", "minus softmax, same seed",
+        "strongest head", "length of token 0", "DomRatio")
     places = ("val_loss", "val_loss minus softmax.val_loss", "first.sink", "first.norm_ratio",
               "first.dominance")
     for lane in TOYS:
@@ -451,8 +450,8 @@ def losses_table(found) -> str:
             if attn == "softmax":
                 cells[1] = "-"
             rate = numbers_of(found, lane, f"{attn}.lr")[0]
-            lines.append(f"| {lane} | {attn} | {rate:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append((lane, attn, f"{rate:g}", *cells))
+    return markdown(head, rows)
 
 
 FOUND = """
@@ -524,8 +523,7 @@ PAGES = (Path("README.md"), RESULTS / "claims.md")
 def render() -> None:
     blocks = tables(read_json(FILE))
     for path in PAGES:
-        text = fill(path.read_text(encoding="utf-8"), blocks)
-        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+        fill_page(path, blocks)
 
 
 # ---------------------------------------------------------------- command line

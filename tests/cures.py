@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import probe
 import train
-from data.border import bar, fill, read_json, write_atomically, write_json
+from data.border import bar, fill_page, markdown, read_json, write_json
 from model import ATTENTIONS, Attention, record
 
 SEEDS, RATES = range(5), (2.5e-3, 5e-3, 1e-2, 2e-2)
@@ -204,12 +204,8 @@ def best_rate(found, attn) -> float:
 
 
 def grid_table(found, show) -> str:
-    lines = ["| | " + " | ".join(f"{lr:g}" for lr in RATES) + " |",
-             "|---" * (len(RATES) + 1) + "|"]
-    for attn in ATTENTIONS:
-        row = [show(cells(found, attn, lr)) for lr in RATES]
-        lines.append(f"| {attn} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    rows = [[attn, *(show(cells(found, attn, lr)) for lr in RATES)] for attn in ATTENTIONS]
+    return markdown(["", *(f"{lr:g}" for lr in RATES)], rows)
 
 
 def show_sinks(seeds) -> str:
@@ -244,9 +240,10 @@ def gain(found) -> str:
 
 def comparison(found, rate) -> str:
     """Every attention at a rate of its own: rate {attn: learning rate}."""
-    lines = ["| | learning rate | sink | passes 0.3 | length of token 0 | DomRatio | value drain | "
-             "effective rank (without token 0) | loss above perfect | minus softmax | at T = 128 | "
-             "steps to a loss of 1.6 | largest rise of the loss |", "|---" * 13 + "|"]
+    rows, head = [], (
+        "", "learning rate", "sink", "passes 0.3", "length of token 0", "DomRatio", "value drain",
+        "effective rank (without token 0)", "loss above perfect", "minus softmax", "at T = 128",
+        "steps to a loss of 1.6", "largest rise of the loss")
     base = [c["excess"] for c in cells(found, "softmax", rate["softmax"])]
     for attn in ATTENTIONS:
         seeds = cells(found, attn, rate[attn])
@@ -255,74 +252,68 @@ def comparison(found, rate) -> str:
         rank = (f"{spread([c['rank'] for c in seeds])} "
                 f"({spread([c['rank without token 0'] for c in seeds])})")
         minus = "-" if attn == "softmax" else paired([c["excess"] for c in seeds], base)
-        lines.append("| " + " | ".join((
+        rows.append((
             attn, f"{rate[attn]:g}", chain("sink"),
             f"{sum(sink(c) > SINK for c in seeds)} of {len(seeds)}", chain("norm_ratio"),
             chain("dominance"), chain("drain"), rank, spread([c["excess"] for c in seeds]), minus,
             spread([c["excess at 2T"] for c in seeds]),
             f"{statistics.fmean(steps):,.0f} ({len(steps)} of {len(seeds)})" if steps else "-",
-            spread([max(0.0, c["rise"]) for c in seeds]))) + " |")
-    return "\n".join(lines)
+            spread([max(0.0, c["rise"]) for c in seeds])))
+    return markdown(head, rows)
 
 
 def births_table(found, lr=5e-3) -> str:
     """The sink while a model learns, at the learning rate of `--size micro`."""
-    birth = {attn: [c["birth"] for c in cells(found, attn, lr)] for attn in ATTENTIONS}
-    shown = birth["softmax"][0][5:]
-    lines = ["| | " + " | ".join(f"step {row['step']:,}" for row in shown) + " |",
-             "|---" * (len(shown) + 1) + "|"]
-    for attn, seeds in birth.items():
-        row = [spread([row["sink"] for row in same]) for same in list(zip(*seeds))[5:]]
-        lines.append(f"| {attn} | {' | '.join(row)} |")
-    return "\n".join(lines)
+    rows = []
+    for attn in ATTENTIONS:
+        evaluations = zip(*(c["birth"] for c in cells(found, attn, lr)))  # each of all seeds
+        shown = [same for same in evaluations if same[0]["step"] >= 200]
+        rows.append([attn, *(spread([row["sink"] for row in same]) for same in shown)])
+    return markdown(["", *(f"step {same[0]['step']:,}" for same in shown)], rows)
 
 
 def early_table(found) -> str:
     """At step EARLY, fresh seeds; the ruler in thousandths."""
-    lines = ["| | sink | passes 0.3 | value drain | validation loss | token 0 hidden | "
-             "token 5 hidden |", "|---" * 7 + "|"]
+    rows = []
     for attn in ATTENTIONS:
         seeds = [found["early"][attn][str(seed)] for seed in FRESH]
         above = sum(sink(c) > SINK for c in seeds)
-        row = (spread([sink(c) for c in seeds]), f"{above} of {len(seeds)}",
-               spread([c["chain"]["drain"] for c in seeds]), spread([c["val_loss"] for c in seeds]),
-               *(spread([1000 * c["ruler"][key] for c in seeds])
-                 for key in ("hidden", "token 5 hidden")))
-        lines.append(f"| {attn} | {' | '.join(row)} |")
-    return "\n".join(lines)
+        rows.append((
+            attn, spread([sink(c) for c in seeds]), f"{above} of {len(seeds)}",
+            spread([c["chain"]["drain"] for c in seeds]), spread([c["val_loss"] for c in seeds]),
+            *(spread([1000 * c["ruler"][key] for c in seeds])
+              for key in ("hidden", "token 5 hidden"))))
+    return markdown(("", "sink", "passes 0.3", "value drain", "validation loss", "token 0 hidden",
+                     "token 5 hidden"), rows)
 
 
 def ruler_table(found) -> str:
     """In thousandths, at 0.005."""
-    lines = ["| | token 0 hidden | the same, moved by one place | token 5 hidden |",
-             "|---" * 4 + "|"]
+    rows = []
     for attn in ATTENTIONS:
         seeds = [c["ruler"] for c in cells(found, attn, 5e-3)]
-        row = (spread([1000 * r[key] for r in seeds]) for key in seeds[0])
-        lines.append(f"| {attn} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        rows.append([attn, *(spread([1000 * r[key] for r in seeds]) for key in seeds[0])])
+    return markdown(("", "token 0 hidden", "the same, moved by one place", "token 5 hidden"), rows)
 
 
 def variants_table(found) -> str:
-    lines = ["| headnorm | sink | value drain | DomRatio | loss above perfect | minus headnorm |",
-             "|---" * 6 + "|"]
-    whole = cells(found, "headnorm", VARIANT_RATE)[:len(VARIANT_SEEDS)]
+    rows, whole = [], cells(found, "headnorm", VARIANT_RATE)[:len(VARIANT_SEEDS)]
     for name in ("headnorm", *VARIANTS):
         there = found["variants"].get(name)
         seeds = [there[seed] for seed in sorted(there)] if there else whole
         chain = (spread([c["chain"][key] for c in seeds]) for key in ("sink", "drain", "dominance"))
         loss = [[c["excess"] for c in both] for both in (seeds, whole)]
         minus = paired(*loss) if there else "-"
-        lines.append(f"| {name} | {' | '.join(chain)} | {spread(loss[0])} | {minus} |")
-    return "\n".join(lines)
+        rows.append((name, *chain, spread(loss[0]), minus))
+    return markdown(("headnorm", "sink", "value drain", "DomRatio", "loss above perfect",
+                     "minus headnorm"), rows)
 
 
 def search_table(found) -> str:
     """Every configuration that was tried on the way, in the order of the trials."""
-    lines = ["| task | attention | changed | seed | sink | value drain | loss |", "|---" * 7 + "|"]
-    lines += [f"| {r['task']} | {r['attn']} | {r['changed']} | {r['seed']} | {r['sink']:.2f} | "
-              f"{r['drain']:.2f} | {r['val_loss']:.2f} |" for r in found["search"]]
-    return "\n".join(lines)
+    rows = [(r["task"], r["attn"], r["changed"], str(r["seed"]),
+             *(f"{r[key]:.2f}" for key in ("sink", "drain", "val_loss"))) for r in found["search"]]
+    return markdown(("task", "attention", "changed", "seed", "sink", "value drain", "loss"), rows)
 
 
 def verdict(found) -> str:
@@ -353,11 +344,6 @@ def tables(found) -> dict[str, str]:
             "search": search_table(found)}
 
 
-def render() -> None:
-    text = fill(PAGE.read_text(encoding="utf-8"), tables(read_json(FILE)))
-    write_atomically(PAGE, lambda part: part.write_text(text, encoding="utf-8"))
-
-
 # ---------------------------------------------------------------- command line
 
 def main():
@@ -367,7 +353,7 @@ def main():
     args = parser.parse_args()
     if not args.render:
         work(args.jobs)
-    render()
+    fill_page(PAGE, tables(read_json(FILE)))
 
 
 def work(jobs) -> None:
