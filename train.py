@@ -164,28 +164,30 @@ def evaluation_steps(steps: int, evals: int) -> list[int]:
     return sorted({*map(int, even), *(int(s) for s in log if np.abs(even - s).min() > s / 10)})
 
 
-def held_out(run: Run, corpus, device) -> dict[str, tuple]:
-    """The windows of every evaluation, the same in every run with the same data, T and bos: x, y
-    for the loss, and x for the chain of each of KINDS that the data has."""
+def held_out(run: Run, corpus, device) -> tuple[tuple, dict]:
+    """The windows of every evaluation, the same in every run with the same data, T and bos: (x, y)
+    for the loss, and {kind: x} for the chain, of those of KINDS that the data has."""
     fixed, T = torch.Generator().manual_seed(20260511), run.seq_len
     few = max(8, PROBE_TOKENS // T)
 
     def draw(count, share):
         return corpus.batch(count, T, fixed, split="val", bos=share)
 
-    found = {"loss": draw(max(1, EVAL_TOKENS // T), run.bos), "links": draw(few, 0.0)[:1]}
+    x, y = draw(max(1, EVAL_TOKENS // T), run.bos)
+    first = {"links": draw(few, 0.0)[0]}
     if run.bos > 0:
-        found["links_bos"] = draw(few, 1.0)[:1]
+        first["links_bos"] = draw(few, 1.0)[0]
     if corpus.task:  # nothing to copy, so that every query rests
-        found["links_rest"] = corpus.task.rest(few, T, fixed),
-    return {kind: tuple(t.to(device) for t in windows) for kind, windows in found.items()}
+        first["links_rest"] = corpus.task.rest(few, T, fixed)
+    first = {kind: windows.to(device) for kind, windows in first.items()}
+    return (x.to(device), y.to(device)), first
 
 
 @torch.no_grad()
 def evaluate(model, windows, bytes_per_token=None) -> dict:
-    """val_loss in nats per token, bpb in bits per byte (text), and for each of KINDS the numbers of
-    `probe.chain`."""
-    x, y = windows["loss"]
+    """val_loss in nats per token, bpb in bits per byte (text), and for each kind of windows, as
+    `held_out` gives them, the numbers of `probe.chain`."""
+    (x, y), first = windows
     few, total = max(1, 4096 // x.shape[1]), 0.0  # the logits of more would fill a small GPU
     for a, b in zip(x.split(few), y.split(few)):
         total += model(a, b)[1].item() * b.numel()
@@ -194,8 +196,7 @@ def evaluate(model, windows, bytes_per_token=None) -> dict:
         row["bpb"] = row["val_loss"] / math.log(2) / bytes_per_token
     try:
         if math.isfinite(total):  # else it has diverged, and has no chain
-            row |= {kind: finite(probe.chain(model, *windows[kind])) for kind in windows
-                    if kind in KINDS}
+            row |= {kind: finite(probe.chain(model, idx)) for kind, idx in first.items()}
     except torch.linalg.LinAlgError:  # states so large that their squares overflow
         row["val_loss"] = math.nan
     return row
@@ -554,7 +555,7 @@ def write_text(model: GPT, corpus, prompt=None, tokens=200, temperature=0.8, see
 def story(state: State) -> str:
     """What a training has shown, in plain sentences."""
     run, corpus, last = state.run, state.corpus, state.log[-1]
-    first, after = told(last)
+    first, _ = told(last)
     before, after = (told(row)[1]["sink"] or 0.0 for row in (state.log[0], last))
     seen = "has a sink" if after > probe.SINK else f"has no sink (no head passes {probe.SINK})"
     if run.bos:

@@ -257,7 +257,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message:.300}; see python {self.prog} --help")
 
-    def add_settings(self, settings, unless: str = "") -> None:
+    def add_settings(self, settings, unless: str) -> None:
         """A flag for each field of a class of settings; `unless` says what stands for None."""
         for f in fields(settings):
             text, how = f.metadata["help"].replace("%", "%%"), dict(type=type_of(f))
