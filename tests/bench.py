@@ -263,9 +263,10 @@ def table(found):
             share = found["flops_per_token"] * speed / peak
             rows.append((name, f"{speed:,.0f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}",
                          "-" if "GPT" in name else f"{share:.0%}"))
+    head = ("case", "tokens/s", "speed over softmax", "quartiles", "share of the peak")
     return "\n\n".join((
         title, markdown(("speed of", "over that of", "asked for", "found"), goals),
-        markdown(("case", "tokens/s", "speed over softmax", "quartiles", "share of the peak"), rows)))
+        markdown(head, rows)))
 
 
 def render():
