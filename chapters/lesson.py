@@ -63,7 +63,7 @@ from data.border import UserError, bar, say  # noqa: E402
 from data.border import show as shown  # noqa: E402
 from model import GPT  # noqa: E402
 
-torch.set_num_threads(min(os.cpu_count() or 1, 4))
+torch.set_num_threads(min(torch.get_num_threads(), 4))
 plt.rcParams.update(figures.STYLE)
 
 # Each is trained once and kept in out/; the first by `python train.py`.
