@@ -334,14 +334,15 @@ LINKS = [
          cut=Edit("k_0 without the leading query", "k", "first", unlock),
          forge=Edit("k_k becomes the mean k_0", "k", "k",
                     lambda x, p, s, i: s.key[i].expand_as(x[:, p]))),
-    Link("sink", "attention rests on it, and its value is nearly nothing",
+    Link("value", "its value is nearly nothing, so that looking there adds nothing",
+         [Number("drain", "length of v_k over the mean, head of the sink",
+                 lambda a: a.heads(value_drain(a["v"], a.k)), "sink head", 1)]),
+    Link("sink", "attention rests on it",
          [Number("sink", "attention to k, strongest head after layer 0",
                  lambda a: sink_score(a["pattern"], a.k).mean(0), "sink head",
                  lambda cfg, T, k: uniform_sink(T, k)),
           Number("sink_rate", f"share of heads with a sink (> {SINK})",
-                 lambda a: (sink_score(a["pattern"], a.k) > SINK).float().mean(), "mean", 0),
-          Number("drain", "length of v_k over the mean, that head",
-                 lambda a: a.heads(value_drain(a["v"], a.k)), "sink head", 1)]),
+                 lambda a: (sink_score(a["pattern"], a.k) > SINK).float().mean(), "mean", 0)]),
 ]
 
 

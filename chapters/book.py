@@ -252,7 +252,7 @@ def make_page(path):
 def make(paths):
     prepare(paths)
     with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(make_page, paths))  # the first failure is raised here, and ends all
+        list(pool.map(make_page, paths))  # the first failure is raised here
     write("README.md", contents())
     site()
     say("chapters/book and out/book/index.html are written")

@@ -241,8 +241,10 @@ def chain(portraits, kind) -> Figure:
     """chain.png: of the first three models (name -> `portrait`) the map of the
     strongest head, and for each link its headline by layer. `kind`: what they read."""
     shown = dict(list(portraits.items())[:3])
-    rows = -(-(len(shown) + len(probe.LINKS)) // 4)
-    figure, axes = new(2.75 * rows + 0.8, rows, 4, squeeze=False)
+    panels = len(shown) + len(probe.LINKS)
+    columns = min((4, 3), key=lambda n: -panels % n)  # with fewest places left empty
+    rows = math.ceil(panels / columns)
+    figure, axes = new(2.75 * rows + 0.8, rows, columns, squeeze=False)
     axes = list(axes.flat)
     for name, p in shown.items():
         where = f"layer {p['layer']}, head {p['head']}: darker is more attention"
