@@ -219,16 +219,17 @@ for name, keys in used.items():
     print(f"{name:12}", *(f"{n:.0f}" for n in keys.tolist()))
 
 # %% [markdown]
-# While these models learn their sinks (chapter 00), most of the gap goes. So a sink
-# does not grow *because the gap grows*. A sign of place is there from the start, and
+# While these two learn their sinks (chapter 00), most of the gap goes. So a sink does
+# not grow *because the gap grows*. (Of five seeds of `softmax` one has a wider gap in
+# the end: `tests/results/claims.md`, C1.) A sign of place is there from the start, and
 # the later links have to learn to use it.
 #
 # SmolLM2 and these two disagree: its first layer has kept a third of what its shape has
 # before training, theirs little. They have heads that look at few keys, so that all
 # tokens vary. *Why* a real model leaves its first layer so even is open.
 #
-# What is left of the gap is still used. Chapter 06 hands the first token what the
-# others are given on average, and the sink goes, in `softmax` and in SmolLM2.
+# Is what is left of it used? Chapter 06 hands the first token what the others are given
+# on average, and the sink goes, in `softmax` and in SmolLM2.
 #
 # ## Beside the paper
 

@@ -9,11 +9,11 @@
 # # 03 · Super neurons
 #
 # **Claim.** In SmolLM2 two of the 1,536 neurons of layer 11 answer to the first token
-# and to hardly any other. They can be found by their weights or by their activity, and
-# write into one dimension. Silence them and the model can no longer write.
+# and to few others. They can be found by their weights or by their activity, and write
+# into one dimension. Silence them and the model can no longer write.
 #
-# **You need** chapter 00, and SwiGLU: an MLP whose hidden layer is a product of two
-# linear maps. **Run time**: ten to twenty seconds, once the two small models exist.
+# **You need** chapter 00, and SwiGLU: an MLP whose hidden layer is a linear map times
+# the silu of another, $\mathrm{silu}(u) = u / (1 + e^{-u})$. **Run time**: ten to twenty seconds, once the two small models exist.
 
 # %%
 from lesson import beside, check, models, plt, random_tokens, real, show
@@ -113,6 +113,10 @@ show(figure, "03_neurons", "Scatter of 1,536 neurons, weight score against energ
      "lie far to the right; at token 0 they also lie far above all others.")
 
 # %% [markdown]
+# On the right the pair is on top too. That is a mean, and made by a few tokens: to the
+# median one they write next to nothing, as the contrast says. Exercise 3 of chapter 08
+# finds one of these few.
+#
 # By what do they know the first token? It can be any, but it sees nothing except
 # itself. So let tokens 10, 25 and 45 see only themselves:
 
@@ -168,8 +172,9 @@ early, between, late = state[3:8].min(), state[10], state[12:27].min()
 assert early > 3 * between.abs() and late > 10 * early, "two waves"
 
 # %% [markdown]
-# Each of these neurons has the first or second score of its layer, or nearly so: a
-# glance at the weights tells where a sink begins and ends.
+# Each of these neurons is among the first three of its layer by weight. So the weights
+# tell where to look. They do not tell how much is written: the neuron of layer 27, with
+# 174 times the usual score, moves the state by less than 1 %.
 #
 # ## What if they are silent?
 #

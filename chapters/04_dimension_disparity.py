@@ -10,8 +10,8 @@
 #
 # **Claim.** In SmolLM2 the state of the first token becomes over a hundred times as
 # long as that of an ordinary one, and nearly all of it is one dimension. Where that
-# dimension is large there are sinks, and where it is erased there are none. It carries
-# no news: put its mean in its place and nothing changes.
+# dimension is large there are sinks, and where it is erased there are none. It marks a
+# place, and carries no news.
 #
 # **You need** chapter 03: the neurons that write it. **Run time**: ten seconds, once
 # the two small models exist.

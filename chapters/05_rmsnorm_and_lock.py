@@ -9,9 +9,9 @@
 # # 05 · RMSNorm and the lock
 #
 # **Claim.** RMSNorm forgets how long a state is and keeps where it points. So the first
-# token of SmolLM2 has one key, whatever it is, and that key is of ordinary size. In
-# nearly every head with a sink the queries point to its side. Leave the norm out of the
-# keys and attention becomes a switch, and the model breaks.
+# token of SmolLM2 has one key, whatever it is, and that key is not long. In nearly
+# every head with a sink the queries point to its side. Leave the norm out of the keys,
+# and the model breaks.
 #
 # **You need** chapter 04: the first state is long, and almost all of it is dimension
 # 507. **Run time**: ten seconds on 2 cores, once the two small models are trained.
@@ -107,7 +107,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.6))
 look = dict(hot=names[:1], legend={"loc": "upper left"}, yscale="log")
 figures.by_layer(left, dict(zip(names, lengths)), "RMSNorm keeps key 0 short",
                  **look, ylim=(0.1, 500), ylabel="length of key 0 / median key (log)")
-figures.by_layer(right, dict(zip(names, gaps)), "and its logit within a few nats",
+figures.by_layer(right, dict(zip(names, gaps)), "and its logit near ten nats",
                  **look, ylim=(0.5, 5000), ylabel="largest lock gap, nats (log)")
 show(figure, "05_without", "Left: length of key 0 by layer, below 1 with RMSNorm, far "
      "above with a constant. Right: its logit, about 10 nats, and hundreds without.")
@@ -169,7 +169,8 @@ assert switched > 0.95 > usual + 0.2 and bad > good + 1, "a switch that cannot r
 # Which unit vector $u$ do the queries of a head lean on most? Let all queries after the
 # first be the rows of a matrix $Q$. What maximises $\lVert Q u \rVert^2$ is its leading
 # *right singular vector* $u_1$; of its two signs take the side of the mean query. The
-# lock is $\cos(u_1, k_0)$, before rotation (`probe.lock_cos`; exercise 3 writes it).
+# lock is $\cos(u_1, k_0)$ (`probe.lock_cos`; exercise 3 writes it), before *rotation*:
+# a model tells positions by turning $q$ and $k$ by angles that grow with them.
 # Beside it stand the share of later queries with $q_t \cdot k_0 > 0$, and the attention
 # to token 0.
 
@@ -226,15 +227,16 @@ for name, net in models(*inputs).items():
     head = attends.argmax()
     key_0[name] = scores[:, head, 1:, 0].mean().item()
     others[name] = key_0[name] - probe.lock_gap(scores, 0)[head].item()
-    print(f"{name}: sink {attends[head]:.2f}, logit of key 0 {key_0[name]:.1f}, of the "
-          f"others {others[name]:.1f}")
+    liked = (scores[:, head, 1:, 0] > 0).float().mean()
+    print(f"{name}: sink {attends[head]:.2f}, logit of key 0 {key_0[name]:.1f} (above 0 "
+          f"for {liked:.0%} of the queries), of the others {others[name]:.1f}")
 assert key_0["tiny-softmax"] > 3 > abs(others["tiny-softmax"]), "key 0 is liked"
 assert others["softmax"] < -2 < key_0["softmax"], "all other keys are disliked"
 
 # %% [markdown]
 # `tiny-softmax` locks as SmolLM2 does: queries like key 0, and the other keys leave
-# them cold. In `softmax`, where nothing is to be copied, queries need not like key 0,
-# because they dislike all *others*. Softmax sees only *differences*: a key that every
+# them cold. In `softmax`, where nothing is to be copied, the larger part of the gap is
+# that queries dislike all *others*. Softmax sees only *differences*: a key that every
 # query likes by 0 is a sink if every other key is disliked. "On the side of the
 # queries" is the paper's count; "above the others" is what attention needs.
 #
@@ -253,8 +255,7 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 # ## What would falsify this
 #
 # Gaps that follow the length of the first state, with the norm in place. Heads with a
-# sink whose queries are on both sides of key 0. In the copying model the second
-# happens: there no lock holds the sink.
+# sink whose queries are on both sides of key 0.
 #
 # ## Exercises
 #

@@ -90,6 +90,9 @@ was, silent, forged = (p[k + 1:].mean(0) for p in patterns.values())
 assert silent[0] < was[0] / 3 and forged[k] > 10 * was[k], "one taken, one made"
 
 # %% [markdown]
+# In the middle map tokens 1 to 4 take over a part: nothing is silent there, and of all
+# tokens that are left they average the fewest others.
+#
 # ## The same in one number
 #
 # Let $\alpha_j$ be the mean attention to token $j$, of the heads that have a sink in
@@ -228,8 +231,8 @@ assert toy["cut lock"] < 0.25, "here the leading query does not carry the sink"
 # 0 is none if its state points where that of another token does.
 #
 # Three are not. The lock carries nothing, and at token 10 a *random* key does as much
-# as that of token 0: this model dislikes all ordinary keys (chapter 05), so whatever is
-# unlike them is a sink. Amplified variance (`forge W_O`) does no more than its controls
+# as that of token 0, a random direction more than half: this model dislikes all
+# ordinary keys (chapter 05), so whatever is unlike them is a sink. Amplified variance (`forge W_O`) does no more than its controls
 # in this training. And the usual length of $z_0$ (`cut W_O`) takes much of the sink.
 # Why here, and not in SmolLM2?
 #
@@ -250,8 +253,8 @@ beside(("token 10 sees only itself: a sink", "yes", share["forge variance"]),
 #   one.
 # - A batch in which the turned direction, or the cut key, leaves the sink
 #   (`tests/results/claims.md` has eight batches).
-# - An edit that breaks more than it aims at. Look at the column "loss" of the appendix
-#   before you trust a row.
+# - An edit that breaks more than it aims at. Random tokens cannot tell, because nobody
+#   predicts them: chapter 08 measures on English what silent neurons cost.
 #
 # ## Exercises
 #
@@ -284,7 +287,7 @@ check("06.alone_mask", alone_mask)
 
 # %% [markdown]
 # **4.** An experiment. Which is the *first* layer i such that a mask in layers 0 to i
-# gives token 10 at least a quarter of the two sinks? Use `forged_share` and `at_k`.
+# gives token 10 at least 40 % of the two sinks? Use `forged_share` and `at_k`.
 # Think first: where are the two waves of chapter 03?
 
 # %%
@@ -293,6 +296,9 @@ check("06.first_layer", first_layer)
 
 # %% [markdown]
 # ## Appendix: the whole matrix
+#
+# Its column *sink* is the strongest head that is left after an edit. The bars above are
+# the mean of all heads that had a sink before: a cut can spare one of them.
 
 # %%
 figure = figures.matrix([table])

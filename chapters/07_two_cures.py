@@ -10,8 +10,8 @@
 #
 # **Claim.** Where the first token is ordinary, small models with softmax or headnorm
 # attention grow a sink, gated ones a smaller one, sigmoid ones none. This sink is no
-# mere place to rest: it is a *ruler*, from which a model measures where it is. A cure
-# cannot take away what is of use, so a sink that stays here refutes no cure.
+# mere place to rest: its head uses token 0 as a *ruler*, to measure where it is. So a
+# sink that stays here refutes no cure.
 #
 # **You need** chapters 00, 01 and 04. **Run time**: ten seconds, once eight models
 # are trained (about 8 minutes on two cores; they stay in `out/`).
@@ -25,7 +25,7 @@ from lesson import ROOT, beside, check, figures, models, plt, show, untrained, w
 import torch
 
 import probe
-from model import record
+from model import make_tap, record
 
 ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
 
@@ -44,13 +44,12 @@ ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
 #
 # $$\text{gated} \quad z_t = \sigma(w \cdot x_t) \sum_{s \le t} A_{ts}\, v_s$$
 #
-# - Softmax weights compete: a row adds up to 1, and a head that wants nothing must
-#   still look somewhere. That is what a sink is for (chapter 00).
+# - Softmax weights add up to 1: a head that wants nothing must still look somewhere.
 # - **Sigmoid** weights do not compete: all may close. $n$ is the training length.
-# - **Headnorm** is the paper's cure. Each head's result has the same length, wherever
-#   it looked; $\lambda$ has $D$ learned entries.
-# - **Gated** (Qiu et al. 2025, arXiv 2505.06708) is known to work: our *positive
-#   control*. A head that wants nothing closes its gate.
+# - **Headnorm** is the paper's cure: what a head finds has one length, wherever it
+#   looked; $\lambda$ has $D$ learned entries.
+# - **Gated** (arXiv 2505.06708) is known to work: our *positive control*. A head that
+#   wants nothing closes its gate.
 #
 # ### Predict first (exercise 1)
 #
@@ -69,8 +68,7 @@ rest, copy, text = windows("rest")[0], windows("copy"), windows("bos")
 # %% [markdown]
 # ## What a cure is meant to change
 #
-# Before training the scores are near 0 and the values independent, of variance
-# $\sigma^2$. Then (chapter 01), at position $t$,
+# Before training, with values of variance $\sigma^2$ (chapter 01), at position $t$,
 #
 # $$V_t = \frac{\sigma^2}{t + 1} \ \text{(softmax)}, \qquad
 # V_t = \frac{(t + 1)\,\sigma^2}{(n + 1)^2} \ \text{(sigmoid)}, \qquad
@@ -98,7 +96,7 @@ assert gap["headnorm"] < gap["softmax"] / 5, "headnorm does not level the varian
 # ## Where the first token is ordinary
 #
 # It is any of 16 letters. This is the paper's puzzle. Below, "x" is a length over that
-# of other tokens.
+# of other tokens, in the layer where it is largest (chapter 04 leaves out the last).
 
 
 # %%
@@ -117,15 +115,15 @@ check("07.prediction", prediction)
 
 patterns = {attn: figures.portrait(trained[attn], rest)["map"] for attn in ATTENTIONS}
 figure = figures.maps(patterns, [(0,)] * 4, "Nothing to copy: three of four look at "
-                      "token 0")
+                      "token 0 (seed 0)")
 show(figure, "07_maps", "Maps of the strongest head of each attention where nothing "
      "can be copied: a column at token 0 in all but sigmoid.")
 sinks = {attn for attn in ATTENTIONS if copying[attn]["sink"] > probe.SINK}
 assert sinks == {"softmax", "headnorm", "gated"}, f"sinks in {sinks}"
 
 # %% [markdown]
-# Headnorm keeps its sink. Does that refute the paper? Gated is known to work, and keeps
-# one too. A test that a good cure fails is no test. So ask: *what is this sink for?*
+# Headnorm keeps its sink, and gated, which is known to work, keeps one too. A test that
+# a good cure fails is no test. So ask: *what is this sink for?*
 #
 # ## The sink is a ruler
 #
@@ -137,12 +135,12 @@ assert sinks == {"softmax", "headnorm", "gated"}, f"sinks in {sinks}"
 
 # %%
 @torch.no_grad()
-def passage_ends(model, x, hidden=None):
+def passage_ends(model, x, hidden=None, tap=None):
     """u (T,), mean over the windows x (N, T); `hidden`: a token nobody may look at."""
     mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
     if hidden is not None:
         mask[hidden + 1:, hidden] = False
-    p = model(x, mask=mask)[0].softmax(-1)
+    p = model(x, tap=tap, mask=mask)[0].softmax(-1)
     return p[..., 16:32].sum(-1).mean(0)  # the upper case
 
 
@@ -158,18 +156,39 @@ figures.dress(axis, "Without token 0 the model is one place behind", {},
 show(figure, "07_ruler", "The probability that the passage ends, by position. With "
      "token 0 hidden the curve is the same, one place to the right.")
 free, other, without = u.values()
-moved = (without - free)[1:].abs().mean()
+moved, control = ((v - free)[1:].abs().mean() for v in (without, other))
 after_shift = (without[1:] - free[:-1])[1:].abs().mean()
-control = (other - free).abs().mean()
 print(f"token 0 hidden changes u by {moved:.4f} on average, compared one place "
       f"later by {after_shift:.4f}; token 5 hidden: {control:.4f}")
 assert max(after_shift, control) < moved / 3, "token 0 is no ruler"
 
 # %% [markdown]
-# Deprived of token 0 the model counts from token 1, and is wrong by one. It reads there
-# how far it has come. If each letter is the last of its passage with equal chance,
-# softmax has no sink (`tests/results/cures.md`, "memoryless"). So ask of any sink in a
-# small model what it is good for, before you try to cure it.
+# Deprived of token 0 the model counts from token 1, and is wrong by one. Is that the
+# head with the sink? Hide token 0 from one head at a time.
+
+# %%
+def blind(layer, head):
+    """A tap: one head may not look at token 0."""
+    def hide(scores):
+        scores[:, head, 1:, 0] = -torch.inf
+        return scores
+    return make_tap(trained["softmax"].cfg, {f"{layer}.scores": hide})
+
+
+attends = probe.layers(trained["softmax"], rest)[0][0]["sink"]  # (L, H)
+off = torch.zeros_like(attends)
+for layer, head in torch.ones_like(off).nonzero().tolist():
+    blinded = passage_ends(trained["softmax"], rest, tap=blind(layer, head))
+    off[layer, head] = (blinded - free)[1:].abs().mean()
+most, second = off.flatten().topk(2).values
+print(f"hidden from one head: most {most:.4f}, second most {second:.4f}")
+assert off.argmax() == attends.argmax() and most > 2 * second, "another head measures"
+
+# %% [markdown]
+# That head reads there how far the model has come. (Models without a sink look less and
+# measure too: `tests/results/cures.md`.) If each letter is the last of its passage with
+# equal chance, softmax has no sink ("memoryless" there). So ask of any sink in a small
+# model what it is good for, before you try to cure it.
 #
 # ## In text, after `<|bos|>`
 #
@@ -182,36 +201,31 @@ sinks = {attn for attn in ATTENTIONS if named[attn]["sink"] > probe.SINK}
 assert sinks == {"softmax", "headnorm", "gated"}, f"sinks on <|bos|> in {sinks}"
 soft, head = named["softmax"], named["headnorm"]
 less = max(head[key] / soft[key] for key in ("norm_ratio", "dominance"))
-assert less < 0.8, "headnorm has as much of an outlier"
-assert soft["drain"] < 0.5 and head["drain"] > 1, "values are not drained and grown"
+assert less < 0.8 and soft["drain"] < 0.5 and head["drain"] > 1, "no less of an outlier"
 
 # %% [markdown]
 # What headnorm does change in text is the outlier: a shorter first state and a lower
 # DomRatio, as the paper says. And the value: softmax *drains* $v_0$, headnorm makes it
 # longer than others. Why? Let a head put weight $a$ on $v_0$, of length $d$, and the
-# rest on a mixture of length 1 at a right angle to it. Then
-#
-# $$\lVert z \rVert^2 = a^2 d^2 + (1 - a)^2.$$
-#
-# With softmax, $d \to 0$ and $a \to 1$ make $z$ vanish: *nothing*. Headnorm divides by
+# rest on a mixture of length 1 at a right angle to it: $\lVert z \rVert^2 = a^2 d^2 +
+# (1 - a)^2$. With softmax, $d \to 0$ and $a \to 1$ make $z$ vanish. Headnorm divides by
 # $\lVert z \rVert$, so no value is short enough. The nearest thing to nothing is a
 # *constant*, which later layers can subtract, and a long $v_0$ buys one with less
-# attention. So the cure has two readings: parity of variance, or a no-op that is lost.
+# attention. So the cure has two readings: parity of variance, or a no-op that is lost
+# (`tests/results/cures.md` takes headnorm apart).
 #
 # ## Five seeds, several learning rates
 #
-# One model is an anecdote. `python -m tests.cures` has trained these, with equal data,
-# order and first weights.
+# `python -m tests.cures` has trained these, with equal data, order and first weights.
 
 # %%
 results = json.loads((ROOT / "tests/results/cures.json").read_text())
-grid, early = results["grid"], results["early"]
+grid = results["grid"]
 RATES = sorted(grid["softmax"], key=float)
 
 
 def seeds(attn, rate, key):
-    """Of each seed, in order: its sink, its rank, or its excess, which is its loss over
-    that of a perfect predictor."""
+    """Of each seed its sink, rank, or excess: loss over that of a perfect predictor."""
     runs = [run for _, run in sorted(grid[attn][rate].items())]
     return [(run["chain"] | run)[key] for run in runs]
 
@@ -246,16 +260,11 @@ for attn in ("softmax", "headnorm"):  # each at its best learning rate
 gaps = [a - b for a, b in zip(loss["headnorm"], loss["softmax"])]
 assert fmean(gaps) < 0, "headnorm's loss is not lower"
 
-for attn in ATTENTIONS:  # long before the end, while the copying is learned
-    young = [run["chain"]["sink"] for run in early[attn].values()]
-    print(f"{attn:9} sink at step 889, five more seeds: "
-          f"{fmean(young):.2f} ± {stdev(young):.2f}")
-
 # %% [markdown]
 # At 0.005, the rate of `train.py`, sigmoid has no sink in any seed, and pays with the
-# highest loss. Gated lowers the sink, headnorm does not; early on that is plainest.
-# Each at its own best rate, headnorm has a lower loss than softmax, and at 0.02 it
-# still learns where softmax is lost: training can gain without a cure.
+# highest loss. Gated lowers the sink, headnorm does not. Each at its own best rate,
+# headnorm has a lower loss than softmax, and at 0.02 it still learns where softmax is
+# lost: training can gain without a cure.
 #
 # ## Beside the paper
 
@@ -273,13 +282,10 @@ beside(("weights, tokens seen", "152M, 20B", "0.2M, 4M"),
         fmean(rank["headnorm"]) / fmean(rank["softmax"])))
 
 # %% [markdown]
-# Others found that the same norm lowers the loss by 0.002 (Differential Transformer,
-# 1.4B weights) or by 0.030 (2505.06708). Models of our size decide nothing here.
-#
 # ## What would falsify this
 #
 # A task in which a model reads nothing from token 0 and has a sink all the same. (We
-# looked for one in 46 settings, `tests/results/cures.md`.) There the cures could be
+# looked for one in 83 runs, `tests/results/cures.md`.) There the cures could be
 # tested. Or a model whose curve $u$ stays when token 0 is hidden.
 #
 # ## Exercises

@@ -342,17 +342,17 @@ SAYS = {  # claim -> what the paper says (or the question), and what would have 
             "an equal or higher loss, or a sink"),
     "control": ("Gated attention is known to cure (arXiv 2505.06708): where it does not, "
                 "the setting is no test of a cure.", "the sink is as before"),
-    "Q1": ("Is the order in time that of the chain?", "the sink comes first"),
-    "Q2": ("Do the super neurons carry the sink? (The paper did not silence them.)",
+    "Q1": ("The order in time is that of the chain.", "the sink comes first"),
+    "Q2": ("The super neurons carry the sink. (The paper did not silence them.)",
            "silencing them takes no more than silencing others"),
-    "Q3": ("Is it variance that forges a sink, or length?", "the same length does as much"),
-    "Q4": ("Is it parity at token 0 that cures, or that a drained value is no longer nothing?",
-           "neither changes anything"),
-    "Q5": ("Does headnorm lower the loss at this scale?", "it does not"),
-    "Q6": ("Does a model that knows its first token by name pass the mask intervention? One "
-           "that does not?", "both, or neither"),
-    "Q7": ("Is what marks a token that sees only itself that its heads bring one value?",
-           "heads that disagree, at equal variance, do as much"),
+    "Q3": ("It is variance that forges a sink, and not length.", "the same length does as much"),
+    "Q4": ("The RMS of the others at token 0 ends the sink; and headnorm, which gives it, ends the "
+           "drain of its value.", "the sink stays, the value is drained as before"),
+    "Q5": ("Headnorm lowers the loss at this scale.", "it does not"),
+    "Q6": ("A token that sees only itself gets more attention, whether the model has learned to "
+           "know its first token by name or not.", "nothing changes"),
+    "Q7": ("What marks a token that sees only itself is that all its heads read one token.",
+           "heads that read different windows, at equal variance, do as much"),
 }
 
 
@@ -416,18 +416,19 @@ def links_table(found) -> str:
     """The README's table: a row for each link, SmolLM2 as it is, cut, its control, and micro."""
     rows, head = [], (
         "link", "SmolLM2, first token (an ordinary one)", "cut: share of the sink taken",
-        "its control", "forged: share of two sinks", "its control", "own model, cut", "forged")
+        "its control", "forged: share of two sinks", "its control", "own model, cut", "its control",
+        "forged", "its control")
     for link in probe.LINKS:
         headline = link.numbers[0]
         first, ordinary = (numbers_of(found, "SmolLM2", f"{token}.{headline.key}")
                            for token in ("first", "ordinary"))
         cells = [f"**{link.name}**: {headline.says}", f"{probe.digits(statistics.fmean(first))} "
                  f"({probe.digits(statistics.fmean(ordinary))})"]
-        for lane, of in (("SmolLM2", ("share", "control")), ("micro", ("share",))):
-            for kind, key in itertools.product(("cut", "forge"), of):
-                place = f"{kind} {link.name}.{key}"
-                edit = getattr(link, kind)
-                cells.append(percent(numbers_of(found, lane, place)) if edit else "-")
+        for lane, kind, key in itertools.product(("SmolLM2", "micro"), ("cut", "forge"),
+                                                 ("share", "control")):
+            place = f"{kind} {link.name}.{key}"
+            edit = getattr(link, kind)
+            cells.append(percent(numbers_of(found, lane, place)) if edit else "-")
         rows.append(cells)
     return markdown(head, rows)
 
@@ -474,7 +475,8 @@ train.py` trains (the {sinks} of 5 seeds that have a sink) it is {micro: forge v
 ({micro: forge W_O.controls.1 %}).
 
 **Not everything holds.** In SmolLM2 the columns of W_O do not favour the dimensions of high
-variance (Kendall tau {first.wo_tau}, the paper 0.32), nor do the rows that write ({tau of rows});
+variance (Kendall tau {first.wo_tau}, the paper 0.32), nor do long rows write into dimensions of the
+state that vary much ({tau of rows});
 it weakens the outlier that it is said to pass on ({first.variance} times the median before it,
 {first.variance_out} after, in text {text.first.variance} and {text.first.variance_out}). Giving the
 first token the others' RMS before W_O takes only {cut W_O.share %} of the sink. A fixed direction
@@ -484,12 +486,13 @@ ordinary token {ordinary.direction} and {ordinary.dominance}.
 **Sigmoid ends the sink, headnorm does not, and a small sink has its uses.** With ordinary first
 tokens (`python train.py`, five seeds, one learning rate) the strongest head gives token 0 {micro:
 softmax.first.sink} (softmax), {micro: headnorm.first.sink} (headnorm), {micro: gated.first.sink}
-(gated, a known cure) and {micro: sigmoid.first.sink} (sigmoid). But this sink is a *ruler*: hide
-token 0, and the model measures its place from token 1 ([chapter 07](chapters/book/07.md)). No cure
-takes away what is in use, so a sink that stays here refutes none. After `<|bos|>`, which a head
+(gated, a known cure) and {micro: sigmoid.first.sink} (sigmoid). But this sink is *of use*: these
+models measure their place from token 0, the default one by the head that has the sink ([chapter
+07](chapters/book/07.md)). So a sink that stays here refutes no cure. After `<|bos|>`, which a head
 knows by name, it is {text: softmax.first.sink}, {text: headnorm.first.sink}, {text:
-gated.first.sink} and {text: sigmoid.first.sink}. Headnorm has the lower loss all the same: {loss}
-nats against softmax, each at its best learning rate (95 % interval; the paper: -0.039). More: [the
+gated.first.sink} and {text: sigmoid.first.sink}. In copying headnorm has the lower loss all the
+same: {loss} nats against softmax, each at its best learning rate (95 % interval; the paper:
+-0.039); in text there is no difference ({text: headnorm.val_loss minus softmax.val_loss}). More: [the
 cures](tests/results/cures.md).
 """  # what stands in braces is a `number`, of SmolLM2 where it names no lane
 

@@ -18,6 +18,16 @@ under gated and sigmoid. Written before fresh seeds (FRESH) were run to that ste
 
     SINK is passed under softmax and under headnorm in 4 of 5 seeds at least, under gated and under
     sigmoid in none
+
+LONG is the paper's own setting, as far as an hour of one core goes: text, windows from any place,
+no <|bos|>. Written when seed 0 of softmax and gated had been seen to step 8,308 (sinks 0.15 and
+0.13, states 2.5 and 1.3 times as long as the median), and nothing of headnorm:
+
+    at the end the strongest head gives token 0 at least 0.25 under softmax, and under gated at most
+    half of what it gives under softmax; its state is at least twice as long as the median under
+    softmax, and at most 1.5 times under gated
+    headnorm cures, if it stays below the same two margins as gated; it does not, if it reaches
+    those of softmax
 """
 import argparse
 import statistics
@@ -31,15 +41,19 @@ import torch.nn.functional as F
 
 import probe
 import train
+from chapters import figures
 from data.border import bar, fill_page, markdown, read_json, write_json
 from model import ATTENTIONS, Attention, record
 
 SEEDS, RATES = range(5), (2.5e-3, 5e-3, 1e-2, 2e-2)
 SINK, LEARNED, REACHED = probe.SINK, 0.25, 1.6  # attention; nats above perfect; nats
 EARLY, FRESH = 889, range(5, 10)
+LONG = dict(size="tiny", bos=0.0, hidden_size=96, intermediate_size=256, seq_len=128, lr=2.5e-3,
+            steps=36000, evals=24, threads=1)
+LONG_PLAN = [("softmax", 0), ("gated", 0), ("headnorm", 0)]  # attention, seed
 T = 64
 RESULTS = Path("tests/results")
-FILE, PAGE = RESULTS / "cures.json", RESULTS / "cures.md"
+FILE, PAGE, FIGURE = (RESULTS / name for name in ("cures.json", "cures.md", "cures_long.png"))
 
 
 def run_of(attn, lr, seed) -> train.Run:
@@ -120,6 +134,37 @@ def early(attn, seed) -> dict:
                 "val_loss": result.log[-1]["val_loss"]}
 
 
+def long(attn, seed) -> dict:
+    """One run of LONG, 50 minutes of one core; it goes on where it was stopped. Its log, and at the
+    end the chain in 4 x 64 held-out windows, the effective rank of the states there, and the loss
+    on 2,048 windows."""
+    run = train.resolve(train.Run(**LONG, attn=attn, seed=seed, out=f"out/cures/long-{attn}-{seed}"))
+    there = (Path(run.out) / "config.json").exists()
+    result = train.train(run, resume=there, overwrite=not there, say=lambda text: None)
+    model, corpus, length = result.model.eval(), result.corpus, run.seq_len
+    generator = torch.Generator().manual_seed(0)
+    chains, ranks = [], []
+    with torch.no_grad():
+        for _ in range(4):
+            x, _ = corpus.batch(64, length, generator, "val", 0.0)
+            chains.append(probe.chain(model, x))
+            ranks.append(ranks_of(model, x))
+        losses = [model(*corpus.batch(64, length, generator, "val", 0.0))[1].item()
+                  for _ in range(32)]
+    log = [{"step": row["step"], "val_loss": row["val_loss"], "links": row["links"]}
+           for row in result.log]
+    return {"log": log, "chains": chains, "ranks": ranks, "losses": losses,
+            "parameters": sum(p.numel() for p in model.parameters()), "seconds": result.seconds}
+
+
+def ranks_of(model, x) -> dict:
+    """Effective rank of the states after each layer, mean over layers."""
+    depth = [f"{i}.resid_post" for i in range(len(model.layers))]
+    states = record(model, x, depth)[1].values()
+    return {"rank": statistics.fmean(effective_rank(s) for s in states),
+            "rank without token 0": statistics.fmean(effective_rank(s[:, 1:]) for s in states)}
+
+
 def effective_rank(states):
     """(N, T, C) -> exp(-sum p_i ln p_i), p_i the shares of the singular values (Roy and Vetterli
     2007)."""
@@ -133,13 +178,9 @@ def measure(model, corpus, log) -> dict:
     predictor, and what training looked like."""
     generator = torch.Generator().manual_seed(0)
     rest = corpus.task.rest(64, T, generator)
-    depth = [f"{i}.resid_post" for i in range(len(model.layers))]
-    states = record(model, rest, depth)[1].values()
     losses = [row["val_loss"] for row in log]
     return {
-        "chain": probe.chain(model, rest), "ruler": ruler(model, rest),
-        "rank": statistics.fmean(effective_rank(s) for s in states),
-        "rank without token 0": statistics.fmean(effective_rank(s[:, 1:]) for s in states),
+        "chain": probe.chain(model, rest), "ruler": ruler(model, rest), **ranks_of(model, rest),
         "excess": excess(model, corpus, T), "excess at 2T": excess(model, corpus, 2 * T),
         "rise": max(b - min(losses[:i + 1]) for i, b in enumerate(losses[1:])),
         "birth": [{"step": row["step"], "val_loss": row["val_loss"],
@@ -211,7 +252,8 @@ def grid_table(found, show) -> str:
 def show_sinks(seeds) -> str:
     able = [c for c in seeds if learned(c)]
     above = sum(sink(c) > SINK for c in able)
-    return f"{spread([sink(c) for c in seeds])}; {above} of {len(able)} learned"
+    of = f"{above} of the {len(able)} that learned" if able else "none learned"
+    return f"{spread([sink(c) for c in seeds])}; {of}"
 
 
 def steps_to(cell, loss=REACHED):
@@ -309,6 +351,36 @@ def variants_table(found) -> str:
                      "minus headnorm"), rows)
 
 
+def long_table(found) -> str:
+    """The end of each run of LONG: mean and standard deviation over windows, in batches."""
+    rows, base = [], found["long"]["softmax"]["0"]["losses"]
+    for attn, seed in LONG_PLAN:
+        run = found["long"][attn][str(seed)]
+        chain = (spread([c[key] for c in run["chains"]])
+                 for key in ("sink", "norm_ratio", "dominance", "drain"))
+        rank = (spread([r[key] for r in run["ranks"]]) for key in run["ranks"][0])
+        gaps = [a - b for a, b in zip(run["losses"], base)]
+        rows.append((attn, *chain, *rank, f"{statistics.fmean(run['losses']):.3f}",
+                     "-" if attn == "softmax" else f"{statistics.fmean(gaps):+.3f}"))
+    return markdown(("", "sink", "length of token 0", "DomRatio", "value drain", "effective rank",
+                     "without token 0", "loss", "minus softmax"), rows)
+
+
+@figures.styled
+def draw_long(found):
+    """The birth of the sink and of the long state, or not, under each attention."""
+    figure, axes = figures.new(3.2, 1, 2)
+    for ax, key, title in zip(axes, ("sink", "norm_ratio"), (
+            "Text: attention to the first token", "Length of its state")):
+        number = next(n for n in probe.numbers() if n.key == key)
+        for style, (attn, seed) in zip(figures.STYLES, LONG_PLAN):
+            log = found["long"][attn][str(seed)]["log"]
+            figures.track(ax, log, lambda row: row["links"][key], label=attn, **style | {"ms": 3})
+        figures.dress(ax, title, {}, xlabel="step", ylabel=figures.tex(number.says))
+        ax.set_ylim(0)
+    return figure
+
+
 def search_table(found) -> str:
     """Every configuration that was tried on the way, in the order of the trials."""
     rows = [(r["task"], r["attn"], r["changed"], str(r["seed"]),
@@ -340,7 +412,7 @@ def tables(found) -> dict[str, str]:
             "same": comparison(found, dict.fromkeys(ATTENTIONS, best["softmax"])),
             "best": comparison(found, best), "variants": variants_table(found),
             "births": births_table(found), "early": early_table(found),
-            "ruler": ruler_table(found),
+            "ruler": ruler_table(found), "long": long_table(found),
             "search": search_table(found)}
 
 
@@ -353,12 +425,16 @@ def main():
     args = parser.parse_args()
     if not args.render:
         work(args.jobs)
-    fill_page(PAGE, tables(read_json(FILE)))
+    found = read_json(FILE)
+    fill_page(PAGE, tables(found))
+    figures.save(FIGURE, draw_long(found))
 
 
 def work(jobs) -> None:
     """Train and measure what is not yet in cures.json; write it after each run."""
-    found, plan = {"early": {}} | read_json(FILE), []
+    found, plan = {"early": {}, "long": {}} | read_json(FILE), []
+    for attn, seed in LONG_PLAN:
+        plan.append((found["long"].setdefault(attn, {}), seed, long, attn, seed))
     for seed in SEEDS:
         for lr in RATES:
             for attn in ATTENTIONS:

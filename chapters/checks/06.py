@@ -61,5 +61,5 @@ def first_layer(answer):
         gain = max(tenth - free[1][resting].mean().item(), 0)
         return gain / (gain + max(first - uniform, 0))
 
-    assert share(answer) >= 0.25, "That is not enough: mask more layers."
-    assert answer == 0 or share(answer - 1) < 0.25, "Fewer layers do as well."
+    assert share(answer) >= 0.4, "That is not enough: mask more layers."
+    assert answer == 0 or share(answer - 1) < 0.4, "Fewer layers do as well."
