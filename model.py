@@ -247,9 +247,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
 
     def forward(self, x, tap):
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if tap is not untapped:
-            gate, up = tap("mlp_pre", torch.stack((gate, up)))  # (2, B, T, F)
+        gate = tap("mlp_pre", self.gate_proj(x))
+        up = tap("mlp_pre_linear", self.up_proj(x))
         return self.down_proj(tap("mlp_post", F.silu(gate) * up))
 
 
@@ -411,14 +410,13 @@ def tap_names(cfg: Config) -> list[str]:
         i.q  i.z (headnorm, gated: and i.z_raw, before norm or gate)                 (B, T, H, D)
         i.k  i.v                                                                     (B, T, K, D)
         i.scores (q k' / sqrt(D), before bias and mask)  i.pattern                   (B, H, T, T)
-        i.mlp_pre (gate, up: before silu)                                            (2, B, T, F)
-        i.mlp_post (silu(gate) * up)                                                 (B, T, F)
+        i.mlp_pre (gate, before silu)  i.mlp_pre_linear (up)  i.mlp_post             (B, T, F)
 
     q and k are tapped before rotation. Rotation leaves position 0 as it is.
     """
     raw = ["z_raw"] if cfg.attn in ("headnorm", "gated") else []
     names = ["resid_pre", "q", "k", "v", "scores", "pattern", *raw, "z", "attn_out", "resid_mid",
-             "mlp_pre", "mlp_post", "mlp_out", "resid_post"]
+             "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out", "resid_post"]
     inner = [f"{i}.{name}" for i in range(cfg.num_hidden_layers) for name in names]
     return ["embed", *inner, "final"]
 
@@ -436,16 +434,9 @@ def make_tap(cfg: Config, edits: dict[str, Callable]) -> Tap:
     return lambda name, x: edits[name](x) if name in edits else x
 
 
-def compose(*taps: Tap | None) -> Tap | None:
-    """One tap that applies `taps` from left to right; None stands for no tap."""
-    taps = [t for t in taps if t is not None]
-
-    def tap(name, x):
-        for t in taps:
-            x = t(name, x)
-        return x
-
-    return tap if taps else None
+def compose(first: Tap | None, then: Tap) -> Tap:
+    """One tap that applies `first`, if there is one, and then `then`."""
+    return then if first is None else lambda name, x: then(name, first(name, x))
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import math
+import shlex
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 
 from data.border import (Parser, UserError, bar, check_settings, program, say, setting,
                          write_json)
-from model import GPT, compose, make_tap
+from model import GPT, compose, make_tap, record
 
 TOP = 5     # how many neurons of a layer count as "a few"
 SINK = 0.3  # a head whose score is above this has a sink (Gu et al. 2025, arXiv 2410.10781)
@@ -58,7 +59,7 @@ def others(x, k, dim):
 def variance(x):
     """(N, T, ...) -> (T,): variance over windows, averaged over the other dimensions (claim 1).
 
-    Exactly 0 at a position that holds the same token in every window and sees nothing else.
+    0, but for rounding, at a position that holds one token in all windows and sees nothing else.
     """
     x = x.float()  # x.var(0) is the same, and five times slower
     return (x - x.mean(0)).square().sum(0).flatten(1).mean(1) / (len(x) - 1)
@@ -423,11 +424,11 @@ def known(model, x, seed=0):
 
         neurons (TOP,)   dims (3,)   state (C,) mean x_0   key (K, D) mean k_0   query (K, D)
     """
-    kept, generator = {}, torch.Generator().manual_seed(seed)
-    model(x, tap=lambda name, value: kept.setdefault(name, value))
+    generator, names = torch.Generator().manual_seed(seed), ("resid_pre", "k", "q", "mlp_post")
+    kept = record(model, x, [f"{i}.{name}" for i in range(len(model.layers)) for name in names])[1]
     story, other = (SimpleNamespace(neurons=[], dims=[], state=[], key=[], query=[]) for _ in "ab")
     for i, block in enumerate(model.layers):
-        state, key, q, post = (kept[f"{i}.{name}"] for name in ("resid_pre", "k", "q", "mlp_post"))
+        state, key, q, post = (kept[f"{i}.{name}"] for name in names)
         largest = state[:, 0].abs().mean(0).topk(6).indices
         story.dims.append(largest[:3])
         other.dims.append(largest[3:])
@@ -555,8 +556,9 @@ def share(row, T) -> float:
 
 
 def spread(values) -> tuple[float, float]:
-    """Mean and standard deviation, 0 for a single one."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and standard deviation, 0 for a single one; nan where a value is not finite."""
+    v = torch.tensor(values, dtype=torch.float64)
+    return v.mean().item(), v.std().item() if len(v) > 1 else 0.0
 
 
 def average(chains) -> tuple[dict, dict]:
@@ -611,8 +613,8 @@ def table(rows, left=1):
         say("  ".join(cells).rstrip())
 
 
-def print_chain(title, columns, cfg, T):
-    """columns: name -> (mean, standard deviation) of `average`."""
+def print_chain(title, columns, cfgs, T):
+    """columns: name -> (mean, standard deviation) of `average`; of models of these Configs."""
     rows = [["link", "number", "chance", *columns]]
 
     def add(name, says, null, key):
@@ -621,7 +623,8 @@ def print_chain(title, columns, cfg, T):
 
     for link in LINKS:
         for n in link.numbers:
-            null = "" if n.chance is None else digits(chance(n, cfg, T))
+            nulls = [] if n.chance is None else [digits(chance(n, cfg, T)) for cfg in cfgs]
+            null = ", ".join(dict.fromkeys(nulls))  # of several, where widths differ
             add(link.name if n is link.numbers[0] else "", n.says, null, n.key)
     add("", "loss, nats per token", "", "loss")
     say(f"\n{title}")
@@ -634,8 +637,9 @@ def tell_chain(name, first, ordinary, cfg, T):
     word = "a sink" if first[last.key] > SINK else "no sink"
     for link in LINKS:
         n = link.numbers[0]
-        null = chance(n, cfg, T) or 0
-        if abs(first[n.key] - null) > 2 * abs(ordinary[n.key] - null):
+        nulls = (chance(n, cfg, T, k) or 0 for k in (0, T // 2))
+        away, usual = (abs(c[n.key] - null) for c, null in zip((first, ordinary), nulls))
+        if away > 2 * usual:
             outstanding.append(link.name)
     say(f"\n{name}: {last.says}: {first[last.key]:.2f} at token 0, {ordinary[last.key]:.2f} at "
         f"token {T // 2}, chance {chance(last, cfg, T):.2f}: {word}.\n"
@@ -643,23 +647,31 @@ def tell_chain(name, first, ordinary, cfg, T):
         f"{', '.join(outstanding) or 'nothing'}.")
 
 
+def matrix(tables):
+    """The cut matrix, means over tables of `cuts`: (label, numbers before, numbers after) of every
+    edit, labels of controls indented; before the first edit of a token, that token untouched."""
+    seen = set()
+    for same in zip(*tables):
+        row, at = same[0], int(same[0]["kind"] == "forge")  # at token 0, or at token k
+        before, after = (average([r[when][at] for r in same])[0] for when in ("before", "after"))
+        if at not in seen:
+            seen.add(at)
+            yield f"token {row['token']} untouched", before, before
+        name = "    " if row["control"] else f"{row['link']}: "
+        yield name + row["says"], before, after
+
+
+def headline_keys() -> dict[str, str]:
+    """{column of the cut matrix: key of its number}."""
+    return {link.name: link.numbers[0].key for link in LINKS} | {"loss": "loss"}
+
+
 def print_cuts(tables, found):
-    """The cut matrix, means over `tables`, and the verdicts that were found."""
-    keys = {link.name: link.numbers[0].key for link in LINKS} | {"loss": "loss"}
+    """The cut matrix and the verdicts that were found."""
+    keys = headline_keys()
     rows = [["", *keys]]
-
-    def add(label, when, at, same):
-        mean, _ = average([row[when][at] for row in same])
-        rows.append([label, *(digits(mean[key]) for key in keys.values())])
-
-    for at, kind in enumerate(("cut", "forge")):  # at token 0, at token k
-        each = ([row for row in found if row["kind"] == kind] for found in tables)
-        for i, same in enumerate(zip(*each)):
-            row = same[0]
-            if i == 0:
-                add(f"token {row['token']} untouched", "before", at, same)
-            name = "    " if row["control"] else f"{row['link']}: "
-            add(name + row["says"], "after", at, same)
+    for label, _, after in matrix(tables):
+        rows.append([label, *(digits(after[key]) for key in keys.values())])
     table(rows)
     say("\n" + RULE)
     rows = []
@@ -743,7 +755,7 @@ def open_runs(runs, look):
     for folder in runs:
         model, corpus, run = load_run(folder)
         T, name = run["seq_len"], Path(folder).resolve().name
-        shapes.add((T, corpus.name))
+        shapes.add((T, corpus.name, run["bos"] > 0))
         if name in found or len(shapes) > 1:
             raise UserError(f"{folder} has the name of another run, or other windows than "
                             f"{runs[0]}; probe them one by one")
@@ -782,7 +794,7 @@ def show_chains(models, look):
                 untrained = [chain(null, x, y=y) for x, y in kinds[kind]]
                 columns[f"{name}, untrained"] = average(untrained)
             told.append((f"{name}, {kind}", first[0], ordinary[0], model.cfg, T))
-        print_chain(kind, columns, model.cfg, T)
+        print_chain(kind, columns, [model.cfg for model, *_ in models.values()], T)
         saved[kind] = {name: {"mean": c[0], "std": c[1]} for name, c in columns.items()}
     for words in told:
         tell_chain(*words)
@@ -819,7 +831,8 @@ def main(words=None):
     figures.save(out / f"{what}.png", figure)
     settings = {key: getattr(look, key) for key in ("windows", "batches", "position", "seed")}
     write_json(out / f"{what}.json", settings | saved)
-    again = "" if look.cut else f"; next: python probe.py {' '.join(sys.argv[1:])} --cut"
+    words = shlex.join(sys.argv[1:] if words is None else words)
+    again = "" if look.cut else f"; next: python probe.py {words} --cut"
     say(f"wrote {what}.json, {what}.png in {out}/{again}")
     return 0
 

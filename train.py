@@ -120,6 +120,10 @@ def resolve(run: Run) -> Run:
                         "each head gets an even share of it")
     if K is not None and H % K:
         raise UserError(f"--num-key-value-heads {K} must divide --num-attention-heads {H}")
+    if full.data in data.TASKS:  # whose symbols and repeats are its own
+        for name in ("vocab_size", "repeat"):
+            if getattr(run, name) not in (None, usual[name]):
+                raise UserError(f"{flag(name)} is for text; leave it out with --data {full.data}")
     full.initializer_range = full.initializer_range or C ** -0.5
     full.threads = full.threads or min(os.cpu_count() or 1, 4)
     full.out = full.out or usual_folder(run, usual)
@@ -141,8 +145,10 @@ def check_memory(run: Run, cfg: Config, device: torch.device) -> None:
     with torch.device("meta"):  # shapes without memory
         parameters = sum(p.numel() for p in GPT(cfg).parameters())
     B, T, H, L = run.batch_size, run.seq_len, run.num_attention_heads, run.num_hidden_layers
-    states = B * T * L * (8 * run.hidden_size + 4 * run.intermediate_size)
+    states = B * T * (L * (8 * run.hidden_size + 4 * run.intermediate_size) + 3 * cfg.vocab_size)
     patterns = 3 * max(8, PROBE_TOKENS // T) * H * T * T  # of one layer, in an evaluation
+    if run.attn == "sigmoid":  # no fused kernel: training keeps those of all layers
+        patterns = max(patterns, 2 * L * B * H * T * T)
     need, there = 4 * (4 * parameters + states + patterns), memory_of(device)  # of four bytes each
     if need > there:
         raise UserError(f"this needs {need / 1e9:,.0f} GB of memory, there are {there / 1e9:,.0f}; "
@@ -309,6 +315,8 @@ def train(run: Run, resume=False, overwrite=False, say=say) -> State:
     corpus = load_corpus(run, old)
     check_memory(run, shape(run, corpus), device)
     with one_writer(folder), interrupts() as stop:
+        if not resume:  # again: another training may have ended here in the meantime
+            check_folder(folder, FILES, ("run", "model", "environment"), overwrite)
         there = resume and (folder / "model.pt").exists()  # no: killed before its first save
         state = State(run, corpus, device, load_checkpoint(folder / "model.pt") if there else None)
         header = make_header(state, old)
@@ -322,7 +330,8 @@ def train(run: Run, resume=False, overwrite=False, say=say) -> State:
             say(f"resuming at step {state.step:,}{new_machine(old, header)}")
 
         left = parts(folder, FILES)  # before this line nothing has been written or removed
-        for path in left if resume else [*left, *(folder / name for name in FILES)]:
+        stale = () if resume else (*FILES, *MEASURED)
+        for path in [*left, *(folder / name for name in stale)]:
             path.unlink(missing_ok=True)
         if not state.finished:
             write_json(folder / "config.json", header)
@@ -419,6 +428,7 @@ def train_step(state: State, cast) -> torch.Tensor:
 # ---------------------------------------------------------------- the folder of a run
 
 FILES = ("model.pt", "curve.png", "log.jsonl", "config.json")  # in which order they are removed
+MEASURED = ("chain.json", "chain.png", "cut.json", "cut.png")  # by probe.py, of the old weights
 
 
 def shape(run: Run, corpus) -> Config:
@@ -538,18 +548,23 @@ def read_log(folder) -> list[dict]:
 
 # ---------------------------------------------------------------- the command line
 
-def write_text(model: GPT, corpus, prompt=None, tokens=200, temperature=0.8, seed=0) -> str:
+def write_text(model: GPT, corpus, bos, prompt=None, tokens=200, temperature=0.8, seed=0) -> str:
     """A prompt and what the model writes after it, each token one of the 40 likeliest. Any text can
-    be a prompt, of a task any of its symbols. Raises UserError."""
+    be a prompt, of a task any of its symbols. `bos`: whether the model has been trained with
+    <|bos|> in front; if not, something ordinary comes first. Raises UserError."""
     within("--tokens", tokens, 1, 100_000)
     if temperature != 0:
         within("--temperature", temperature, 0.01, 100)
     if prompt is None:
         prompt = "import " if corpus.name == "stdlib" else ""
+    start = [corpus.bos] * bool(bos) + corpus.encode(prompt)
+    if not start:
+        held_out = corpus.batch(1, 8, torch.Generator().manual_seed(seed), "val", bos=0.0)
+        start = held_out[0][0, :1].tolist()
     device = model.lm_head.weight.device
-    idx = torch.tensor([[corpus.bos, *corpus.encode(prompt)]], device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    return corpus.decode(model.generate(idx, tokens, temperature, 40, generator)[0, 1:])
+    ids = model.generate(torch.tensor([start], device=device), tokens, temperature, 40, generator)
+    return corpus.decode(ids[0, bool(bos):])
 
 
 def story(state: State) -> str:
@@ -568,7 +583,7 @@ validation loss {last['val_loss']:.4f} nats per token; files in {show(run.out)}/
 {first}: {after:.2f} of the attention of the strongest head, before training {before:.2f} \
 (one that attends to all alike: {probe.uniform_sink(run.seq_len):.2f})
 a sample (in {share:.0%} of the training windows one passage comes over and over):
-{write_text(state.model, corpus)}
+{write_text(state.model, corpus, run.bos)}
 
 next: python probe.py {shlex.quote(show(run.out))}
 {run.attn} {seen}"""
@@ -607,8 +622,8 @@ def command(words) -> int:
     if "sample" in given:
         folder = given.pop("sample")
         resolve(Run(seed=given.get("seed", 0)))
-        model, corpus, _ = load_run(folder)
-        print(write_text(model, corpus, **given))
+        model, corpus, settings = load_run(folder)
+        print(write_text(model, corpus, settings["bos"], **given))
         return 0
     for name in SAMPLING:
         if name in given:

@@ -12,8 +12,9 @@
 # and to few others. They can be found by their weights or by their activity, and write
 # into one dimension. Silence them and the model can no longer write.
 #
-# **You need** chapter 00, and SwiGLU: an MLP whose hidden layer is a linear map times
-# the silu of another, $\mathrm{silu}(u) = u / (1 + e^{-u})$. **Run time**: ten to twenty seconds, once the two small models exist.
+# **You need** chapter 00, and SwiGLU: an MLP whose hidden layer is one linear map times
+# the silu of another, $\mathrm{silu}(u) = u / (1 + e^{-u})$. **Run time**: ten to
+# twenty seconds, once the two small models exist.
 
 # %%
 from lesson import beside, check, models, plt, random_tokens, real, show

@@ -232,9 +232,9 @@ assert toy["cut lock"] < 0.25, "here the leading query does not carry the sink"
 #
 # Three are not. The lock carries nothing, and at token 10 a *random* key does as much
 # as that of token 0, a random direction more than half: this model dislikes all
-# ordinary keys (chapter 05), so whatever is unlike them is a sink. Amplified variance (`forge W_O`) does no more than its controls
-# in this training. And the usual length of $z_0$ (`cut W_O`) takes much of the sink.
-# Why here, and not in SmolLM2?
+# ordinary keys (chapter 05), so whatever is unlike them is a sink. Amplified variance
+# (`forge W_O`) does no more than its controls in this training. And the usual length of
+# $z_0$ (`cut W_O`) takes much of the sink. Why here, and not in SmolLM2?
 #
 # ## Beside the paper
 

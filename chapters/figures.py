@@ -359,17 +359,7 @@ def effects(ax, verdicts, whole):
 def matrix(tables) -> Figure:
     """All of `probe.cuts`, means over `tables` (batches or seeds): each edit and its
     controls against the headline of each link. Number: after it. Shade: its change."""
-    keys = {link.name: link.numbers[0].key for link in probe.LINKS} | {"loss": "loss"}
-    rows, untouched = [], []  # rows: what it says, numbers before, numbers after
-    for same in zip(*tables):
-        row, at = same[0], int(same[0]["token"] != 0)
-        before, after = (probe.average([r[when][at] for r in same])[0]
-                         for when in ("before", "after"))
-        if len(untouched) == at:
-            untouched.append(len(rows))
-            rows.append((f"token {row['token']}, untouched", before, before))
-        of = "     " if row["control"] else f"{row['link']}:"
-        rows.append((f"{of} {row['says']}", before, after))
+    keys, rows = probe.headline_keys(), list(probe.matrix(tables))
     figure, ax = new(0.21 * len(rows) + 1.2)
     image = torch.ones(len(rows), len(keys), 3)
     for i, (_, before, after) in enumerate(rows):
@@ -384,11 +374,11 @@ def matrix(tables) -> Figure:
     without_frame(ax)
     ax.set_xticks(range(len(keys)), [tex(name) for name in keys])
     ax.set_yticks(range(len(rows)), [tex(says) for says, *_ in rows], ha="left")
-    for label, (says, *_) in zip(ax.get_yticklabels(), rows):
+    for i, (label, (says, *_)) in enumerate(zip(ax.get_yticklabels(), rows)):
         label.set_color("0.4" if says.startswith(" ") else "black")
-    for i in untouched:
-        ax.axhline(i - 0.5, color="black", lw=1.2)
-        ax.get_yticklabels()[i].set_fontweight("bold")
+        if says.startswith("token"):  # untouched
+            ax.axhline(i - 0.5, color="black", lw=1.2)
+            label.set_fontweight("bold")
     ax.xaxis.tick_top()
     ax.tick_params(axis="both", length=0)
     ax.tick_params(axis="y", pad=210)  # points: as wide as the longest label

@@ -264,14 +264,11 @@ def show(figure, name, alt):
 
 def beside(*rows):
     """Print a table of (quantity, what the paper reports, what this run shows)."""
-    rows = [("", "the paper", "this run"), *rows]
     def digits(cell):
         return probe.digits(cell) if isinstance(cell, float) else str(cell)
 
     cells = [list(map(digits, row)) for row in rows]
-    wide = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print("  ".join(c.ljust(w) for c, w in zip(row, wide)).rstrip())
+    probe.table([("", "the paper", "this run"), *cells], left=3)
 
 
 # ---------------------------------------------------------------- exercises

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 
 import train
 from data import Corpus
-from data.border import bar, environment, fill_page, markdown, read_json, write_json
+from data.border import bar, environment, read_json, write_json
 from model import ATTENTIONS, GPT, RMSNorm
+from tests.pages import fill_page, markdown
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 PAGE = RESULTS.with_name("speed.md")

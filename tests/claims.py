@@ -32,10 +32,11 @@ import probe
 import train
 from chapters.lesson import trained
 from data import smollm2
-from data.border import bar, fill_page, markdown, read_json, write_json
+from data.border import bar, read_json, write_json
 from data.windows import english, random_windows, text_windows
 from model import GPT, record
 from tests import cures
+from tests.pages import fill_page, markdown
 
 RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "claims.json"
@@ -492,8 +493,8 @@ models measure their place from token 0, the default one by the head that has th
 knows by name, it is {text: softmax.first.sink}, {text: headnorm.first.sink}, {text:
 gated.first.sink} and {text: sigmoid.first.sink}. In copying headnorm has the lower loss all the
 same: {loss} nats against softmax, each at its best learning rate (95 % interval; the paper:
--0.039); in text there is no difference ({text: headnorm.val_loss minus softmax.val_loss}). More: [the
-cures](tests/results/cures.md).
+-0.039); in text there is no difference ({text: headnorm.val_loss minus softmax.val_loss}). More:
+[the cures](tests/results/cures.md).
 """  # what stands in braces is a `number`, of SmolLM2 where it names no lane
 
 

@@ -42,8 +42,9 @@ import torch.nn.functional as F
 import probe
 import train
 from chapters import figures
-from data.border import bar, fill_page, markdown, read_json, write_json
+from data.border import bar, read_json, write_json
 from model import ATTENTIONS, Attention, record
+from tests.pages import fill_page, markdown
 
 SEEDS, RATES = range(5), (2.5e-3, 5e-3, 1e-2, 2e-2)
 SINK, LEARNED, REACHED = probe.SINK, 0.25, 1.6  # attention; nats above perfect; nats
@@ -138,7 +139,8 @@ def long(attn, seed) -> dict:
     """One run of LONG, 50 minutes of one core; it goes on where it was stopped. Its log, and at the
     end the chain in 4 x 64 held-out windows, the effective rank of the states there, and the loss
     on 2,048 windows."""
-    run = train.resolve(train.Run(**LONG, attn=attn, seed=seed, out=f"out/cures/long-{attn}-{seed}"))
+    out = f"out/cures/long-{attn}-{seed}"
+    run = train.resolve(train.Run(**LONG, attn=attn, seed=seed, out=out))
     there = (Path(run.out) / "config.json").exists()
     result = train.train(run, resume=there, overwrite=not there, say=lambda text: None)
     model, corpus, length = result.model.eval(), result.corpus, run.seq_len

@@ -67,7 +67,7 @@ def test_logits_and_activations_agree_with_transformers(tmp_path, shape):
     _, ours = record(gpt, idx, tap_names(gpt.cfg))
     pairs.append((ours["final"], theirs["model.norm"]["gives"]))
     for i in range(2):
-        ours[f"{i}.gate"], ours[f"{i}.up"] = ours[f"{i}.mlp_pre"]
+        ours[f"{i}.gate"], ours[f"{i}.up"] = ours[f"{i}.mlp_pre"], ours[f"{i}.mlp_pre_linear"]
         pairs.append((ours[f"{i}.pattern"], theirs[f"model.layers.{i}.self_attn"]["gives"][1]))
         for name, (module, side) in SAME.items():
             pairs.append((ours[f"{i}.{name}"], theirs[f"model.layers.{i}.{module}"][side]))

@@ -162,7 +162,7 @@ def test_taps_are_called_as_listed_with_the_listed_shapes(attn):
     shapes = {
         "q": (B, T, H, D), "z": (B, T, H, D), "z_raw": (B, T, H, D), "k": (B, T, K, D),
         "v": (B, T, K, D), "scores": (B, H, T, T), "pattern": (B, H, T, T),
-        "mlp_pre": (2, B, T, F), "mlp_post": (B, T, F),
+        "mlp_pre": (B, T, F), "mlp_pre_linear": (B, T, F), "mlp_post": (B, T, F),
     }
     for name, x in record(gpt, idx, called)[1].items():
         assert x.shape == shapes.get(name.split(".")[-1], (B, T, C)), name
@@ -184,10 +184,10 @@ def test_taps_compose_from_left_to_right_and_are_recorded_as_left():
     gpt, idx = tiny_model(), tokens()
     double = make_tap(gpt.cfg, {"embed": lambda x: 2 * x})
     plus = make_tap(gpt.cfg, {"embed": lambda x: x + 1})
-    tap = compose(double, None, plus)
+    tap = compose(double, plus)
     logits, seen = record(gpt, idx, ["embed"], tap)
     assert torch.equal(seen["embed"], 2 * gpt.embed_tokens(idx) + 1)
-    assert torch.equal(logits, gpt(idx, tap=tap)[0]) and compose(None, None) is None
+    assert torch.equal(logits, gpt(idx, tap=tap)[0]) and compose(None, plus) is plus
 
 
 @pytest.mark.parametrize("name", ["resid_pre", "9.z", "0.z_raw"])

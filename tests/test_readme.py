@@ -11,8 +11,9 @@ import pytest
 
 import probe
 import train
-from data.border import fill, read_json
+from data.border import read_json
 from tests import bench, claims, cures
+from tests.pages import fill
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "chapters" / "README.md",
