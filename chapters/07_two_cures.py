@@ -95,8 +95,8 @@ assert gap["headnorm"] < gap["softmax"] / 5, "headnorm does not level the varian
 # %% [markdown]
 # ## Where the first token is ordinary
 #
-# It is any of 16 letters. This is the paper's puzzle. Below, "x" is a length over that
-# of other tokens, in the layer where it is largest (chapter 04 leaves out the last).
+# It is any of 16 letters. "x" is a length over that of other tokens, in the layer where
+# it is largest (chapter 04 leaves out the last).
 
 
 # %%
@@ -181,7 +181,7 @@ for layer, head in torch.ones_like(off).nonzero().tolist():
     blinded = passage_ends(trained["softmax"], rest, tap=blind(layer, head))
     off[layer, head] = (blinded - free)[1:].abs().mean()
 most, second = off.flatten().topk(2).values
-print(f"hidden from one head: most {most:.4f}, second most {second:.4f}")
+print(f"hidden from one head: most {most:.4f}, second {second:.4f}")
 assert off.argmax() == attends.argmax() and most > 2 * second, "another head measures"
 
 # %% [markdown]
@@ -192,8 +192,7 @@ assert off.argmax() == attends.argmax() and most > 2 * second, "another head mea
 #
 # ## In text, after `<|bos|>`
 #
-# Here the sink has another reason. `<|bos|>` is one token with an embedding of its own:
-# a head finds it *by name*, and needs no chain.
+# `<|bos|>` has an embedding of its own: a head finds it *by name*, and needs no chain.
 
 # %%
 named = {attn: measured(f"tiny-{attn}", text[0], *text) for attn in ATTENTIONS}
