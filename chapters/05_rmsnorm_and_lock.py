@@ -228,8 +228,8 @@ for name, net in models(*inputs).items():
     key_0[name] = scores[:, head, 1:, 0].mean().item()
     others[name] = key_0[name] - probe.lock_gap(scores, 0)[head].item()
     liked = (scores[:, head, 1:, 0] > 0).float().mean()
-    print(f"{name}: sink {attends[head]:.2f}, logit of key 0 {key_0[name]:.1f}, above 0 "
-          f"for {liked:.0%} of queries; of the others {others[name]:.1f}")
+    print(f"{name}: sink {attends[head]:.2f}, logit of key 0 {key_0[name]:.1f}, "
+          f"above 0 for {liked:.0%} of queries; of the others {others[name]:.1f}")
 assert key_0["tiny-softmax"] > 3 > abs(others["tiny-softmax"]), "key 0 is liked"
 assert others["softmax"] < -2 < key_0["softmax"], "all other keys are disliked"
 
