@@ -223,7 +223,8 @@ assert without[1] < probe.SINK, "the text model has a sink on any first byte"
 # small models few do.
 #
 # `train.py` measures every link of the story while it trains. Each line is one link,
-# from its least to its greatest value. Do they rise in the order of the story?
+# from its least to its greatest value. Do they rise in the order of the story? (Five
+# seeds: `tests/results/claims.md`, Q1.)
 
 # %%
 figure = figures.birth(log("softmax"), "links_rest", "softmax: a sink is born")
