@@ -27,6 +27,8 @@ COMMANDS = """
 --num-key-value-heads 3                      | --num-key-value-heads 3 must divide
 --batch-size 65536 --seq-len 4096            | GB of memory
 --device tpu                                 | --device must be
+--vocab-size 500                             | --vocab-size is for text
+--repeat 0.5                                 | --repeat is for text
 --data text.txt --vocab-size 256             | at least 257
 --data text.txt --seq-len 9999               | too short for windows of 9999
 --data not{bad}utf8.txt                      | not\\xffutf8.txt does not exist

@@ -309,6 +309,18 @@ def test_share_and_verdict_by_the_rule(kind, first, k, control, sink, share, wor
     assert f"from {probe.WHOLE[kind] * 100:.0f} %" in probe.RULE
 
 
+def test_a_spread_may_not_exist():
+    assert probe.spread([2.0]) == (2, 0) and probe.spread([1.0, 3.0]) == (2, 2**0.5)
+    assert probe.with_spread(*probe.spread([1.0, math.nan])).startswith("-")
+
+
+def test_runs_with_and_without_bos_stand_in_no_common_table(tmp_path, tiny_run):
+    for bos in (0.0, 0.5):
+        tiny_run(tmp_path / str(bos), bos=bos)
+    with pytest.raises(UserError, match="probe them one by one"):
+        probe.main([str(tmp_path / "0.5"), str(tmp_path / "0.0")])
+
+
 def test_spread_is_over_batches():
     found = probe.verdicts([[row("cut", (1, after), (0, 0))] for after in (0.2, 0.4)], T)[0]
     assert near(found["share"], 0.7) and near(found["spread"], 0.02**0.5)

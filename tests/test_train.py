@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 import data
 import probe
 import train
+from data.border import UserError
 from model import ATTENTIONS, GPT
 from tests.conftest import TINY, same, tiny_flags
 from train import Run
@@ -292,6 +294,30 @@ def test_sampling(tmp_path, tiny_run, book, capsys):
     for prompt in ("", "🙂 née", "a\0b", "Day 1: " * 50, "<|bos|>"):
         assert sample(prompt).startswith(prompt)
     sample("\udcff")
+
+
+def test_a_sample_begins_as_the_windows_of_training_do(tmp_path, tiny_run, monkeypatch):
+    """Where no <|bos|> was in front, nobody has trained its embedding."""
+    tiny_run(tmp_path, bos=0.0)
+    (model, corpus, _), seen = train.load_run(tmp_path), []
+    monkeypatch.setattr(GPT, "generate", lambda self, idx, *_: seen.append(idx[0].tolist()) or idx)
+    for bos, prompt in ((0.0, None), (0.0, "ab"), (0.5, "ab")):
+        train.write_text(model, corpus, bos, prompt)
+    (letter,), *prompted = seen
+    assert letter < corpus.task.K and prompted == [[0, 1], [corpus.bos, 0, 1]]
+
+
+def test_a_run_that_ended_while_another_waited_is_kept(tmp_path, tiny_run, monkeypatch):
+    tiny_run(tmp_path / "done")
+    load, out = train.load_corpus, tmp_path / "out"
+
+    def long(*words):
+        shutil.copytree(tmp_path / "done", out)
+        return load(*words)
+    monkeypatch.setattr(train, "load_corpus", long)
+    with pytest.raises(UserError, match="already holds a run"):
+        tiny_run(out)
+    assert files(out) == files(tmp_path / "done")
 
 
 @pytest.mark.slow
