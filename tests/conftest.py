@@ -2,13 +2,16 @@
 
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import probe
 import train
+from probe import Edit, Link, Number
 
 sys.path.append(str(Path(__file__).parent.parent / "chapters"))  # `import lesson`, as chapters do
 
@@ -81,3 +84,18 @@ def tiny_run():
         m.setattr(train, "PROBE_TOKENS", 128)
         m.setitem(sys.modules, "chapters.figures", figures)
         yield run
+
+
+@pytest.fixture(scope="module")
+def made_up():
+    """LINKS with a Number more in an old link, and a whole new Link."""
+    number = Number("made_up", "a number nobody else names", lambda a: a["z"].mean(), "mean", 0.5)
+    headline = Number("mirror", "a headline nobody else names",
+                      lambda a: a["resid_post"][:, a.k].norm(dim=-1).mean(), "largest")
+    edit = Edit("it is mirrored", "resid_pre", "first", lambda x, p, s, i: -x[:, p])
+    link = Link("mirrors", "a link nobody else names", [headline], cut=edit, forge=edit)
+    first, *rest = probe.LINKS
+    extended = replace(first, numbers=[*first.numbers, number])
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(probe, "LINKS", [extended, *rest[:-1], link, rest[-1]])
+        yield

@@ -15,22 +15,15 @@ from chapters import figures
 from data.windows import random_windows
 from tests.tiny import tiny_model
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
-def seen():
-    """A made-up link among the others, and what a tiny model shows with it."""
-    change = probe.Edit("lucky charm removed", "z", "first", lambda x, p, s, i: x[:, p] * 0)
-    luck = probe.Link("luck", "it is mere luck", [probe.Number(
-        "luck", "size of z", lambda a: a["z"].abs().mean(), "mean")], cut=change, forge=change)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "LINKS", [luck, *probe.LINKS])
-        model = tiny_model()
-        x, y = random_windows(4, 16, 50)
-        tables = [probe.cuts(model, x, y, k=5, seed=seed) for seed in (0, 1)]
-        yield {"portrait": figures.portrait(model, x), "tables": tables,
-               "verdicts": probe.verdicts(tables, 16), "links": probe.chain(model, x)}
+def seen(made_up):
+    """What a tiny model shows, the made-up link among the others."""
+    model = tiny_model()
+    x, y = random_windows(4, 16, 50)
+    tables = [probe.cuts(model, x, y, k=5, seed=seed) for seed in (0, 1)]
+    return {"portrait": figures.portrait(model, x), "tables": tables,
+            "verdicts": probe.verdicts(tables, 16), "links": probe.chain(model, x)}
 
 
 def log(seen, missing=()):
@@ -48,12 +41,13 @@ def words(figure):
     return [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible()]
 
 
+LINK, EDIT = "a link nobody else names", "mirrors: it is mirrored"
 DRAWN = {  # how it is drawn, and what is said of the made-up link
-    "chain": (lambda s: figures.chain({"a": s["portrait"]}, "random tokens"), "it is mere luck"),
-    "three": (lambda s: figures.chain(dict.fromkeys("abc", s["portrait"]), ""), "it is mere luck"),
-    "cut": (lambda s: figures.cut({"a": s["verdicts"], "b": s["verdicts"]}), "luck: lucky charm"),
-    "matrix": (lambda s: figures.matrix(s["tables"]), "luck: lucky charm removed"),
-    "birth": (lambda s: figures.birth(log(s)), "luck ("),
+    "chain": (lambda s: figures.chain({"a": s["portrait"]}, "random tokens"), LINK),
+    "three": (lambda s: figures.chain(dict.fromkeys("abc", s["portrait"]), ""), LINK),
+    "cut": (lambda s: figures.cut({"a": s["verdicts"], "b": s["verdicts"]}), EDIT),
+    "matrix": (lambda s: figures.matrix(s["tables"]), EDIT),
+    "birth": (lambda s: figures.birth(log(s)), "mirrors ("),
     "maps": (lambda s: figures.maps(dict.fromkeys("ab", s["portrait"]["map"]), ((0,), (0, 5))), "")}
 
 
@@ -92,7 +86,8 @@ def test_numbers_that_do_not_exist_are_left_out(seen):
 def test_import_leaves_pyplot_the_backend_and_the_folder_alone(tmp_path):
     code = ("import os, sys; from chapters import figures; assert 'matplotlib.pyplot' not in "
             "sys.modules; import lesson, matplotlib; print(matplotlib.get_backend(), os.getcwd())")
-    env = os.environ | {"MPLBACKEND": "svg", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'chapters'}"}
+    root = Path(__file__).parent.parent
+    env = os.environ | {"MPLBACKEND": "svg", "PYTHONPATH": f"{root}{os.pathsep}{root / 'chapters'}"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, env=env,
                           capture_output=True)
     assert done.stdout.split() == ["svg", str(tmp_path.resolve())], done.stderr

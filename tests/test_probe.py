@@ -12,7 +12,6 @@ import probe
 import train
 from data.border import UserError
 from model import GPT, Config, record
-from probe import Edit, Link, Number
 from tests.conftest import tiny_flags
 from tests.tiny import tiny_llama_folder, tiny_model, tokens
 
@@ -154,6 +153,9 @@ def test_chain_is_flat_finite_and_draws_nothing(attn):
     assert all(isinstance(v, float) and math.isfinite(v) for v in found.values())
     assert found == probe.chain(model, x, y=x) and torch.equal(torch.get_rng_state(), state)
     assert near(found["loss"], model(x, x)[1].item())
+    if attn == "headnorm":  # its variance is that before its norm
+        raw = record(model, x, ["0.z_raw"])[1]["0.z_raw"]
+        assert near(found["variance"], probe.over_median(probe.variance(raw), 0))
 
 
 def test_layers_agree_with_recorded_activations():
@@ -180,12 +182,6 @@ def test_layers_become_one_number():
     assert near(one["norm_ratio"], found["norm_ratio"].max())
     for key in ("lock_gap", "lock_cos", "sink", "drain"):
         assert near(one[key], found[key][1:].flatten()[head])
-
-
-def test_headnorm_shows_the_variance_before_its_norm():
-    model, x = small(attn="headnorm"), ids(64)
-    raw = record(model, x, ["0.z_raw"])[1]["0.z_raw"]
-    assert near(probe.chain(model, x)["variance"], probe.over_median(probe.variance(raw), 0))
 
 
 @pytest.mark.parametrize("measure, n, k, message", [
@@ -219,14 +215,10 @@ def test_rows_follow_the_plan_and_hold_the_numbers_before_and_after(monkeypatch)
                 right["resting"] = seen["sink"][1:][resting].mean().item()
                 right = {key: right[key] for key in found}
                 assert found == pytest.approx(right, rel=1e-4, nan_ok=True)
+    named = [row["says"] for row in probe.cuts(model, x, x, k=5, names=("cut lock",))]
+    assert named == [row["says"] for row in rows if (row["kind"], row["link"]) == ("cut", "lock")]
     for row, before in zip(rows[1:], rows):
         assert not row["control"] or row["after"] != before["after"], "a control is another edit"
-
-
-def test_names_choose_among_the_edits():
-    rows = probe.cuts(small(), ids(), ids(), k=5, names=("cut lock",))
-    assert [(row["kind"], row["link"], row["control"]) for row in rows] == [
-        ("cut", "lock", False), ("cut", "lock", True)]
 
 
 @pytest.mark.parametrize("case", PLANNED, ids=lambda c: f"{c[1]} {c[2].says}")
@@ -327,19 +319,6 @@ def test_spread_is_over_batches():
 
 
 # ---------------------------------------------------------------- LINKS is the one place
-
-@pytest.fixture
-def made_up(monkeypatch):
-    """A Number in an old link and a whole new Link with a cut, added to the table."""
-    number = Number("made_up", "a number nobody else names", lambda a: a["z"].mean(), "mean", 0.5)
-    headline = Number("mirror", "a headline nobody else names",
-                      lambda a: a["resid_post"][:, a.k].mean(), "largest")
-    link = Link("mirrors", "a link nobody else names", [headline],
-                cut=Edit("it is mirrored", "resid_pre", "first", lambda x, p, s, i: -x[:, p]))
-    links = [*probe.LINKS[:-1], link, probe.LINKS[-1]]
-    monkeypatch.setattr(probe, "LINKS", links)
-    monkeypatch.setattr(links[0], "numbers", [*links[0].numbers, number])
-
 
 def test_what_is_added_to_links_is_found_everywhere(made_up, capsys, tmp_path):
     """The figures are read off LINKS too: tests/test_figures.py."""
