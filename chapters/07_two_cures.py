@@ -179,7 +179,8 @@ def blind(layer, head):
 attends = probe.layers(copier, rest)[0][0]["sink"]  # (L, H)
 off = torch.zeros_like(attends)
 for at in torch.ones_like(off).nonzero().tolist():
-    off[tuple(at)] = (passage_ends(copier, rest, tap=blind(*at)) - free)[1:].abs().mean()
+    blinded = passage_ends(copier, rest, tap=blind(*at))
+    off[tuple(at)] = (blinded - free)[1:].abs().mean()
 most, second = off.flatten().topk(2).values
 print(f"hidden from one head: most {most:.4f}, second {second:.4f}")
 assert off.argmax() == attends.argmax() and most > 2 * second, "another head measures"
@@ -282,9 +283,9 @@ beside(("weights, tokens seen", "152M, 20B", "0.2M, 4M"),
 # %% [markdown]
 # ## What would falsify this
 #
-# A task in which a model reads nothing from token 0 and has a sink all the same. (We
-# looked for one in 83 runs, `tests/results/cures.md`.) There the cures could be
-# tested. Or a model whose curve $u$ stays when token 0 is hidden.
+# A model whose curve $u$ stays when token 0 is hidden. Or a sink in a task in which
+# nothing is read from token 0: 83 runs of minutes found none; text without `<|bos|>`,
+# trained for an hour, may have one (`tests/results/cures.md`).
 #
 # ## Exercises
 #
