@@ -168,8 +168,7 @@ assert max(after_shift, control) < moved / 3, "token 0 is no ruler"
 # head with the sink? Hide token 0 from one head at a time.
 
 # %%
-def blind(layer, head):
-    """A tap: one head may not look at token 0."""
+def blind(layer, head):  # a tap: this head may not look at token 0
     def hide(scores):
         scores[:, head, 1:, 0] = -torch.inf
         return scores
