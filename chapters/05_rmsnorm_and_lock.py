@@ -255,7 +255,7 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 # ## What would falsify this
 #
 # Gaps that follow the length of the first state, with the norm in place. Heads with a
-# sink whose queries are on both sides of key 0.
+# sink whose queries are on both sides of key 0. In `softmax` the second happens.
 #
 # ## Exercises
 #
