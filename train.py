@@ -548,11 +548,13 @@ def read_log(folder) -> list[dict]:
 
 # ---------------------------------------------------------------- the command line
 
-def write_text(model: GPT, corpus, bos, prompt=None, tokens=200, temperature=0.8, seed=0) -> str:
+def write_text(model: GPT, corpus, bos, prompt=None, tokens=200, temperature=None, seed=0) -> str:
     """A prompt and what the model writes after it, each token one of the 40 likeliest. Any text can
     be a prompt, of a task any of its symbols. `bos`: whether the model has been trained with
     <|bos|> in front; if not, something ordinary comes first. Raises UserError."""
     within("--tokens", tokens, 1, 100_000)
+    if temperature is None:
+        temperature = 1.0 if corpus.task else 0.8  # a passage of letters ends by chance, seldom
     if temperature != 0:
         within("--temperature", temperature, 0.01, 100)
     if prompt is None:
@@ -577,13 +579,17 @@ def story(state: State) -> str:
         seen += "; <|bos|> it knows by name, so that this is no test of a cure (chapter 07)"
     elif run.attn != "softmax":
         seen += "; what the cures do in five seeds: tests/results/cures.md"
-    share = 0.75 if corpus.task else run.repeat
+    share, prompt, given, tokens = run.repeat, None, "", 200
+    if corpus.task:  # a passage and the beginning of its repeats
+        share, tokens = 0.75, run.seq_len // 2
+        window = corpus.task.windows(1, run.seq_len, torch.Generator().manual_seed(0))[0, :tokens]
+        prompt, given = corpus.decode(window), f"; its first {tokens} letters are given"
     return f"""
 validation loss {last['val_loss']:.4f} nats per token; files in {show(run.out)}/
 {first}: {after:.2f} of the attention of the strongest head, before training {before:.2f} \
 (one that attends to all alike: {probe.uniform_sink(run.seq_len):.2f})
-a sample (in {share:.0%} of the training windows one passage comes over and over):
-{write_text(state.model, corpus, run.bos)}
+a sample (in {share:.0%} of the training windows one passage comes over and over{given}):
+{write_text(state.model, corpus, run.bos, prompt, tokens)}
 
 next: python probe.py {shlex.quote(show(run.out))}
 {run.attn} {seen}"""
@@ -591,7 +597,8 @@ next: python probe.py {shlex.quote(show(run.out))}
 
 SAMPLING = {"prompt": (str, "what --sample goes on from"),
             "tokens": (int, "how many --sample writes (default: 200)"),
-            "temperature": (float, "of --sample; 0: always the likeliest token (default: 0.8)")}
+            "temperature": (float, "of --sample; 0: always the likeliest token (default: 0.8; of a task "
+                               "1)")}
 
 
 def parse(words=None) -> dict:

@@ -368,6 +368,15 @@ def long_table(found) -> str:
                      "without token 0", "loss", "minus softmax"), rows)
 
 
+def long_sinks(found) -> str:
+    """The sink of each run of LONG, in words."""
+    def sink_of(attn, seed):
+        chains = found["long"][attn][str(seed)]["chains"]
+        return statistics.fmean(c["sink"] for c in chains)
+    *most, last = (f"{sink_of(attn, seed):.2f} ({attn})" for attn, seed in LONG_PLAN)
+    return f"{', '.join(most)} and {last}"
+
+
 @figures.styled
 def draw_long(found):
     """The birth of the sink and of the long state, or not, under each attention."""
