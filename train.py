@@ -582,8 +582,8 @@ def story(state: State) -> str:
     share, prompt, given, tokens = run.repeat, None, "", 200
     if corpus.task:  # a passage and the beginning of its repeats
         share, tokens = 0.75, run.seq_len // 2
-        window = corpus.task.windows(1, run.seq_len, torch.Generator().manual_seed(0))[0, :tokens]
-        prompt, given = corpus.decode(window), f"; its first {tokens} letters are given"
+        (window,) = corpus.task.windows(1, run.seq_len, torch.Generator().manual_seed(0))
+        prompt, given = corpus.decode(window[:tokens]), f"; its first {tokens} letters are given"
     return f"""
 validation loss {last['val_loss']:.4f} nats per token; files in {show(run.out)}/
 {first}: {after:.2f} of the attention of the strongest head, before training {before:.2f} \
