@@ -597,8 +597,8 @@ next: python probe.py {shlex.quote(show(run.out))}
 
 SAMPLING = {"prompt": (str, "what --sample goes on from"),
             "tokens": (int, "how many --sample writes (default: 200)"),
-            "temperature": (float, "of --sample; 0: always the likeliest token (default: 0.8; of a task "
-                               "1)")}
+            "temperature": (float, "of --sample; 0: always the likeliest token (default: 0.8 for "
+                                   "text, 1 for a task)")}
 
 
 def parse(words=None) -> dict:
