@@ -493,9 +493,9 @@ models measure their place from token 0, the default one by the head that has th
 knows by name, it is {text: softmax.first.sink}, {text: headnorm.first.sink}, {text:
 gated.first.sink} and {text: sigmoid.first.sink}. In copying headnorm has the lower loss all the
 same: {loss} nats against softmax, each at its best learning rate (95 % interval; the paper:
--0.039); in text there is no difference ({text: headnorm.val_loss minus softmax.val_loss}). In text
-without `<|bos|>`, trained for an hour (one seed), the sink is {long}. More: [the
-cures](tests/results/cures.md).
+-0.039); after `<|bos|>` there is no difference ({text: headnorm.val_loss minus softmax.val_loss}).
+In text without `<|bos|>`, trained for an hour (one seed), the sink is {long}, and headnorm's loss is
+lower again ({long loss}). More: [the cures](tests/results/cures.md).
 """  # what stands in braces is a `number`, of SmolLM2 where it names no lane
 
 
@@ -512,6 +512,7 @@ def findings(found) -> str:
     for text in FOUND.strip().split("\n\n"):
         text = text.replace("{sinks}", str(sinks))
         text = text.replace("{loss}", cures.gain(of_cures)).replace("{long}", long)
+        text = text.replace("{long loss}", cures.long_gap(of_cures, "headnorm"))
         text = re.sub(r"\{(?:(\w+): )?(.+?)( %)?\}", fill_in, " ".join(text.split()))
         lines.append(textwrap.fill("- " + text, 100, subsequent_indent="  ",
                                    break_long_words=False, break_on_hyphens=False))

@@ -355,17 +355,24 @@ def variants_table(found) -> str:
 
 def long_table(found) -> str:
     """The end of each run of LONG: mean and standard deviation over windows, in batches."""
-    rows, base = [], found["long"]["softmax"]["0"]["losses"]
+    rows = []
     for attn, seed in LONG_PLAN:
         run = found["long"][attn][str(seed)]
         chain = (spread([c[key] for c in run["chains"]])
                  for key in ("sink", "norm_ratio", "dominance", "drain"))
         rank = (spread([r[key] for r in run["ranks"]]) for key in run["ranks"][0])
-        gaps = [a - b for a, b in zip(run["losses"], base)]
         rows.append((attn, *chain, *rank, f"{statistics.fmean(run['losses']):.3f}",
-                     "-" if attn == "softmax" else f"{statistics.fmean(gaps):+.3f}"))
+                     "-" if attn == "softmax" else long_gap(found, attn)))
     return markdown(("", "sink", "length of token 0", "DomRatio", "value drain", "effective rank",
                      "without token 0", "loss", "minus softmax"), rows)
+
+
+def long_gap(found, attn) -> str:
+    """Loss of a run of LONG minus softmax's on the same windows, ± twice its standard error."""
+    ours, theirs = (found["long"][a]["0"]["losses"] for a in (attn, "softmax"))
+    gaps = [a - b for a, b in zip(ours, theirs)]
+    error = statistics.stdev(gaps) / len(gaps)**0.5
+    return f"{statistics.fmean(gaps):+.3f} ± {2 * error:.3f}"
 
 
 def long_sinks(found) -> str:
