@@ -494,8 +494,8 @@ knows by name, it is {text: softmax.first.sink}, {text: headnorm.first.sink}, {t
 gated.first.sink} and {text: sigmoid.first.sink}. In copying headnorm has the lower loss all the
 same: {loss} nats against softmax, each at its best learning rate (95 % interval; the paper:
 -0.039); after `<|bos|>` there is no difference ({text: headnorm.val_loss minus
-softmax.val_loss}). In text without `<|bos|>`, trained for an hour (one seed), the sink is {long}, and headnorm's loss is
-lower again ({long loss}). More: [the cures](tests/results/cures.md).
+softmax.val_loss}). In text without `<|bos|>`, trained for an hour (one seed), the sink is {long},
+and headnorm's loss is lower again ({long loss}). More: [the cures](tests/results/cures.md).
 """  # what stands in braces is a `number`, of SmolLM2 where it names no lane
 
 
