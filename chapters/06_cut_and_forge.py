@@ -188,8 +188,8 @@ assert curves["amplify"][2] > 2 * strongest, "variance does more than length"
 # %% [markdown]
 # This is the paper's finding, with a stricter control. Beyond 10 more does not help
 # (`tests/results/smollm2.md`). Yet it need not be the *variance*: only `amplify` drowns
-# $\mu$, which all tokens share, in what is this window's own (`tests/results/claims.md`,
-# Q7, goes on here).
+# $\mu$, which all tokens share, in what is this window's own (Q7 of
+# `tests/results/claims.md` goes on here).
 #
 # ## In which layers must token 10 be alone?
 
