@@ -388,7 +388,7 @@ def word_of(tests) -> str:
     return "not here" if all(word == "not here" for word in words) else "partly"
 
 
-def spread(values) -> str:
+def in_words(values) -> str:
     there = finite(values)
     if not there:
         return "no sink"
@@ -408,7 +408,7 @@ def page(found) -> str:
         lines += [f"## {claim}: {says}", "", f"{seen[0].upper() + seen[1:]}. "
                   f"It would be refuted if {refuted}.", "",
                   markdown(("what was measured", "in", "holds if", "mean ± std", "holds in"), [
-                      (t["what"], t["lane"], t["margin"], spread(t["values"]),
+                      (t["what"], t["lane"], t["margin"], in_words(t["values"]),
                        f"{t['held']} of {len(t['values'])} {LANES[t['lane']]}") for t in here]), ""]
     return "\n".join(lines).replace("<|bos|>", "`<\\|bos\\|>`")
 
@@ -448,7 +448,7 @@ def losses_table(found) -> str:
               "first.dominance")
     for lane in TOYS:
         for attn in ATTENTIONS:
-            cells = [spread(numbers_of(found, lane, f"{attn}.{place}")) for place in places]
+            cells = [in_words(numbers_of(found, lane, f"{attn}.{place}")) for place in places]
             if attn == "softmax":
                 cells[1] = "-"
             rate = numbers_of(found, lane, f"{attn}.lr")[0]

@@ -223,7 +223,7 @@ def excess(model, corpus, length) -> float:
 
 # ---------------------------------------------------------------- tables
 
-def spread(values) -> str:
+def in_words(values) -> str:
     wide = statistics.stdev(values) if len(values) > 1 else 0
     return f"{statistics.fmean(values):.2f} ± {wide:.2f}"
 
@@ -256,7 +256,7 @@ def show_sinks(seeds) -> str:
     able = [c for c in seeds if learned(c)]
     above = sum(sink(c) > SINK for c in able)
     of = f"{above} of the {len(able)} that learned" if able else "none learned"
-    return f"{spread([sink(c) for c in seeds])}; {of}"
+    return f"{in_words([sink(c) for c in seeds])}; {of}"
 
 
 def steps_to(cell, loss=REACHED):
@@ -292,18 +292,18 @@ def comparison(found, rate) -> str:
     base = [c["excess"] for c in cells(found, "softmax", rate["softmax"])]
     for attn in ATTENTIONS:
         seeds = cells(found, attn, rate[attn])
-        chain = lambda key: spread([c["chain"][key] for c in seeds])
+        chain = lambda key: in_words([c["chain"][key] for c in seeds])
         steps = [s for s in map(steps_to, seeds) if s is not None]
-        rank = (f"{spread([c['rank'] for c in seeds])} "
-                f"({spread([c['rank without token 0'] for c in seeds])})")
+        rank = (f"{in_words([c['rank'] for c in seeds])} "
+                f"({in_words([c['rank without token 0'] for c in seeds])})")
         minus = "-" if attn == "softmax" else paired([c["excess"] for c in seeds], base)
         rows.append((
             attn, f"{rate[attn]:g}", chain("sink"),
             f"{sum(sink(c) > SINK for c in seeds)} of {len(seeds)}", chain("norm_ratio"),
-            chain("dominance"), chain("drain"), rank, spread([c["excess"] for c in seeds]), minus,
-            spread([c["excess at 2T"] for c in seeds]),
+            chain("dominance"), chain("drain"), rank, in_words([c["excess"] for c in seeds]), minus,
+            in_words([c["excess at 2T"] for c in seeds]),
             f"{statistics.fmean(steps):,.0f} ({len(steps)} of {len(seeds)})" if steps else "-",
-            spread([max(0.0, c["rise"]) for c in seeds])))
+            in_words([max(0.0, c["rise"]) for c in seeds])))
     return markdown(head, rows)
 
 
@@ -313,7 +313,7 @@ def births_table(found, lr=5e-3) -> str:
     for attn in ATTENTIONS:
         evaluations = zip(*(c["birth"] for c in cells(found, attn, lr)))  # each of all seeds
         shown = [same for same in evaluations if same[0]["step"] >= 200]
-        rows.append([attn, *(spread([row["sink"] for row in same]) for same in shown)])
+        rows.append([attn, *(in_words([row["sink"] for row in same]) for same in shown)])
     return markdown(["", *(f"step {same[0]['step']:,}" for same in shown)], rows)
 
 
@@ -324,9 +324,10 @@ def early_table(found) -> str:
         seeds = [found["early"][attn][str(seed)] for seed in FRESH]
         above = sum(sink(c) > SINK for c in seeds)
         rows.append((
-            attn, spread([sink(c) for c in seeds]), f"{above} of {len(seeds)}",
-            spread([c["chain"]["drain"] for c in seeds]), spread([c["val_loss"] for c in seeds]),
-            *(spread([1000 * c["ruler"][key] for c in seeds])
+            attn, in_words([sink(c) for c in seeds]), f"{above} of {len(seeds)}",
+            in_words([c["chain"]["drain"] for c in seeds]),
+            in_words([c["val_loss"] for c in seeds]),
+            *(in_words([1000 * c["ruler"][key] for c in seeds])
               for key in ("hidden", "token 5 hidden"))))
     return markdown(("", "sink", "passes 0.3", "value drain", "validation loss", "token 0 hidden",
                      "token 5 hidden"), rows)
@@ -337,7 +338,7 @@ def ruler_table(found) -> str:
     rows = []
     for attn in ATTENTIONS:
         seeds = [c["ruler"] for c in cells(found, attn, 5e-3)]
-        rows.append([attn, *(spread([1000 * r[key] for r in seeds]) for key in seeds[0])])
+        rows.append([attn, *(in_words([1000 * r[key] for r in seeds]) for key in seeds[0])])
     return markdown(("", "token 0 hidden", "the same, moved by one place", "token 5 hidden"), rows)
 
 
@@ -346,10 +347,11 @@ def variants_table(found) -> str:
     for name in ("headnorm", *VARIANTS):
         there = found["variants"].get(name)
         seeds = [there[seed] for seed in sorted(there)] if there else whole
-        chain = (spread([c["chain"][key] for c in seeds]) for key in ("sink", "drain", "dominance"))
+        chain = (in_words([c["chain"][key] for c in seeds])
+                 for key in ("sink", "drain", "dominance"))
         loss = [[c["excess"] for c in both] for both in (seeds, whole)]
         minus = paired(*loss) if there else "-"
-        rows.append((name, *chain, spread(loss[0]), minus))
+        rows.append((name, *chain, in_words(loss[0]), minus))
     return markdown(("headnorm", "sink", "value drain", "DomRatio", "loss above perfect",
                      "minus headnorm"), rows)
 
@@ -359,9 +361,9 @@ def long_table(found) -> str:
     rows = []
     for attn, seed in LONG_PLAN:
         run = found["long"][attn][str(seed)]
-        chain = (spread([c[key] for c in run["chains"]])
+        chain = (in_words([c[key] for c in run["chains"]])
                  for key in ("sink", "norm_ratio", "dominance", "drain"))
-        rank = (spread([r[key] for r in run["ranks"]]) for key in run["ranks"][0])
+        rank = (in_words([r[key] for r in run["ranks"]]) for key in run["ranks"][0])
         rows.append((attn, *chain, *rank, f"{statistics.fmean(run['losses']):.3f}",
                      "-" if attn == "softmax" else long_gap(found, attn)))
     return markdown(("", "sink", "length of token 0", "DomRatio", "value drain", "effective rank",
@@ -419,7 +421,7 @@ def verdict(found) -> str:
             able = [c for c in seeds if learned(c)]
             words.append(f"{attn} ({rate[attn]:g}): {sum(sink(c) > SINK for c in able)} of the "
                          f"{len(able)} seeds that have learned pass {SINK}, strongest head "
-                         f"{spread([sink(c) for c in able]) if able else '-'}")
+                         f"{in_words([sink(c) for c in able]) if able else '-'}")
         lines.append(f"- {title}: " + "; ".join(words) + ".")
     return "\n".join(lines)
 
@@ -427,7 +429,7 @@ def verdict(found) -> str:
 def tables(found) -> dict[str, str]:
     best = {attn: best_rate(found, attn) for attn in ATTENTIONS}
     return {"verdict": verdict(found), "sinks": grid_table(found, show_sinks),
-            "losses": grid_table(found, lambda seeds: spread([c["excess"] for c in seeds])),
+            "losses": grid_table(found, lambda seeds: in_words([c["excess"] for c in seeds])),
             "same": comparison(found, dict.fromkeys(ATTENTIONS, best["softmax"])),
             "best": comparison(found, best), "variants": variants_table(found),
             "births": births_table(found), "early": early_table(found),
