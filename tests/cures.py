@@ -411,19 +411,16 @@ def search_table(found) -> str:
 
 def verdict(found) -> str:
     """Whether the setting can tell, and what it tells."""
-    best = {attn: best_rate(found, attn) for attn in ATTENTIONS}
-    lines = []
-    for title, rate in (("at softmax's best rate", dict.fromkeys(ATTENTIONS, best["softmax"])),
-                        ("each at its own best", best)):
-        words = []
+    best, rows = {attn: best_rate(found, attn) for attn in ATTENTIONS}, []
+    for title, rate in (("softmax's best", dict.fromkeys(ATTENTIONS, best["softmax"])),
+                        ("its own best", best)):
         for attn in ATTENTIONS:
             seeds = cells(found, attn, rate[attn])
-            able = [c for c in seeds if learned(c)]
-            words.append(f"{attn} ({rate[attn]:g}): {sum(sink(c) > SINK for c in able)} of the "
-                         f"{len(able)} seeds that have learned pass {SINK}, strongest head "
-                         f"{in_words([sink(c) for c in able]) if able else '-'}")
-        lines.append(f"- {title}: " + "; ".join(words) + ".")
-    return "\n".join(lines)
+            able = [sink(c) for c in seeds if learned(c)]
+            rows.append((f"{title}, {rate[attn]:g}", attn, f"{len(able)} of {len(seeds)}",
+                         str(sum(a > SINK for a in able)), in_words(able) if able else "-"))
+    return markdown(("learning rate", "attention", "seeds that have learned", "of these pass 0.3",
+                     "their strongest head"), rows)
 
 
 def tables(found) -> dict[str, str]:
