@@ -58,22 +58,31 @@ def test_each_token_is_the_most_frequent_pair_of_those_before():
         assert tokens[n] == tokens[left] + tokens[right]
 
 
-@pytest.mark.parametrize("sample", [
-    "", "日本語 🙂\0\x7f", "<|bos|><|endoftext|>", "\r\n\t x  \n", WORDS * 30, " \n" * 500,
-    "a  b\n\n\tc " * 200])
-def test_any_text_round_trips_in_pieces_as_in_one(stdlib, sample):
-    ids = stdlib.encode(sample)
-    assert stdlib.decode(ids) == sample and stdlib.bos not in ids
-    assert sum(map(stdlib.encode, bpe.pieces(sample, 50)), []) == ids
+@pytest.mark.parametrize("prompt", [
+    "", "日本語 🙂\0\x7f", "<|bos|><|endoftext|>", "a" * 100_000, " " * 300_000, "\r\n\t x  \n"])
+def test_any_text_round_trips(stdlib, prompt):
+    ids = stdlib.encode(prompt)
+    assert stdlib.decode(ids) == prompt and stdlib.bos not in ids
+
+
+def test_a_long_text_is_encoded_in_pieces_as_in_one(stdlib):
+    for sample in (WORDS * 30, "a  b\n\n\tc " * 200, " \n" * 500):
+        ids = [stdlib.encode(piece) for piece in bpe.pieces(sample, 50)]
+        assert sum(ids, []) == stdlib.encode(sample)
     assert len(list(bpe.pieces("x" * 999, 50))) > 5  # here a word itself is cut
 
 
 # ---------------------------------------------------------------- texts
 
-def test_bytes_per_token_of_the_standard_library(stdlib):
+def test_the_standard_library_is_split_by_file(stdlib):
     root, files = text.stdlib_files()
     assert root / "argparse.py" in files and not any("test" in path.parts for path in files)
-    _, val = text.split(text.documents(root, files, skip_undecodable=True))
+    docs = text.documents(root, files, skip_undecodable=True)
+    train, val = text.split(docs)
+    assert sorted(train + val) == sorted(docs) and not set(train) & set(val)
+    characters = [sum(len(t) for _, t in part) for part in (train, val)]
+    assert 0.04 < characters[1] / sum(characters) < 0.12
+    assert stdlib.decode(stdlib.val) == "".join(f"<|bos|>{t}" for _, t in val)
     size = sum(len(t.encode()) for _, t in val)
     assert stdlib.bytes_per_token == pytest.approx(size / (len(stdlib.val) - len(val)))
 
@@ -233,6 +242,8 @@ def test_the_bayes_loss_of_the_copying_task_is_exact():
         for t in range(length):
             wanted = -math.log(chance[window[:t + 1]] / chance[window[:t]])
             assert row[t] == pytest.approx(wanted, abs=1e-9)
+    mean = np.average(loss.mean(1), weights=[chance[window] for window in possible])
+    assert task.position_loss(length).mean() == pytest.approx(mean, abs=0.02)
     assert task.token_loss(np.array([[0, 1, 2, 1, 0, 1, 0, 0, 0]]))[0, 3] == math.inf
 
 
@@ -248,6 +259,8 @@ def test_the_optimal_loss_is_that_of_the_windows_and_known_for_the_task_only():
 def test_the_task_encodes_its_symbols():
     corpus = data.load("copy")
     assert corpus.encode("abC") == [0, 1, 18] and corpus.decode([32, 0, 17]) == "<|bos|>aB"
+    with pytest.raises(UserError, match="'é' is not a symbol"):
+        corpus.encode("aé")
 
 
 # ---------------------------------------------------------------- downloads
@@ -256,21 +269,24 @@ BODY = ("Once upon a time. " + WORDS * 20 + "\n<|endoftext|>\n").encode() * 30
 
 
 @pytest.fixture
-def remote(tmp_path, monkeypatch):
-    """A file of stories by its address, file://..., in place of the real ones."""
+def remote(tmp_path):
+    """A file of stories by its address, file://..."""
     path = tmp_path / "remote.txt"
     path.write_bytes(BODY)
     sha256 = hashlib.sha256(BODY).hexdigest()
-    file = download.File(path.as_uri(), len(BODY), sha256, "<|endoftext|>")
+    return path, download.File(path.as_uri(), len(BODY), sha256, "<|endoftext|>")
+
+
+def test_a_good_file_is_fetched_once_and_a_damaged_one_again(remote, load, tmp_path, monkeypatch):
+    path, file = remote
     monkeypatch.setitem(download.FILES, "tinystories", file)
-    return path
-
-
-def test_a_good_file_is_fetched_once(remote, load):
     corpus = load("tinystories")
     assert (corpus.train == corpus.bos).sum() + (corpus.val == corpus.bos).sum() == 30
     assert "<|endoftext|>" not in corpus.decode(corpus.train)
-    remote.unlink()
+    kept = next(tmp_path.glob("cache/*.txt"))
+    kept.write_bytes(BODY[:-1] + b"x")
+    assert download.fetch("tinystories", file, kept.parent).read_bytes() == BODY
+    path.unlink()
     assert torch.equal(load("tinystories").val, corpus.val)
 
 
@@ -279,12 +295,16 @@ def test_a_good_file_is_fetched_once(remote, load):
     (BODY * 2, "another SHA-256"), (None, "cannot download")],
     ids=["other bytes", "cut", "longer", "offline"])
 def test_a_failed_download_leaves_nothing_and_can_be_repeated(remote, tmp_path, content, message):
-    def fetch():
-        return download.fetch("stories", download.FILES["tinystories"], tmp_path / "cache")
-    remote.write_bytes(content) if content else remote.unlink()
+    path, file = remote
+    path.write_bytes(content) if content else path.unlink()
     with pytest.raises(UserError, match=message) as caught:
-        fetch()
+        download.fetch("stories", file, tmp_path / "cache")
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("cache/*"))
-    remote.write_bytes(BODY)
-    fetch().write_bytes(BODY[:-1] + b"x")  # and one that was damaged since is fetched again
-    assert fetch().read_bytes() == BODY
+    path.write_bytes(BODY)
+    assert download.fetch("stories", file, tmp_path / "cache").read_bytes() == BODY
+
+
+def test_downloads_are_pinned():
+    for file in download.FILES.values():
+        assert file.url.startswith("https://") and len(file.sha256) == 64
+        assert any(len(part) == 40 for part in file.url.split("/")), "a branch can change under us"
