@@ -648,17 +648,19 @@ def tell_chain(name, first, ordinary, cfg, T):
 
 
 def matrix(tables):
-    """The cut matrix, means over tables of `cuts`: (label, numbers before, numbers after) of every
-    edit, labels of controls indented; before the first edit of a token, that token untouched."""
+    """The cut matrix, means over tables of `cuts`: ("edit" or "control", label, numbers before,
+    numbers after) of every edit; before the first one of a token, that token "untouched"."""
     seen = set()
     for same in zip(*tables):
         row, at = same[0], int(same[0]["kind"] == "forge")  # at token 0, or at token k
         before, after = (average([r[when][at] for r in same])[0] for when in ("before", "after"))
         if at not in seen:
             seen.add(at)
-            yield f"token {row['token']} untouched", before, before
-        name = "    " if row["control"] else f"{row['link']}: "
-        yield name + row["says"], before, after
+            yield "untouched", f"token {row['token']} untouched", before, before
+        if row["control"]:
+            yield "control", "    " + row["says"], before, after
+        else:
+            yield "edit", f"{row['link']}: {row['says']}", before, after
 
 
 def headline_keys() -> dict[str, str]:
@@ -670,7 +672,7 @@ def print_cuts(tables, found):
     """The cut matrix and the verdicts that were found."""
     keys = headline_keys()
     rows = [["", *keys]]
-    for label, _, after in matrix(tables):
+    for _, label, _, after in matrix(tables):
         rows.append([label, *(digits(after[key]) for key in keys.values())])
     table(rows)
     say("\n" + RULE)

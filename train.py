@@ -310,13 +310,14 @@ def train(run: Run, resume=False, overwrite=False, say=say) -> State:
     folder, (device, why) = Path(run.out), pick_device(run.device)
     torch.set_num_threads(run.threads)
     old = read_config(folder)[1] if resume else None
+    free = partial(check_folder, folder, FILES, ("run", "model", "environment"), overwrite)
     if not resume:
-        check_folder(folder, FILES, ("run", "model", "environment"), overwrite)
+        free()
     corpus = load_corpus(run, old)
     check_memory(run, shape(run, corpus), device)
     with one_writer(folder), interrupts() as stop:
         if not resume:  # again: another training may have ended here in the meantime
-            check_folder(folder, FILES, ("run", "model", "environment"), overwrite)
+            free()
         there = resume and (folder / "model.pt").exists()  # no: killed before its first save
         state = State(run, corpus, device, load_checkpoint(folder / "model.pt") if there else None)
         header = make_header(state, old)

@@ -362,7 +362,7 @@ def matrix(tables) -> Figure:
     keys, rows = probe.headline_keys(), list(probe.matrix(tables))
     figure, ax = new(0.21 * len(rows) + 1.2)
     image = torch.ones(len(rows), len(keys), 3)
-    for i, (_, before, after) in enumerate(rows):
+    for i, (*_, before, after) in enumerate(rows):
         for j, key in enumerate(keys.values()):
             color, letters = (ACCENT, 0.75) if key == SINK else ("black", 0.5)
             change = abs(after[key] - before[key]) / max(abs(before[key]), 0.02)
@@ -373,10 +373,10 @@ def matrix(tables) -> Figure:
     ax.imshow(image.numpy(), aspect="auto", interpolation="nearest")
     without_frame(ax)
     ax.set_xticks(range(len(keys)), [tex(name) for name in keys])
-    ax.set_yticks(range(len(rows)), [tex(says) for says, *_ in rows], ha="left")
-    for i, (label, (says, *_)) in enumerate(zip(ax.get_yticklabels(), rows)):
-        label.set_color("0.4" if says.startswith(" ") else "black")
-        if says.startswith("token"):  # untouched
+    ax.set_yticks(range(len(rows)), [tex(says) for _, says, *_ in rows], ha="left")
+    for i, (label, (kind, *_)) in enumerate(zip(ax.get_yticklabels(), rows)):
+        label.set_color("0.4" if kind == "control" else "black")
+        if kind == "untouched":
             ax.axhline(i - 0.5, color="black", lw=1.2)
             label.set_fontweight("bold")
     ax.xaxis.tick_top()

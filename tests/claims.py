@@ -477,12 +477,12 @@ train.py` trains (the {sinks} of 5 seeds that have a sink) it is {micro: forge v
 
 **Not everything holds.** In SmolLM2 the columns of W_O do not favour the dimensions of high
 variance (Kendall tau {first.wo_tau}, the paper 0.32), nor do long rows write into dimensions of the
-state that vary much ({tau of rows});
-it weakens the outlier that it is said to pass on ({first.variance} times the median before it,
-{first.variance_out} after, in text {text.first.variance} and {text.first.variance_out}). Giving the
-first token the others' RMS before W_O takes only {cut W_O.share %} of the sink. A fixed direction
-and a large DomRatio are not its own alone: it has {first.direction} and {first.dominance}, an
-ordinary token {ordinary.direction} and {ordinary.dominance}.
+state that vary much ({tau of rows}); it weakens the outlier that it is said to pass on
+({first.variance} times the median before it, {first.variance_out} after, in text
+{text.first.variance} and {text.first.variance_out}). Giving the first token the others' RMS before
+W_O takes only {cut W_O.share %} of the sink. A fixed direction and a large DomRatio are not its own
+alone: it has {first.direction} and {first.dominance}, an ordinary token {ordinary.direction} and
+{ordinary.dominance}.
 
 **Sigmoid ends the sink, headnorm does not, and a small sink has its uses.** With ordinary first
 tokens (`python train.py`, five seeds, one learning rate) the strongest head gives token 0 {micro:
@@ -508,11 +508,11 @@ def findings(found) -> str:
 
     sinks = len(finite(numbers_of(found, "micro", "cut lock.share")))
     of_cures, lines = read_json(cures.FILE), []
-    long = cures.long_sinks(of_cures)
+    words = {"sinks": str(sinks), "loss": cures.gain(of_cures), "long": cures.long_sinks(of_cures),
+             "long loss": cures.long_gap(of_cures, "headnorm")}
     for text in FOUND.strip().split("\n\n"):
-        text = text.replace("{sinks}", str(sinks))
-        text = text.replace("{loss}", cures.gain(of_cures)).replace("{long}", long)
-        text = text.replace("{long loss}", cures.long_gap(of_cures, "headnorm"))
+        for name, says in words.items():
+            text = text.replace(f"{{{name}}}", says)
         text = re.sub(r"\{(?:(\w+): )?(.+?)( %)?\}", fill_in, " ".join(text.split()))
         lines.append(textwrap.fill("- " + text, 100, subsequent_indent="  ",
                                    break_long_words=False, break_on_hyphens=False))

@@ -43,6 +43,7 @@ import torch.nn.functional as F
 import probe
 import train
 from chapters import figures
+from chapters.lesson import trained
 from data.border import bar, read_json, write_json
 from model import ATTENTIONS, Attention, record
 from tests.pages import fill_page, markdown
@@ -141,10 +142,10 @@ def long(attn, seed) -> dict:
     end the chain in 4 x 64 held-out windows, the effective rank of the states there, and the loss
     on 2,048 windows."""
     out = f"out/cures/long-{attn}-{seed}"
-    run = train.resolve(train.Run(**LONG, attn=attn, seed=seed, out=out))
-    there = (Path(run.out) / "config.json").exists()
-    result = train.train(run, resume=there, overwrite=not there, say=lambda text: None)
-    model, corpus, length = result.model.eval(), result.corpus, run.seq_len
+    trained(train.Run(**LONG, attn=attn, seed=seed, out=out), jobs=1)
+    torch.set_num_threads(1)
+    (model, corpus, _), rows = train.load_run(out), train.read_log(out)
+    length = LONG["seq_len"]
     generator = torch.Generator().manual_seed(0)
     chains, ranks = [], []
     with torch.no_grad():
@@ -155,9 +156,10 @@ def long(attn, seed) -> dict:
         losses = [model(*corpus.batch(64, length, generator, "val", 0.0))[1].item()
                   for _ in range(32)]
     log = [{"step": row["step"], "val_loss": row["val_loss"], "links": row["links"]}
-           for row in result.log]
+           for row in rows]
     return {"log": log, "chains": chains, "ranks": ranks, "losses": losses,
-            "parameters": sum(p.numel() for p in model.parameters()), "seconds": result.seconds}
+            "seconds": rows[-1]["seconds"],
+            "parameters": sum(p.numel() for p in model.parameters())}
 
 
 def ranks_of(model, x) -> dict:
