@@ -351,6 +351,11 @@ def numbers() -> list[Number]:
     return [number for link in LINKS for number in link.numbers]
 
 
+def number(key) -> Number:
+    """The Number of LINKS that has this key."""
+    return next(n for n in numbers() if n.key == key)
+
+
 def chance(number, cfg, T, k=0):
     """What `number` is for noise, or None."""
     return number.chance(cfg, T, k) if callable(number.chance) else number.chance

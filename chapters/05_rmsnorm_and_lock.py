@@ -143,7 +143,7 @@ def constant_scale():
     return tap
 
 
-wanted = [n for n in probe.numbers() if n.key == "sink"]
+wanted = [probe.number("sink")]
 attention, loss = {}, {}
 text, target = english(4)
 for name, tap in zip(names, (None, constant_scale())):

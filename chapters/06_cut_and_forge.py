@@ -140,7 +140,7 @@ assert share["cut W_O"] < 0.25, "the length of z_0 carries the sink"
 # alone. All act in every layer.
 
 # %%
-wanted = [number for number in probe.numbers() if number.key == "sink"]
+wanted = [probe.number("sink")]
 
 
 def attention(tap=None):

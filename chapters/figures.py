@@ -427,7 +427,7 @@ def curve(folder, log, optimum=None) -> None:
     """curve.png of a training: its losses, and the sink in each kind of windows."""
     from train import KINDS, read_config  # here, because train.py imports this file
     run, _ = read_config(folder)
-    number = next(n for n in probe.numbers() if n.key == SINK)
+    number = probe.number(SINK)
     figure, (left, right) = new(3.2, 1, 2)
     for key, label, color, ls in (("train_loss", "training", GREY, "--"),
                                   ("val_loss", "validation", "black", "-")):

@@ -32,7 +32,7 @@ from data import smollm2
 from data.border import Parser, bar, program, read_json, say, write_json
 from data.windows import english, random_windows, text_windows
 from model import GPT, make_tap, record
-from probe import (SINK, TOP, amplify, at_token, average, energy, known, later, layers, numbers,
+from probe import (SINK, TOP, amplify, at_token, average, energy, known, later, layers, number,
                    scale, see_only_itself, share, shift, similar, sink_score, uniform_sink,
                    weight_score, with_sink)
 
@@ -47,7 +47,7 @@ FACTORS = (2, 4, 8, 16, 32)
 def run(model, x, y, tap, ks):
     """One pass over windows x (N, T): for each token of ks its sink (L, H) and norm ratio (L,);
     and the loss."""
-    wanted = [n for n in numbers() if n.key in ("sink", "norm_ratio")]
+    wanted = [number("sink"), number("norm_ratio")]
     found, loss = layers(model, x, tap, ks, y, wanted)
     return dict(zip(ks, found)) | {"loss": loss}
 

@@ -100,7 +100,7 @@ def test_neurons():
 def test_dominance_and_direction():
     x = torch.tensor([[3.0, -1.0, 1.0, -1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, -2.0, 0.0]])
     assert near(probe.dominance(x), [2.0, 1.0, 4.0])  # from 1 (all equal) to C (one alone)
-    number = next(n for n in probe.numbers() if n.key == "dominance")
+    number = probe.number("dominance")
     null = probe.chance(number, Config(vocab_size=9, hidden_size=128), T)
     assert abs(probe.dominance(randn(2000, 128)).mean() / null - 1) < 0.15
     y = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
