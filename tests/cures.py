@@ -139,27 +139,45 @@ def early(attn, seed) -> dict:
 
 def long(attn, seed) -> dict:
     """One run of LONG, 50 minutes of one core; it goes on where it was stopped. Its log, and at the
-    end the chain in 4 x 64 held-out windows, the effective rank of the states there, and the loss
-    on 2,048 windows."""
+    end, in 4 x 64 held-out windows, the chain, the effective rank of the states and `lookup`; and
+    the loss on 2,048 windows."""
     out = f"out/cures/long-{attn}-{seed}"
     trained(train.Run(**LONG, attn=attn, seed=seed, out=out), jobs=1)
     torch.set_num_threads(1)
     (model, corpus, _), rows = train.load_run(out), train.read_log(out)
     length = LONG["seq_len"]
     generator = torch.Generator().manual_seed(0)
-    chains, ranks = [], []
+    chains, ranks, read = [], [], []
     with torch.no_grad():
         for _ in range(4):
             x, _ = corpus.batch(64, length, generator, "val", 0.0)
             chains.append(probe.chain(model, x))
             ranks.append(ranks_of(model, x))
+            read.append(lookup(model, x))
         losses = [model(*corpus.batch(64, length, generator, "val", 0.0))[1].item()
                   for _ in range(32)]
     log = [{"step": row["step"], "val_loss": row["val_loss"], "links": row["links"]}
            for row in rows]
-    return {"log": log, "chains": chains, "ranks": ranks, "losses": losses,
+    return {"log": log, "chains": chains, "ranks": ranks, "lookup": read, "losses": losses,
             "seconds": rows[-1]["seconds"],
             "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def lookup(model, x) -> dict:
+    """Is a token read for its letter? How much likelier that letter is later on because the token
+    can be seen, for token 0 and, as a control, for token 5: mean over windows x and positions."""
+    def likely(k, mask=None):
+        letter = x[:, k, None, None].expand(-1, x.shape[1], 1)
+        return model(x, mask=mask)[0].softmax(-1).gather(2, letter)[:, k + 8:].mean().item()
+
+    return {f"token {k}": likely(k) - likely(k, hide(k, x.shape[1])) for k in (0, 5)}
+
+
+def hide(k, length):
+    """A mask in which no later token may look at token k."""
+    mask = torch.ones(length, length, dtype=torch.bool)
+    mask[k + 1:, k] = False
+    return mask
 
 
 def ranks_of(model, x) -> dict:
@@ -195,9 +213,7 @@ def measure(model, corpus, log) -> dict:
 def ends(model, x, hidden=None):
     """(T,): how likely the model thinks at each position that the passage is over, mean over
     windows x of lower case; `hidden`: a token that no later one may look at."""
-    mask = torch.ones(T, T, dtype=torch.bool)
-    if hidden is not None:
-        mask[hidden + 1:, hidden] = False
+    mask = None if hidden is None else hide(hidden, T)
     p = model(x, mask=mask)[0].softmax(-1)
     upper = p.shape[-1] // 2  # K letters twice, and <|bos|>
     return p[..., upper:-1].sum(-1).mean(0)
@@ -366,10 +382,12 @@ def long_table(found) -> str:
         chain = (in_words([c[key] for c in run["chains"]])
                  for key in ("sink", "norm_ratio", "dominance", "drain"))
         rank = (in_words([r[key] for r in run["ranks"]]) for key in run["ranks"][0])
-        rows.append((attn, *chain, *rank, f"{statistics.fmean(run['losses']):.3f}",
+        read = (in_words([1000 * r[key] for r in run["lookup"]]) for key in run["lookup"][0])
+        rows.append((attn, *chain, *rank, *read, f"{statistics.fmean(run['losses']):.3f}",
                      "-" if attn == "softmax" else long_gap(found, attn)))
     return markdown(("", "sink", "length of token 0", "DomRatio", "value drain", "effective rank",
-                     "without token 0", "loss", "minus softmax"), rows)
+                     "without token 0", "letter of token 0", "of token 5", "loss",
+                     "minus softmax"), rows)
 
 
 def long_gap(found, attn) -> str:
@@ -395,7 +413,7 @@ def draw_long(found):
     figure, axes = figures.new(3.2, 1, 2)
     for ax, key, title in zip(axes, ("sink", "norm_ratio"), (
             "Text: attention to the first token", "Length of its state")):
-        number = next(n for n in probe.numbers() if n.key == key)
+        number = probe.number(key)
         for style, (attn, seed) in zip(figures.STYLES, LONG_PLAN):
             log = found["long"][attn][str(seed)]["log"]
             figures.track(ax, log, lambda row: row["links"][key], label=attn, **style | {"ms": 3})
