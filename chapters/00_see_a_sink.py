@@ -105,13 +105,15 @@ show(figure, "00_maps", "Three attention maps. In layer 0 attention is spread ov
 # heads at once, one cell each.
 
 # %%
-figure, axes = plt.subplots(2, 1, figsize=(8.8, 4.6), sharex=True)
-for axis, (kind, sink) in zip(axes, sinks.items()):
+figure, axes = plt.subplots(2, 2, figsize=(8.8, 4.6), width_ratios=[24, 1])
+for axis, (kind, sink) in zip(axes[:, 0], sinks.items()):
     axis.imshow(figures.shade(sink.T, figures.ACCENT), aspect="auto")
     axis.grid(False)
     title = f"{kind}: attention of each head to the first token"
     figures.dress(axis, title, ylabel="head")
-axes[1].set_xlabel("layer (darker is more attention to the first token)")
+axes[1, 0].set_xlabel("layer")
+figures.shades(axes[0, 1])
+axes[1, 1].axis("off")
 show(figure, "00_heads", "A cell for every head of every layer. Layers 3 to 9 and 12 "
      "to 29 are dark, layers 0, 1, 10 and 11 are not.")
 
