@@ -424,9 +424,13 @@ def draw_long(found):
 
 def search_table(found) -> str:
     """Every configuration that was tried on the way, in the order of the trials."""
-    rows = [(r["task"], r["attn"], r["changed"], str(r["seed"]),
-             *(f"{r[key]:.2f}" for key in ("sink", "drain", "val_loss"))) for r in found["search"]]
-    return markdown(("task", "attention", "changed", "seed", "sink", "value drain", "loss"), rows)
+    rows = []
+    for r in found["search"]:
+        numbers = (f"{r[key]:.2f}" for key in ("sink", "drain", "val_loss"))
+        largest = f"{r['largest']:.2f}" if "largest" in r else "-"  # of a training, once not kept
+        rows.append((r["task"], r["attn"], r["changed"], str(r["seed"]), *numbers, largest))
+    return markdown(("task", "attention", "changed", "seed", "sink", "value drain", "loss",
+                     "largest sink"), rows)
 
 
 def verdict(found) -> str:
