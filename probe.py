@@ -399,11 +399,18 @@ def later(v):
     return v[min(1, len(v) - 1):]
 
 
+def strongest(sink) -> tuple[int, int]:
+    """(L, H) -> layer and head of the largest one in later layers."""
+    late = later(sink).nan_to_num()
+    layer, head = divmod(late.argmax().item(), late.shape[1])
+    return layer + len(sink) - len(late), head
+
+
 def summary(found) -> dict[str, float]:
     """One token of `layers` -> one float a number. Sink head: the strongest of later layers."""
-    head = later(found["sink"]).flatten().nan_to_num().argmax()
+    head = strongest(found["sink"])
     read = {"first": lambda v: v[0], "mean": torch.mean, "largest": torch.max,
-            "sink head": lambda v: later(v).flatten()[head]}
+            "sink head": lambda v: v[head]}
     return {n.key: read[n.read](found[n.key]).item() for n in numbers() if n.key in found}
 
 

@@ -227,9 +227,7 @@ def keep_in(patterns):
 def picture(cfg, both, patterns) -> dict:
     """`portrait`, from one pass of probe.layers and what `keep_in` has kept of it."""
     first, ordinary = both
-    sink = probe.later(first["sink"]).nan_to_num()
-    layer, head = divmod(sink.argmax().item(), sink.shape[1])
-    layer += len(first["sink"]) - len(sink)
+    layer, head = probe.strongest(first["sink"])
     rows = patterns[layer][:, head]
     rows = rows / rows.sum(-1, keepdim=True).clamp_min(1e-12)
     return {"cfg": cfg, "T": rows.shape[-1], "first": first, "ordinary": ordinary,

@@ -33,8 +33,8 @@ from data.border import Parser, bar, program, read_json, say, write_json
 from data.windows import english, random_windows, text_windows
 from model import GPT, make_tap, record
 from probe import (SINK, TOP, amplify, at_token, average, energy, known, later, layers, number,
-                   scale, see_only_itself, share, shift, similar, sink_score, uniform_sink,
-                   weight_score, with_sink)
+                   scale, see_only_itself, share, shift, similar, sink_score, strongest,
+                   uniform_sink, weight_score, with_sink)
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES, N, T = 8, 8, 64
@@ -119,8 +119,7 @@ def maps(model, batches):
         patterns = record(model, x, [f"{i}.pattern" for i in range(L)], tap)[1]
         if tap is None:
             sink = torch.stack([sink_score(p, 0).mean(0) for p in patterns.values()])
-            layer, head = divmod(later(sink).argmax().item(), sink.shape[1])
-            layer += 1
+            layer, head = strongest(sink)
         pattern = patterns[f"{layer}.pattern"][:, head]
         to = [sink_score(pattern[:, None], t).mean().item() for t in range(T - 1)]
         found["maps"][name], found["attention"][name] = pattern.mean(0).tolist(), to

@@ -82,12 +82,17 @@ def rebuilt(source: GPT, name: str, x) -> GPT:
     return model
 
 
+def noise(model, batches):
+    """Disjoint batches of random tokens."""
+    return (random_windows(8, 64, model.cfg.vocab_size, seed)[0] for seed in range(batches))
+
+
 @torch.no_grad()
 def look(model, corpus, batches) -> dict:
     """The loss on held-out text, and the chain in random tokens and in that text."""
     fixed = torch.Generator().manual_seed(0)
     losses = [model(*corpus.batch(8, T, fixed, "val", 0.0))[1].item() for _ in range(4)]
-    random = (random_windows(8, 64, model.cfg.vocab_size, seed)[0] for seed in range(batches))
+    random = noise(model, batches)
     words = (corpus.batch(8, 64, fixed, "val", 0.0)[0] for _ in range(batches))
     return {"losses": losses, "random": [probe.chain(model, x) for x in random],
             "text": [probe.chain(model, x) for x in words]}
@@ -102,8 +107,7 @@ def resting(model, x) -> dict:
     kept = record(model, x, names)[1]
     patterns = [p for name, p in kept.items() if name.endswith("pattern")]
     sinks = torch.stack([probe.sink_score(p, 0).mean(0) for p in patterns])  # (L, H)
-    layer, head = divmod(probe.later(sinks).argmax().item(), sinks.shape[1])
-    layer += len(sinks) - len(probe.later(sinks))
+    layer, head = probe.strongest(sinks)
     z = kept[f"{layer}.z"]  # (N, T, H, D)
     rests = z[:, 1:, head][kept[f"{layer}.pattern"][:, head, 1:, 0] > 0.5]
     length = rests.norm(dim=-1).mean() / z[:, 1:].norm(dim=-1).mean()
@@ -133,9 +137,8 @@ def retrofit(name: str) -> dict:
         train.train_step(state, cast)
     write_atomically(Path("out/retrofit") / f"{name}.pt",
                      lambda part: torch.save(model.state_dict(), part))
-    random = (random_windows(8, 64, model.cfg.vocab_size, seed)[0] for seed in range(4))
-    return {"log": log, "end": look(model, corpus, 4), "rest": [resting(model, x) for x in random],
-            "environment": environment(cpu, 1)}
+    return {"log": log, "end": look(model, corpus, 4), "environment": environment(cpu, 1),
+            "rest": [resting(model, x) for x in noise(model, 4)]}
 
 
 # ---------------------------------------------------------------- table and figure
@@ -204,6 +207,7 @@ def main():
         for name in bar(jobs, "models"):
             found[name] = jobs[name].result()
             write_json(FILE, found)
+    found = read_json(FILE)  # where what is no number has become null
     fill_page(PAGE, {"retrofit": table(found)})
     figures.save(FIGURE, draw(found))
 
