@@ -191,7 +191,7 @@ def draw(found):
             figures.track(axis, found[name]["log"], value, label=name, **style | {"ms": 3})
         figures.dress(axis, title, xlabel="step")
         axis.set_ylim(0)
-    axes[0].legend()
+    axes[-1].legend()  # where no curve is
     return figure
 
 
