@@ -35,9 +35,8 @@ ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
 # A head has scores $\ell_{ts} = q_t \cdot k_s / \sqrt D$ for the keys $s \le t$, and
 # values $v_s$. With $\sigma(x) = 1 / (1 + e^{-x})$ and $A = \mathrm{softmax}(\ell)$:
 #
-# $$\text{softmax} \quad z_t = \sum_{s \le t} A_{ts}\, v_s$$
-#
-# $$\text{sigmoid} \quad z_t = \sum_{s \le t} \sigma(\ell_{ts} - \log n)\, v_s$$
+# $$\text{softmax} \quad z_t = \sum_{s \le t} A_{ts}\, v_s, \qquad
+# \text{sigmoid} \quad z_t = \sum_{s \le t} \sigma(\ell_{ts} - \log n)\, v_s$$
 #
 # $$\text{headnorm} \quad z_t = \lambda \odot \mathrm{RMSNorm}
 # \Big(\sum_{s \le t} A_{ts}\, v_s\Big)$$
@@ -46,16 +45,13 @@ ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
 #
 # - Softmax weights add up to 1: a head that wants nothing must still look somewhere.
 # - **Sigmoid** weights do not compete: all may close. $n$ is the training length.
-# - **Headnorm** is the paper's cure: what a head finds has one length, wherever it
-#   looked; $\lambda$ has $D$ learned entries.
-# - **Gated** (arXiv 2505.06708) is known to work: our *positive control*. A head that
-#   wants nothing closes its gate.
+# - **Headnorm**, the paper's: what a head finds has one length; $\lambda$ is learned.
+# - **Gated** (arXiv 2505.06708) is known to work: our *positive control*.
 #
 # ### Predict first (exercise 1)
 #
-# Four models learn to copy: a passage in lower case, then the same again and again in
-# UPPER case, from any place of it (`data/tasks.py`). We look where nothing can be
-# copied. Who ends with a sink, a head that gives token 0 more than 0.3?
+# Four models learn to copy: a passage, then the same over and over in UPPER case, from
+# any place. Who has a sink (a head gives token 0 over 0.3) where nothing is copied yet?
 
 # %%
 prediction = [...]  # names out of ATTENTIONS
@@ -89,14 +85,13 @@ figures.by_position(axis, curves, "Before training: outlier, reverse, near parit
                     ylabel="variance of z (log)")
 show(figure, "07_variance", "Variance by position before training: softmax and gated "
      "fall, sigmoid rises, headnorm is nearly level.")
-assert min(gap["softmax"], gap["gated"]) > 5 > 0.3 > gap["sigmoid"], "no outlier"
-assert gap["headnorm"] < gap["softmax"] / 5, "headnorm does not level the variance"
+level = gap["headnorm"] < gap["softmax"] / 5
+assert level and min(gap["softmax"], gap["gated"]) > 5 > 0.3 > gap["sigmoid"], "not so"
 
 # %% [markdown]
 # ## Where the first token is ordinary
 #
-# It is any of 16 letters. "x" is a length over that of other tokens, in the layer where
-# it is largest (chapter 04 leaves out the last).
+# It is any of 16 letters. "x": over other tokens, in the layer where it is most.
 
 
 # %%
@@ -122,8 +117,8 @@ sinks = {attn for attn in ATTENTIONS if copying[attn]["sink"] > probe.SINK}
 assert sinks == {"softmax", "headnorm", "gated"}, f"sinks in {sinks}"
 
 # %% [markdown]
-# Headnorm keeps its sink, and gated, which is known to work, keeps one too. A test that
-# a good cure fails is no test. So ask: *what is this sink for?*
+# Headnorm keeps its sink, and so does gated. A test that a good cure fails is no test.
+# So ask: *what is this sink for?*
 #
 # ## The sink is a ruler
 #
@@ -164,8 +159,8 @@ print(f"token 0 hidden changes u by {moved:.4f} on average, compared one place "
 assert max(after_shift, control) < moved / 3, "token 0 is no ruler"
 
 # %% [markdown]
-# Deprived of token 0 the model counts from token 1, and is wrong by one. Is that the
-# head with the sink? Hide token 0 from one head at a time.
+# It counts from token 1, and is wrong by one. Is that the head with the sink? Hide
+# token 0 from one head at a time.
 
 # %%
 def blind(layer, head):  # a tap: this head may not look at token 0
@@ -185,9 +180,8 @@ print(f"hidden from one head: most {most:.4f}, second {second:.4f}")
 assert off.argmax() == attends.argmax() and most > 2 * second, "another head measures"
 
 # %% [markdown]
-# That head reads there how far the model has come. (Models without a sink look less and
-# measure too: `tests/results/cures.md`.) If each letter is the last of its passage with
-# equal chance, softmax has no sink ("memoryless" there). Ask what a sink is good for.
+# That head reads there how far the model has come. If each letter ends its passage with
+# equal chance, softmax has no sink ("memoryless" in `tests/results/cures.md`).
 #
 # ## In text, after `<|bos|>`
 #
@@ -202,15 +196,13 @@ less = max(head[key] / soft[key] for key in ("norm_ratio", "dominance"))
 assert less < 0.8 and soft["drain"] < 0.5 and head["drain"] > 1, "no less of an outlier"
 
 # %% [markdown]
-# What headnorm does change in text is the outlier: a shorter first state and a lower
-# DomRatio, as the paper says. And the value: softmax *drains* $v_0$, headnorm makes it
-# longer than others. Why? Let a head put weight $a$ on $v_0$, of length $d$, and the
-# rest on a mixture of length 1 at a right angle to it: $\lVert z \rVert^2 = a^2 d^2 +
-# (1 - a)^2$. With softmax, $d \to 0$ and $a \to 1$ make $z$ vanish. Headnorm divides by
-# $\lVert z \rVert$, so no value is short enough. The nearest thing to nothing is a
-# *constant*, which later layers can subtract, and a long $v_0$ buys one with less
-# attention. So the cure has two readings: parity of variance, or a no-op that is lost
-# (`tests/results/cures.md` takes headnorm apart).
+# Headnorm does change the outlier: a shorter first state and a lower DomRatio, as the
+# paper says. And softmax *drains* $v_0$, headnorm makes it long. Why? Let a head put
+# weight $a$ on $v_0$, of length $d$, and the rest on a mixture of length 1 at a right
+# angle to it: $\lVert z \rVert^2 = a^2 d^2 + (1 - a)^2$. With softmax, $d \to 0$ and
+# $a \to 1$ make $z$ vanish. Headnorm divides by $\lVert z \rVert$: the nearest thing to
+# nothing is a *constant*, which later layers can subtract, and a long $v_0$ buys one
+# with less attention. So the cure is parity of variance, or the loss of a no-op.
 #
 # ## Five seeds, several learning rates
 #
@@ -259,19 +251,28 @@ gaps = [a - b for a, b in zip(loss["headnorm"], loss["softmax"])]
 assert fmean(gaps) < 0, "headnorm's loss is not lower"
 
 # %% [markdown]
-# At 0.005, the rate of `train.py`, sigmoid has no sink in any seed, and pays with the
-# highest loss. Gated lowers the sink, headnorm does not. Each at its own best rate,
-# headnorm has a lower loss than softmax, and at 0.02 it still learns where softmax is
-# lost: training can gain without a cure.
+# At 0.005, the rate of `train.py`, sigmoid has no sink in any seed, and the highest
+# loss. Gated lowers the sink, headnorm does not. Each at its best rate headnorm's loss
+# is lower than softmax's, and at 0.02 it still learns: a gain that needs no cure.
 #
-# ## Beside the paper
+# ## Built into SmolLM2, and beside the paper
+#
+# `python -m tests.retrofit` builds headnorm into the finished SmolLM2 and trains it on.
+# *Scaled*, its control, brings heads to one length, not tokens. At first both take the
+# whole sink; what counts is what comes back.
 
 # %%
+built = json.loads((ROOT / "tests/results/retrofit.json").read_text())
+left = {name: fmean(chain["sink_rate"] for chain in run["end"]["random"])
+        for name, run in built.items()}
+assert left["headnorm"] < left["softmax"] / 5 and left["scaled"] > 0.5, "no cure there"
+
 beside(("weights, tokens seen", "152M, 20B", "0.2M, 4M"),
        ("sink under headnorm", "none", means["headnorm"]),
-       ("sink under sigmoid", "none", means["sigmoid"]),
        ("sink under gated (2505.06708)", "0.47 to 0.07",
         f"{means['softmax']:.2f} to {means['gated']:.2f}"),
+       ("heads with a sink, SmolLM2 with headnorm", "-", left["headnorm"]),
+       ("the same with its control, scaled", "-", left["scaled"]),
        ("loss, headnorm minus softmax", "-0.0391",
         f"{fmean(gaps):+.3f} ± {stdev(gaps):.3f}"),
        ("DomRatio, headnorm / softmax", "0.41",
@@ -282,9 +283,8 @@ beside(("weights, tokens seen", "152M, 20B", "0.2M, 4M"),
 # %% [markdown]
 # ## What would falsify this
 #
-# A model whose curve $u$ stays when token 0 is hidden. Or a task in which nothing is
-# read from token 0, and softmax keeps a sink all the same: 135 runs of minutes found
-# one that comes and goes (`tests/results/cures.md`).
+# A model whose curve $u$ stays when token 0 is hidden; softmax with a sink for nothing
+# in a small task (135 runs found one that comes and goes: `tests/results/cures.md`).
 #
 # ## Exercises
 #
