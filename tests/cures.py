@@ -46,7 +46,7 @@ from chapters import figures
 from chapters.lesson import trained
 from data.border import bar, read_json, write_json
 from model import ATTENTIONS, Attention, record
-from tests.pages import fill_page, markdown
+from tests.pages import fill_page, markdown, mean_std
 
 SEEDS, RATES = range(5), (2.5e-3, 5e-3, 1e-2, 2e-2)
 SINK, LEARNED, REACHED = probe.SINK, 0.25, 1.6  # attention; nats above perfect; nats
@@ -241,11 +241,6 @@ def excess(model, corpus, length) -> float:
 
 # ---------------------------------------------------------------- tables
 
-def in_words(values) -> str:
-    wide = statistics.stdev(values) if len(values) > 1 else 0
-    return f"{statistics.fmean(values):.2f} ± {wide:.2f}"
-
-
 def cells(found, attn, lr) -> list[dict]:
     """The seeds of one attention at one learning rate."""
     there = found["grid"][attn].get(f"{lr:g}", {})
@@ -274,7 +269,7 @@ def show_sinks(seeds) -> str:
     able = [c for c in seeds if learned(c)]
     above = sum(sink(c) > SINK for c in able)
     of = f"{above} of the {len(able)} that learned" if able else "none learned"
-    return f"{in_words([sink(c) for c in seeds])}; {of}"
+    return f"{mean_std([sink(c) for c in seeds])}; {of}"
 
 
 def steps_to(cell, loss=REACHED):
@@ -310,18 +305,18 @@ def comparison(found, rate) -> str:
     base = [c["excess"] for c in cells(found, "softmax", rate["softmax"])]
     for attn in ATTENTIONS:
         seeds = cells(found, attn, rate[attn])
-        chain = lambda key: in_words([c["chain"][key] for c in seeds])
+        chain = lambda key: mean_std([c["chain"][key] for c in seeds])
         steps = [s for s in map(steps_to, seeds) if s is not None]
-        rank = (f"{in_words([c['rank'] for c in seeds])} "
-                f"({in_words([c['rank without token 0'] for c in seeds])})")
+        rank = (f"{mean_std([c['rank'] for c in seeds])} "
+                f"({mean_std([c['rank without token 0'] for c in seeds])})")
         minus = "-" if attn == "softmax" else paired([c["excess"] for c in seeds], base)
         rows.append((
             attn, f"{rate[attn]:g}", chain("sink"),
             f"{sum(sink(c) > SINK for c in seeds)} of {len(seeds)}", chain("norm_ratio"),
-            chain("dominance"), chain("drain"), rank, in_words([c["excess"] for c in seeds]), minus,
-            in_words([c["excess at 2T"] for c in seeds]),
+            chain("dominance"), chain("drain"), rank, mean_std([c["excess"] for c in seeds]), minus,
+            mean_std([c["excess at 2T"] for c in seeds]),
             f"{statistics.fmean(steps):,.0f} ({len(steps)} of {len(seeds)})" if steps else "-",
-            in_words([max(0.0, c["rise"]) for c in seeds])))
+            mean_std([max(0.0, c["rise"]) for c in seeds])))
     return markdown(head, rows)
 
 
@@ -331,7 +326,7 @@ def births_table(found, lr=5e-3) -> str:
     for attn in ATTENTIONS:
         evaluations = zip(*(c["birth"] for c in cells(found, attn, lr)))  # each of all seeds
         shown = [same for same in evaluations if same[0]["step"] >= 200]
-        rows.append([attn, *(in_words([row["sink"] for row in same]) for same in shown)])
+        rows.append([attn, *(mean_std([row["sink"] for row in same]) for same in shown)])
     return markdown(["", *(f"step {same[0]['step']:,}" for same in shown)], rows)
 
 
@@ -342,10 +337,10 @@ def early_table(found) -> str:
         seeds = [found["early"][attn][str(seed)] for seed in FRESH]
         above = sum(sink(c) > SINK for c in seeds)
         rows.append((
-            attn, in_words([sink(c) for c in seeds]), f"{above} of {len(seeds)}",
-            in_words([c["chain"]["drain"] for c in seeds]),
-            in_words([c["val_loss"] for c in seeds]),
-            *(in_words([1000 * c["ruler"][key] for c in seeds])
+            attn, mean_std([sink(c) for c in seeds]), f"{above} of {len(seeds)}",
+            mean_std([c["chain"]["drain"] for c in seeds]),
+            mean_std([c["val_loss"] for c in seeds]),
+            *(mean_std([1000 * c["ruler"][key] for c in seeds])
               for key in ("hidden", "token 5 hidden"))))
     return markdown(("", "sink", "passes 0.3", "value drain", "validation loss", "token 0 hidden",
                      "token 5 hidden"), rows)
@@ -356,7 +351,7 @@ def ruler_table(found) -> str:
     rows = []
     for attn in ATTENTIONS:
         seeds = [c["ruler"] for c in cells(found, attn, 5e-3)]
-        rows.append([attn, *(in_words([1000 * r[key] for r in seeds]) for key in seeds[0])])
+        rows.append([attn, *(mean_std([1000 * r[key] for r in seeds]) for key in seeds[0])])
     return markdown(("", "token 0 hidden", "the same, moved by one place", "token 5 hidden"), rows)
 
 
@@ -365,11 +360,11 @@ def variants_table(found) -> str:
     for name in ("headnorm", *VARIANTS):
         there = found["variants"].get(name)
         seeds = [there[seed] for seed in sorted(there)] if there else whole
-        chain = (in_words([c["chain"][key] for c in seeds])
+        chain = (mean_std([c["chain"][key] for c in seeds])
                  for key in ("sink", "drain", "dominance"))
         loss = [[c["excess"] for c in both] for both in (seeds, whole)]
         minus = paired(*loss) if there else "-"
-        rows.append((name, *chain, in_words(loss[0]), minus))
+        rows.append((name, *chain, mean_std(loss[0]), minus))
     return markdown(("headnorm", "sink", "value drain", "DomRatio", "loss above perfect",
                      "minus headnorm"), rows)
 
@@ -379,10 +374,10 @@ def long_table(found) -> str:
     rows = []
     for attn, seed in LONG_PLAN:
         run = found["long"][attn][str(seed)]
-        chain = (in_words([c[key] for c in run["chains"]])
+        chain = (mean_std([c[key] for c in run["chains"]])
                  for key in ("sink", "norm_ratio", "dominance", "drain"))
-        rank = (in_words([r[key] for r in run["ranks"]]) for key in run["ranks"][0])
-        read = (in_words([1000 * r[key] for r in run["lookup"]]) for key in run["lookup"][0])
+        rank = (mean_std([r[key] for r in run["ranks"]]) for key in run["ranks"][0])
+        read = (mean_std([1000 * r[key] for r in run["lookup"]]) for key in run["lookup"][0])
         rows.append((attn, *chain, *rank, *read, f"{statistics.fmean(run['losses']):.3f}",
                      "-" if attn == "softmax" else long_gap(found, attn)))
     return markdown(("", "sink", "length of token 0", "DomRatio", "value drain", "effective rank",
@@ -442,7 +437,7 @@ def verdict(found) -> str:
             seeds = cells(found, attn, rate[attn])
             able = [sink(c) for c in seeds if learned(c)]
             rows.append((f"{title}, {rate[attn]:g}", attn, f"{len(able)} of {len(seeds)}",
-                         str(sum(a > SINK for a in able)), in_words(able) if able else "-"))
+                         str(sum(a > SINK for a in able)), mean_std(able) if able else "-"))
     return markdown(("learning rate", "attention", "seeds that have learned", "of these pass 0.3",
                      "their strongest head"), rows)
 
@@ -450,7 +445,7 @@ def verdict(found) -> str:
 def tables(found) -> dict[str, str]:
     best = {attn: best_rate(found, attn) for attn in ATTENTIONS}
     return {"verdict": verdict(found), "sinks": grid_table(found, show_sinks),
-            "losses": grid_table(found, lambda seeds: in_words([c["excess"] for c in seeds])),
+            "losses": grid_table(found, lambda seeds: mean_std([c["excess"] for c in seeds])),
             "same": comparison(found, dict.fromkeys(ATTENTIONS, best["softmax"])),
             "best": comparison(found, best), "variants": variants_table(found),
             "births": births_table(found), "early": early_table(found),

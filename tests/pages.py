@@ -1,5 +1,6 @@
 """Pages of results: tables in Markdown, and pages that commands fill with them."""
 
+import statistics
 from pathlib import Path
 
 from data.border import write_atomically
@@ -26,3 +27,9 @@ def markdown(head, rows) -> str:
     def line(cells):
         return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
     return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
+
+
+def mean_std(values) -> str:
+    """Mean ± standard deviation, 0 for a single value."""
+    wide = statistics.stdev(values) if len(values) > 1 else 0
+    return f"{statistics.fmean(values):.2f} ± {wide:.2f}"

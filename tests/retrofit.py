@@ -35,11 +35,10 @@ import probe
 import train
 from chapters import figures
 from data import Corpus, smollm2, text
-from data.border import bar, environment, read_json, write_atomically, write_json
+from data.border import bar, environment, read_json, write_json
 from data.windows import random_windows
 from model import GPT, record
-from tests.cures import in_words
-from tests.pages import fill_page, markdown
+from tests.pages import fill_page, markdown, mean_std
 
 MODELS = ("softmax", "headnorm", "scaled", "gated")
 STEPS, B, T, END = 500, 4, 128, 0  # END: <|endoftext|>, which SmolLM2 knows between documents
@@ -115,7 +114,7 @@ def resting(model, x) -> dict:
 
 
 def retrofit(name: str) -> dict:
-    """Rebuild, train on, and look: {log: [...], end: {...}}. The weights stay in out/retrofit/."""
+    """Rebuild, train on, and look: {log: [...], end: {...}, ...}."""
     torch.set_num_threads(1)
     folder = smollm2.fetch()
     source, corpus = GPT.from_llama(folder), stdlib(smollm2.encoding(folder))
@@ -135,8 +134,6 @@ def retrofit(name: str) -> dict:
         if state.step == STEPS:
             break
         train.train_step(state, cast)
-    write_atomically(Path("out/retrofit") / f"{name}.pt",
-                     lambda part: torch.save(model.state_dict(), part))
     return {"log": log, "end": look(model, corpus, 4), "environment": environment(cpu, 1),
             "rest": [resting(model, x) for x in noise(model, 4)]}
 
@@ -146,7 +143,7 @@ def retrofit(name: str) -> dict:
 def words(chains, key) -> str:
     """Mean and standard deviation over windows; "-" for what is not there in all of them."""
     values = [chain[key] for chain in chains]
-    return "-" if None in values else in_words(values)
+    return "-" if None in values else mean_std(values)
 
 
 def loss_of(looks) -> float:
