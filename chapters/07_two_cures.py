@@ -258,8 +258,8 @@ assert fmean(gaps) < 0, "headnorm's loss is not lower"
 # ## Built into SmolLM2, and beside the paper
 #
 # `python -m tests.retrofit` builds headnorm into the finished SmolLM2 and trains it on.
-# *Scaled*, its control, brings heads to one length, not tokens. At first both take the
-# whole sink; what counts is what comes back.
+# *Scaled*, its control, brings heads to one length, not tokens. On random tokens both
+# take the whole sink at first; what counts is what comes back.
 
 # %%
 built = json.loads((ROOT / "tests/results/retrofit.json").read_text())
