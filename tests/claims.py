@@ -497,7 +497,7 @@ interval; the paper: -0.039); after `<|bos|>` there is no difference ({text: hea
 softmax.val_loss}). In text without `<|bos|>`, trained for an hour (one seed), the sink is {long},
 and headnorm's loss is lower again ({long loss}). Yet built into SmolLM2 and trained on, headnorm
 does end most of it: heads with a sink are then {retrofit}, where *scaled* brings heads, but not
-tokens, to one length. More: [the cures](tests/results/cures.md).
+tokens, to one length, so that the sink has to come back. More: [the cures](tests/results/cures.md).
 """  # what stands in braces is a `number`, of SmolLM2 where it names no lane
 
 

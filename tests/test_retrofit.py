@@ -1,5 +1,6 @@
 """tests/retrofit.py: a rebuilt model is what its name says, and a training leaves what is drawn."""
 
+import pytest
 import torch
 
 from data import Corpus
@@ -45,5 +46,6 @@ def test_a_short_training(monkeypatch):
     found = {name: retrofit.retrofit(name) for name in retrofit.MODELS}
     losses = {name: [retrofit.loss_of(row) for row in run["log"]] for name, run in found.items()}
     assert losses["gated"][0] == losses["softmax"][0] != losses["headnorm"][0]
+    assert losses["scaled gated"][0] == pytest.approx(losses["scaled"][0], abs=1e-5)
     assert all(first != last for first, last in losses.values())
-    assert len(retrofit.table(found).splitlines()) == 6 and retrofit.draw(found)
+    assert len(retrofit.table(found).splitlines()) == 2 + len(found) and retrofit.draw(found)
