@@ -86,12 +86,12 @@ figures.by_position(axis, curves, "Before training: outlier, reverse, near parit
 show(figure, "07_variance", "Variance by position before training: softmax and gated "
      "fall, sigmoid rises, headnorm is nearly level.")
 level = gap["headnorm"] < gap["softmax"] / 5
-assert level and min(gap["softmax"], gap["gated"]) > 5 > 0.3 > gap["sigmoid"], "not so"
+assert level and min(gap["softmax"], gap["gated"]) > 5 > 0.3 > gap["sigmoid"], str(gap)
 
 # %% [markdown]
 # ## Where the first token is ordinary
 #
-# It is any of 16 letters. "x": over other tokens, in the layer where it is most.
+# It is any of 16 letters. "x" is a length over that of others, in its peak layer.
 
 
 # %%
@@ -253,7 +253,7 @@ assert fmean(gaps) < 0, "headnorm's loss is not lower"
 # %% [markdown]
 # At 0.005, the rate of `train.py`, sigmoid has no sink in any seed, and the highest
 # loss. Gated lowers the sink, headnorm does not. Each at its best rate headnorm's loss
-# is lower than softmax's, and at 0.02 it still learns: a gain that needs no cure.
+# is lower, and at 0.02 it learns where softmax is lost: training can gain uncured.
 #
 # ## Built into SmolLM2, and beside the paper
 #

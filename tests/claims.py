@@ -392,7 +392,7 @@ def in_words(values) -> str:
     there = finite(values)
     if not there:
         return "no sink"
-    text = probe.with_spread(statistics.fmean(there), statistics.stdev(there) if there[1:] else 0)
+    text = probe.with_spread(*probe.spread(there))
     without = len(values) - len(there)
     return text + (f" ({without} without a sink)" if without else "")
 

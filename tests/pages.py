@@ -1,8 +1,8 @@
 """Pages of results: tables in Markdown, and pages that commands fill with them."""
 
-import statistics
 from pathlib import Path
 
+import probe
 from data.border import write_atomically
 
 
@@ -31,5 +31,5 @@ def markdown(head, rows) -> str:
 
 def mean_std(values) -> str:
     """Mean ± standard deviation, 0 for a single value."""
-    wide = statistics.stdev(values) if len(values) > 1 else 0
-    return f"{statistics.fmean(values):.2f} ± {wide:.2f}"
+    mean, std = probe.spread(values)
+    return f"{mean:.2f} ± {std:.2f}"
