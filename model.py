@@ -274,6 +274,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, seed: int = 0):
         super().__init__()
         self.cfg = cfg
+        self.fused = True  # use torch's kernel for attention where nothing in it is looked at
         # empty, as it is drawn below: torch's own draw would take a second on the meta device
         empty = torch.empty(cfg.vocab_size, cfg.hidden_size)
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size, _weight=empty)
@@ -303,7 +304,7 @@ class GPT(nn.Module):
         """
         T = idx.shape[1]
         rope = rope_turns(self.rope_freq, T)
-        fused = tap is None and mask is None and self.cfg.attn != "sigmoid"
+        fused = self.fused and tap is None and mask is None and self.cfg.attn != "sigmoid"
         bias = None if fused else self.attention_bias(T, mask, idx.device)
 
         call = tap or untapped
@@ -311,7 +312,11 @@ class GPT(nn.Module):
         for i, layer in enumerate(self.layers):
             inner = (lambda name, y, i=i: tap(f"{i}.{name}", y)) if tap else untapped
             x = layer(x, rope, bias, inner)
-        logits = self.lm_head(call("final", self.norm(x)))
+        return self.head(x, targets, call)
+
+    def head(self, x, targets, tap):
+        """The states after the last layer (B, T, C) -> logits and loss."""
+        logits = self.lm_head(tap("final", self.norm(x)))
         if targets is None:
             return logits, None
         flat = logits.flatten(0, 1).float()

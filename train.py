@@ -65,6 +65,8 @@ SIZES = {  # model and schedule that fit together; each of these can be overridd
 COMMON = dict(data="stdlib", bos=1.0, weight_decay=0.3)  # of each size that does not say otherwise
 MINUTES = {"micro": 2, "tiny": 2}  # of a training, about, on one core of a laptop
 MACHINE = ("device", "threads", "compile")  # how a run computes, and not what
+WIDE, SHORT = 128, 512  # on a CPU: C from which on bf16 and compiling pay; T up to which attention
+                        # is faster written out, when compiled, than torch's kernel
 
 
 @dataclass
@@ -99,7 +101,8 @@ class Run:
     device: str = setting("auto", "auto, cpu, cuda or mps")
     threads: int | None = setting(None, "CPU threads (default: 1 for tiny and micro, which gain "
                                   "nothing from more; else the cores, at most 4)", 1, 1024)
-    compile: bool = setting(False, "torch.compile the layers; needs a C++ compiler")
+    compile: bool | None = setting(None, "torch.compile the layers (default: from a width of "
+                                   f"{WIDE} on, on a CPU, if there is a C++ compiler)")
     out: str | None = setting(None, "folder of the run (default: out/<attn>, with the size and "
                               "whatever else was changed, as in out/tiny-softmax-seed1)")
 
@@ -125,6 +128,8 @@ def resolve(run: Run) -> Run:
             if getattr(run, name) not in (None, usual[name]):
                 raise UserError(f"{flag(name)} is for text; leave it out with --data {full.data}")
     full.initializer_range = full.initializer_range or C ** -0.5
+    if full.hidden_size < WIDE:
+        full.compile = full.compile or False
     full.threads = full.threads or min(os.cpu_count() or 1, 4)
     full.out = full.out or usual_folder(run, usual)
     return full
@@ -309,6 +314,8 @@ def train(run: Run, resume=False, overwrite=False, say=say) -> State:
     run = resolve(run)
     folder, (device, why) = Path(run.out), pick_device(run.device)
     torch.set_num_threads(run.threads)
+    if run.compile is None:
+        run.compile = device.type == "cpu" and compiles()
     old = read_config(folder)[1] if resume else None
     free = partial(check_folder, folder, FILES, ("run", "model", "environment"), overwrite)
     if not resume:
@@ -357,13 +364,8 @@ def loop(state: State, header: dict, stop, say, live) -> None:
     run, model, device = state.run, state.model, state.device
     windows = held_out(run, state.corpus, device)
     evaluate_at, tokens = evaluation_steps(run.steps, run.evals), run.batch_size * run.seq_len
-    cast = contextlib.nullcontext()
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        cast = torch.autocast("cuda", torch.bfloat16)
-    measured = contextlib.nullcontext
+    cast, measured = quicken(model, run.compile, device), contextlib.nullcontext
     if run.compile:
-        for block in model.layers:
-            block.compile()  # they are alike: what is compiled for one serves all
         measured = partial(torch.compiler.set_stance, "force_eager")  # taps are for plain layers
     step_seconds, evaluation_seconds, count = 0.0, 0.0, -5  # what one costs; the first warm up
 
@@ -407,6 +409,31 @@ def loop(state: State, header: dict, stop, say, live) -> None:
             step_seconds += (seconds - step_seconds) / min(count, 200)  # a mean of the last steps
         live.set_description_str(f"loss {state.smooth or 0:.3f}{speed()}", refresh=False)
         live.update()
+
+
+def compiles() -> bool:
+    """Whether there is a C++ compiler that torch can use, for a CPU; to try takes two seconds."""
+    with contextlib.suppress(Exception):  # it fails in many ways
+        return torch.compile(torch.neg)(torch.ones(1)).item() == -1
+    return False
+
+
+def quicken(model: GPT, compiled: bool, device) -> torch.autocast:
+    """Compile the layers, if asked for -> in which numbers to multiply: bf16 where the hardware
+    does, a GPU or, for wide models that are compiled, a CPU with AVX512-BF16; else fp32. What each
+    is worth: tests/results/speed.md."""
+    cpu, cfg = device.type == "cpu", model.cfg
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        wide = compiled and cpu and cfg.hidden_size >= WIDE
+        bf16 = wide and torch.cpu._is_avx512_bf16_supported()
+    if compiled:
+        for block in model.layers:
+            block.compile()  # they are alike: what is compiled for one serves all
+        model.head = torch.compile(model.head)
+        model.fused = not cpu or cfg.max_position_embeddings > SHORT
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def train_step(state: State, cast) -> torch.Tensor:

@@ -243,8 +243,8 @@ class Parser(argparse.ArgumentParser):
             elif f.default is not None and f.default is not False:
                 text += f" (default: {f.default})"
             how["choices"] = f.metadata["choices"]
-            if f.default is False:
-                how = dict(action="store_true")
+            if type_of(f) is bool:
+                how = dict(action=argparse.BooleanOptionalAction)
             self.add_argument(flag(f.name), help=text, **how)
 
 

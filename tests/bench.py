@@ -48,11 +48,12 @@ class Rival(nn.Module):
 
     def __init__(self, cfg, block, norm, positions):
         super().__init__()
+        self.cfg = cfg
         C, V = cfg.hidden_size, cfg.vocab_size
         self.tokens = nn.Embedding(V, C)
         self.positions = nn.Embedding(cfg.max_position_embeddings, C) if positions else None
         self.layers = nn.ModuleList(block(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm, self.head = norm(C), nn.Linear(C, V, bias=False)
+        self.norm, self.lm_head = norm(C), nn.Linear(C, V, bias=False)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -63,7 +64,10 @@ class Rival(nn.Module):
             x = x + self.positions(torch.arange(idx.shape[1]))
         for layer in self.layers:
             x = layer(x)
-        logits = self.head(self.norm(x))
+        return self.head(x, targets)
+
+    def head(self, x, targets):
+        logits = self.lm_head(self.norm(x))
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -124,12 +128,15 @@ class HuggingFace(nn.Module):
         from transformers import LlamaConfig, LlamaForCausalLM
         same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                 "num_attention_heads", "max_position_embeddings")
-        shape = {name: getattr(cfg, name) for name in same}
+        self.cfg, shape = cfg, {name: getattr(cfg, name) for name in same}
         self.llama = LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
         self.layers = self.llama.model.layers
 
     def forward(self, idx, targets):
-        logits = self.llama(idx).logits
+        return self.head(self.llama.model(idx).last_hidden_state, targets)
+
+    def head(self, x, targets):
+        logits = self.llama.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -149,13 +156,13 @@ def settings(width, attn="softmax"):
     return run, corpus, train.shape(run, corpus)
 
 
-def stepper(width, attn="softmax", rival=None, compiled=False, bf16=False):
-    """A function that makes one training step, of our model or of a rival's."""
+def stepper(width, attn="softmax", rival=None, compiled=False, bf16=False, kernel=False):
+    """A function that makes one training step, of our model or of a rival's. `kernel`: attention by
+    torch's kernel when compiled too, as rivals do."""
     run, corpus, cfg = settings(width, attn)
     model = RIVALS[rival](cfg) if rival else GPT(cfg)
-    if compiled:
-        for layer in model.layers:  # as train.py --compile
-            layer.compile()
+    train.quicken(model, compiled, CPU)
+    model.fused = kernel or not compiled
     state = SimpleNamespace(run=run, corpus=corpus, model=model, device=CPU, step=0,
                             optimizer=train.make_optimizer(model, run, CPU),
                             batches=torch.Generator().manual_seed(1))
@@ -164,8 +171,8 @@ def stepper(width, attn="softmax", rival=None, compiled=False, bf16=False):
 
 
 def fastest(width) -> str:
-    """What makes most of the processor; at width 64 the products are too small for bf16."""
-    bf16 = width > 64 and torch.cpu._is_avx512_bf16_supported()
+    """What train.py chooses with --compile."""
+    bf16 = width >= train.WIDE and torch.cpu._is_avx512_bf16_supported()
     return "compiled, bf16" if bf16 else "compiled"
 
 
@@ -177,6 +184,7 @@ def cases(width):
         found["bf16"] = stepper(width, bf16=True)
         found["compiled, bf16"] = stepper(width, compiled=True, bf16=True)
     fast = fastest(width)
+    found[f"{fast}, kernel"] = stepper(width, compiled=True, bf16="bf16" in fast, kernel=True)
     for rival in RIVALS:
         found[rival] = stepper(width, rival=rival)
         found[f"{rival}, {fast}"] = stepper(width, "softmax", rival, True, "bf16" in fast)
@@ -204,7 +212,7 @@ def rates(width, rounds, clock):
 
 def first_step(width) -> float:
     """Seconds of the processor, those of the compiler included, of a first compiled step."""
-    step = stepper(width, compiled=True)
+    step = stepper(width, compiled=True, bf16="bf16" in fastest(width))
     begin = sum(os.times()[:4])
     step()
     return sum(os.times()[:4]) - begin
@@ -253,7 +261,8 @@ def table(found):
     asked = [(fast, "LlamaForCausalLM", whole), (fast, "plain Llama", whole),
              (fast, "nanoGPT-style", 1.0), ("headnorm", "softmax", 1 / 1.05),
              ("sigmoid", "softmax", 1 / 1.1)]
-    asked += [(fast, f"{rival}, {fast}", None) for rival in RIVALS]
+    same = (f"{fast}, kernel", *(f"{rival}, {fast}" for rival in RIVALS))
+    asked += [(fast, other, None) for other in same]
     goals = [(a, b, f"{least:.2f}" if least else "-", f"{against(found, a, b)[1]:.2f}")
              for a, b, least in asked]
     rows = []

@@ -23,8 +23,8 @@ Written when headnorm had been seen for 60 steps (share 0.28 at step 40 and 0.03
     a cure works, if it ends with at most a fifth of softmax's share, and it does not, if it ends
     with at least half
 
-Scaled gated came when all of the others were known. Written before it: it is judged like that beside
-scaled, whose sink had to come back too.
+Scaled gated came when all of the others were known. Written before it: it is judged like that
+beside scaled, whose sink had to come back too.
 
 Link 3 by training: five neurons of each layer are drawn anew, gate, up and down,
 
@@ -189,10 +189,10 @@ def loss_of(looks) -> float:
     return statistics.fmean(looks["losses"])
 
 
-def table(found) -> str:
+def table(found, models) -> str:
     """Each model before and after the training: mean and standard deviation over windows."""
     rows, base = [], found["softmax"]["end"]
-    for name in MODELS:
+    for name in models:
         first, end = found[name]["log"][0], found[name]["end"]
         gap = "-" if name == "softmax" else f"{loss_of(end) - loss_of(base):+.2f}"
         rest = found[name]["rest"]
@@ -209,25 +209,31 @@ def table(found) -> str:
 def shares(found) -> str:
     """The heads with a sink after the training, in words."""
     said = []
-    for name in MODELS:
+    for name in CURES:
         share = statistics.fmean(c["sink_rate"] for c in found[name]["end"]["random"])
         said.append(f"{share:.0%} ({name})")
     return f"{', '.join(said[:-1])} and {said[-1]}"
 
 
+def tables(found) -> dict[str, str]:
+    return {"retrofit": table(found, CURES), "redrawn": table(found, NEURONS)}
+
+
 @figures.styled
 def draw(found):
-    """Share of the heads with a sink, length of the first state and loss, over the steps."""
-    figure, axes = figures.new(3.0, 1, 3)
+    """Share of the heads with a sink, length of the first state and loss, over the steps: cures
+    above, redrawn neurons below."""
+    figure, rows = figures.new(5.4, 2, 3)
     values = {"heads with a sink": lambda row: row["random"][0]["sink_rate"],
               "length of the first state": lambda row: row["random"][0]["norm_ratio"],
               "loss on held-out text, nats": loss_of}
-    for axis, (title, value) in zip(axes, values.items()):
-        for style, name in zip(figures.STYLES, MODELS):
-            figures.track(axis, found[name]["log"], value, label=name, **style | {"ms": 3})
-        figures.dress(axis, title, xlabel="step")
-        axis.set_ylim(0)
-    axes[-1].legend()  # where no curve is
+    for axes, models in zip(rows, (CURES, NEURONS)):
+        for axis, (title, value) in zip(axes, values.items()):
+            for style, name in zip(figures.STYLES, models):
+                figures.track(axis, found[name]["log"], value, label=name, **style | {"ms": 3})
+            figures.dress(axis, title, xlabel="step")
+            axis.set_ylim(0)
+        axes[-1].legend()  # where no curve is
     return figure
 
 
@@ -244,7 +250,7 @@ def main():
             found[name] = jobs[name].result()
             write_json(FILE, found)
     found = read_json(FILE)  # where what is no number has become null
-    fill_page(PAGE, {"retrofit": table(found)})
+    fill_page(PAGE, tables(found))
     figures.save(FIGURE, draw(found))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import probe
 from data import Corpus
 from model import record
 from tests import retrofit
@@ -35,6 +36,23 @@ def test_the_control_does_to_heads_what_headnorm_does_to_tokens():
     assert lengths["headnorm"].std((0, 1)).max() < 1e-3 < 0.05 < lengths["scaled"].std((0, 1)).min()
 
 
+@pytest.mark.parametrize("which", ["super", "others"])
+def test_five_neurons_are_drawn_anew(which):
+    source, model, _ = rebuilt(f"{which} redrawn")
+    (x,) = retrofit.noise(source, 1)
+    post = record(source, x, ["0.mlp_post"])[1]["0.mlp_post"]
+    for old, new in zip(source.layers, model.layers):
+        old, new = ([mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T]
+                    for mlp in (old.mlp, new.mlp))
+        changed = [(a != b).any(1) for a, b in zip(old, new)]
+        assert all(c.sum() == probe.TOP and torch.equal(c, changed[0]) for c in changed)
+    changed = (source.layers[0].mlp.up_proj.weight != model.layers[0].mlp.up_proj.weight).any(1)
+    first = probe.energy(post, source.layers[0].mlp.down_proj.weight).mean(0)[0]
+    strongest = torch.zeros_like(changed).index_fill(0, first.topk(probe.TOP).indices, True)
+    assert torch.equal(changed, strongest) == (which == "super")
+    assert which == "super" or not (changed & strongest).any()
+
+
 def test_a_short_training(monkeypatch):
     stream = torch.randint(50, (2000,), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(retrofit, "STEPS", 3)
@@ -48,4 +66,5 @@ def test_a_short_training(monkeypatch):
     assert losses["gated"][0] == losses["softmax"][0] != losses["headnorm"][0]
     assert losses["scaled gated"][0] == pytest.approx(losses["scaled"][0], abs=1e-5)
     assert all(first != last for first, last in losses.values())
-    assert len(retrofit.table(found).splitlines()) == 2 + len(found) and retrofit.draw(found)
+    assert len(retrofit.tables(found)["retrofit"].splitlines()) == 2 + len(retrofit.CURES)
+    assert retrofit.draw(found)
