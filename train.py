@@ -65,8 +65,8 @@ SIZES = {  # model and schedule that fit together; each of these can be overridd
 COMMON = dict(data="stdlib", bos=1.0, weight_decay=0.3)  # of each size that does not say otherwise
 MINUTES = {"micro": 2, "tiny": 2}  # of a training, about, on one core of a laptop
 MACHINE = ("device", "threads", "compile")  # how a run computes, and not what
-WIDE, SHORT = 128, 512  # on a CPU: C from which on bf16 and compiling pay; T up to which attention
-                        # is faster written out, when compiled, than torch's kernel
+WIDE = 128  # C from which on a CPU compiles by default; narrower models are those of the chapters
+SHORT = 512  # T up to which attention, compiled for a CPU, is faster written out than as a kernel
 
 
 @dataclass
@@ -152,7 +152,7 @@ def check_memory(run: Run, cfg: Config, device: torch.device) -> None:
     B, T, H, L = run.batch_size, run.seq_len, run.num_attention_heads, run.num_hidden_layers
     states = B * T * (L * (8 * run.hidden_size + 4 * run.intermediate_size) + 3 * cfg.vocab_size)
     patterns = 3 * max(8, PROBE_TOKENS // T) * H * T * T  # of one layer, in an evaluation
-    if run.attn == "sigmoid":  # no fused kernel: training keeps those of all layers
+    if run.attn == "sigmoid" or run.compile and T <= SHORT:  # no kernel: training keeps them all
         patterns = max(patterns, 2 * L * B * H * T * T)
     need, there = 4 * (4 * parameters + states + patterns), memory_of(device)  # of four bytes each
     if need > there:
@@ -314,13 +314,13 @@ def train(run: Run, resume=False, overwrite=False, say=say) -> State:
     run = resolve(run)
     folder, (device, why) = Path(run.out), pick_device(run.device)
     torch.set_num_threads(run.threads)
-    if run.compile is None:
-        run.compile = device.type == "cpu" and compiles()
     old = read_config(folder)[1] if resume else None
     free = partial(check_folder, folder, FILES, ("run", "model", "environment"), overwrite)
     if not resume:
         free()
     corpus = load_corpus(run, old)
+    if run.compile is None:
+        run.compile = device.type == "cpu" and compiles()
     check_memory(run, shape(run, corpus), device)
     with one_writer(folder), interrupts() as stop:
         if not resume:  # again: another training may have ended here in the meantime
@@ -420,19 +420,18 @@ def compiles() -> bool:
 
 def quicken(model: GPT, compiled: bool, device) -> torch.autocast:
     """Compile the layers, if asked for -> in which numbers to multiply: bf16 where the hardware
-    does, a GPU or, for wide models that are compiled, a CPU with AVX512-BF16; else fp32. What each
-    is worth: tests/results/speed.md."""
-    cpu, cfg = device.type == "cpu", model.cfg
+    does, a GPU or, for a compiled model, a CPU with AVX512-BF16; else fp32. What each is worth:
+    tests/results/speed.md."""
+    cpu = device.type == "cpu"
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        wide = compiled and cpu and cfg.hidden_size >= WIDE
-        bf16 = wide and torch.cpu._is_avx512_bf16_supported()
+        bf16 = compiled and cpu and torch.cpu._is_avx512_bf16_supported()
     if compiled:
         for block in model.layers:
             block.compile()  # they are alike: what is compiled for one serves all
         model.head = torch.compile(model.head)
-        model.fused = not cpu or cfg.max_position_embeddings > SHORT
+        model.fused = not cpu or model.cfg.max_position_embeddings > SHORT
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 

@@ -170,10 +170,9 @@ def stepper(width, attn="softmax", rival=None, compiled=False, bf16=False, kerne
     return lambda: train.train_step(state, cast)
 
 
-def fastest(width) -> str:
+def fastest() -> str:
     """What train.py chooses with --compile."""
-    bf16 = width >= train.WIDE and torch.cpu._is_avx512_bf16_supported()
-    return "compiled, bf16" if bf16 else "compiled"
+    return "compiled, bf16" if torch.cpu._is_avx512_bf16_supported() else "compiled"
 
 
 def cases(width):
@@ -183,7 +182,7 @@ def cases(width):
     if torch.cpu._is_avx512_bf16_supported():  # without, it is a hundred times slower
         found["bf16"] = stepper(width, bf16=True)
         found["compiled, bf16"] = stepper(width, compiled=True, bf16=True)
-    fast = fastest(width)
+    fast = fastest()
     found[f"{fast}, kernel"] = stepper(width, compiled=True, bf16="bf16" in fast, kernel=True)
     for rival in RIVALS:
         found[rival] = stepper(width, rival=rival)
@@ -212,7 +211,7 @@ def rates(width, rounds, clock):
 
 def first_step(width) -> float:
     """Seconds of the processor, those of the compiler included, of a first compiled step."""
-    step = stepper(width, compiled=True, bf16="bf16" in fastest(width))
+    step = stepper(width, compiled=True, bf16="bf16" in fastest())
     begin = sum(os.times()[:4])
     step()
     return sum(os.times()[:4]) - begin
@@ -234,7 +233,7 @@ def measure(width, threads, rounds) -> dict:
     weights = L * (4 * C * C + 3 * C * cfg.intermediate_size) + C * V  # without the embedding
     clock = time.process_time if threads == 1 else time.perf_counter
     return {"width": C, "layers": L, "vocabulary": V, "T": T, "B": run.batch_size,
-            "flops_per_token": 6 * weights + 6 * L * C * T, "fastest": fastest(width),
+            "flops_per_token": 6 * weights + 6 * L * C * T, "fastest": fastest(),
             "compile": compile_times(width), "environment": environment(CPU, threads),
             "rates": rates(width, rounds, clock)}
 

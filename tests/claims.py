@@ -465,8 +465,9 @@ and {cut lock.share %} of the sink; the controls take next to nothing.
 
 **A handful of neurons carries it**, which the paper did not test: with five of 1,536 a layer silent
 at that one token it has no sink (the next tokens take it over; with the five silent everywhere
-there is none), and five others of like weight take nothing ({cut neurons.controls.0 %}). Let the
-model write without two of them: [chapter 03](chapters/book/03.md).
+there is none), and five others of like weight take nothing ({cut neurons.controls.0 %}). Nor is it
+missed for good: the model trained on with these five drawn anew has {healed}. Let it write without
+two of them: [chapter 03](chapters/book/03.md).
 
 **Variance forges a sink, length does not.** A token that sees only itself gets {forge
 variance.share %} of the two sinks; one whose variance is amplified {forge W_O.share %}, shifted to
@@ -511,6 +512,7 @@ def findings(found) -> str:
     sinks = len(finite(numbers_of(found, "micro", "cut lock.share")))
     of_cures, lines = read_json(cures.FILE), []
     words = {"sinks": str(sinks), "retrofit": retrofit.shares(read_json(retrofit.FILE)),
+             "healed": retrofit.healed(read_json(retrofit.FILE)),
              "loss": cures.gain(of_cures), "long": cures.long_sinks(of_cures),
              "long loss": cures.long_gap(of_cures, "headnorm")}
     for text in FOUND.strip().split("\n\n"):

@@ -23,6 +23,13 @@ def idle(name, x):
 PATHS = {"fused": {}, "tapped": {"tap": idle}, "masked": {"mask": FULL}}
 
 
+@every_attention
+def test_written_out_or_by_the_kernel(attn):
+    gpt, idx = tiny_model(attn=attn), tokens(2, T)
+    kernel, gpt.fused = gpt(idx)[0], False
+    assert torch.allclose(gpt(idx)[0], kernel, atol=1e-5)
+
+
 # ---------------------------------------------------------------- the formulas in numpy
 
 def numpy_forward(gpt, idx, mask):

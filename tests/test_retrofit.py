@@ -62,9 +62,10 @@ def test_a_short_training(monkeypatch):
     monkeypatch.setattr(retrofit.GPT, "from_llama", lambda folder: tiny_model().eval())
     monkeypatch.setattr(retrofit, "stdlib", lambda _: Corpus("x", 50, 0, None, stream, stream))
     found = {name: retrofit.retrofit(name) for name in retrofit.MODELS}
+    assert found["scaled, other batches"]["log"][0] == found["scaled"]["log"][0]
     losses = {name: [retrofit.loss_of(row) for row in run["log"]] for name, run in found.items()}
     assert losses["gated"][0] == losses["softmax"][0] != losses["headnorm"][0]
     assert losses["scaled gated"][0] == pytest.approx(losses["scaled"][0], abs=1e-5)
     assert all(first != last for first, last in losses.values())
-    assert len(retrofit.tables(found)["retrofit"].splitlines()) == 2 + len(retrofit.CURES)
+    assert len(retrofit.tables(found)["retrofit"].splitlines()) == 7 + len(retrofit.AGAIN)
     assert retrofit.draw(found)

@@ -206,6 +206,12 @@ def test_the_folder_follows_what_was_changed(changes, out):
     assert train.resolve(Run(**changes)).out == out
 
 
+def test_without_a_compiler_nothing_is_compiled(tmp_path, tiny_run, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f: lambda *x: 1 / 0)
+    assert train.resolve(Run()).compile is False  # what is narrow gains little
+    assert tiny_run(tmp_path, hidden_size=128, steps=1).run.compile is False
+
+
 # ---------------------------------------------------------------- what a run leaves and says
 
 def test_files_of_a_run(tmp_path, tiny_run, book):
@@ -318,6 +324,20 @@ def test_a_run_that_ended_while_another_waited_is_kept(tmp_path, tiny_run, monke
     with pytest.raises(UserError, match="already holds a run"):
         tiny_run(out)
     assert files(out) == files(tmp_path / "done")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attn", ["softmax", "sigmoid"])
+def test_compiled_steps_are_those_of_plain_ones(tmp_path, tiny_run, attn):
+    """From a width of 128 on by default: nearly the same weights, and one that can be opened."""
+    wide = dict(attn=attn, hidden_size=128, intermediate_size=344, lr=1e-3)
+    fast, plain = (tiny_run(tmp_path / name, **wide, **how)
+                   for name, how in (("fast", {}), ("plain", {"compile": False})))
+    assert fast.run.compile and fast.log[-1]["val_loss"] < fast.log[0]["val_loss"] - 0.1
+    for a, b in zip(fast.log, plain.log):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=0.02)
+    assert train.load_run(tmp_path / "fast")[0](torch.zeros(1, 4, dtype=torch.long))[0].isfinite()\
+        .all()
 
 
 @pytest.mark.slow
