@@ -312,9 +312,9 @@ class GPT(nn.Module):
         for i, layer in enumerate(self.layers):
             inner = (lambda name, y, i=i: tap(f"{i}.{name}", y)) if tap else untapped
             x = layer(x, rope, bias, inner)
-        return self.head(x, targets, call)
+        return self.unembed(x, targets, call)
 
-    def head(self, x, targets, tap):
+    def unembed(self, x, targets, tap):
         """The states after the last layer (B, T, C) -> logits and loss."""
         logits = self.lm_head(tap("final", self.norm(x)))
         if targets is None:

@@ -39,9 +39,9 @@ import torch
 import data
 import probe
 from data.border import (Parser, UserError, bar, check_folder, check_settings, environment, finite,
-                         flag, interrupts, load_tensors, memory_of, one_writer, parts, pick_device,
-                         program, read_bytes, read_json, reason, say, setting, show, within,
-                         write_atomically, write_json)
+                         flag, interrupts, load_tensors, memory_of, multiplies_bf16, one_writer,
+                         parts, pick_device, program, read_bytes, read_json, reason, say, setting,
+                         show, within, write_atomically, write_json)
 from model import ATTENTIONS, GPT, Config
 
 # ---------------------------------------------------------------- settings
@@ -419,18 +419,14 @@ def compiles() -> bool:
 
 
 def quicken(model: GPT, compiled: bool, device) -> torch.autocast:
-    """Compile the layers, if asked for -> in which numbers to multiply: bf16 where the hardware
-    does, a GPU or, for a compiled model, a CPU with AVX512-BF16; else fp32. What each is worth:
-    tests/results/speed.md."""
+    """Compile the layers, if asked for -> in which numbers to multiply: fp32 in a plain model on a
+    CPU, else bf16 where the hardware has it. What it is worth: tests/results/speed.md."""
     cpu = device.type == "cpu"
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        bf16 = compiled and cpu and torch.cpu._is_avx512_bf16_supported()
+    bf16 = multiplies_bf16(device) and (compiled or not cpu)
     if compiled:
         for block in model.layers:
             block.compile()  # they are alike: what is compiled for one serves all
-        model.head = torch.compile(model.head)
+        model.unembed = torch.compile(model.unembed)
         model.fused = not cpu or model.cfg.max_position_embeddings > SHORT
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 

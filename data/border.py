@@ -303,6 +303,14 @@ def pick_device(name: str) -> tuple[torch.device, str]:
                     f"{show(name)!r:.60}; leave the flag out")
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether it gains speed from bf16: a GPU, or a CPU with AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch has none
+    return device.type == "cpu" and known.get("avx512_bf16", False)
+
+
 def memory_of(device: torch.device) -> float:
     """Bytes that there are, used or not; infinity where the system does not tell."""
     if device.type == "cuda":
@@ -413,7 +421,7 @@ def program(name: str, main) -> int:
         message, code = "not enough memory; ask for less", 2
         if "torch._" in type(error).__module__:  # the compiler has many
             message = (f"--compile failed ({type(error).__name__}): it needs a C++ compiler; "
-                       "leave it out")
+                       "give --no-compile")
         elif "memory" not in str(error):  # torch's way to say MemoryError
             raise
     finally:

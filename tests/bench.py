@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import train
 from data import Corpus
-from data.border import bar, environment, read_json, write_json
+from data.border import bar, environment, multiplies_bf16, read_json, write_json
 from model import ATTENTIONS, GPT, RMSNorm
 from tests.pages import fill_page, markdown
 
@@ -64,9 +64,9 @@ class Rival(nn.Module):
             x = x + self.positions(torch.arange(idx.shape[1]))
         for layer in self.layers:
             x = layer(x)
-        return self.head(x, targets)
+        return self.unembed(x, targets)
 
-    def head(self, x, targets):
+    def unembed(self, x, targets):
         logits = self.lm_head(self.norm(x))
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -133,9 +133,9 @@ class HuggingFace(nn.Module):
         self.layers = self.llama.model.layers
 
     def forward(self, idx, targets):
-        return self.head(self.llama.model(idx).last_hidden_state, targets)
+        return self.unembed(self.llama.model(idx).last_hidden_state, targets)
 
-    def head(self, x, targets):
+    def unembed(self, x, targets):
         logits = self.llama.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -172,14 +172,14 @@ def stepper(width, attn="softmax", rival=None, compiled=False, bf16=False, kerne
 
 def fastest() -> str:
     """What train.py chooses with --compile."""
-    return "compiled, bf16" if torch.cpu._is_avx512_bf16_supported() else "compiled"
+    return "compiled, bf16" if multiplies_bf16(CPU) else "compiled"
 
 
 def cases(width):
     """{name: a function that does it once}"""
     found = {attn: stepper(width, attn) for attn in ATTENTIONS}
     found["compiled"] = stepper(width, compiled=True)
-    if torch.cpu._is_avx512_bf16_supported():  # without, it is a hundred times slower
+    if multiplies_bf16(CPU):  # without, it is a hundred times slower
         found["bf16"] = stepper(width, bf16=True)
         found["compiled, bf16"] = stepper(width, compiled=True, bf16=True)
     fast = fastest()

@@ -53,7 +53,7 @@ import probe
 import train
 from chapters import figures
 from data import Corpus, smollm2, text
-from data.border import bar, environment, read_json, write_json
+from data.border import bar, environment, multiplies_bf16, read_json, write_json
 from data.windows import random_windows
 from model import ATTENTIONS, GPT, record
 from tests.pages import fill_page, markdown, mean_std
@@ -169,7 +169,7 @@ def retrofit(name: str) -> dict:
                             optimizer=train.make_optimizer(model, run, cpu),
                             batches=torch.Generator().manual_seed(10 if again else 1))
     # elsewhere the same would take a hundred times as long
-    cast = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(cpu))
     log = []
     while True:
         if state.step in LOOKS:
