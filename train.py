@@ -412,7 +412,7 @@ def loop(state: State, header: dict, stop, say, live) -> None:
 
 
 def compiles() -> bool:
-    """Whether there is a C++ compiler that torch can use, for a CPU; to try takes two seconds."""
+    """Whether there is a C++ compiler that torch can use, for a CPU; a try takes seconds."""
     with contextlib.suppress(Exception):  # it fails in many ways
         return torch.compile(torch.neg)(torch.ones(1)).item() == -1
     return False
