@@ -259,7 +259,8 @@ assert fmean(gaps) < 0, "headnorm's loss is not lower"
 #
 # `python -m tests.retrofit` builds headnorm into the finished SmolLM2 and trains it on.
 # *Scaled*, its control, brings heads to one length, not tokens. On random tokens both
-# take the whole sink at first; what counts is what comes back.
+# take the whole sink; what counts is what comes back. (In *text* it came back under
+# headnorm too, with other batches: `tests/results/cures.md`.)
 
 # %%
 built = json.loads((ROOT / "tests/results/retrofit.json").read_text())
@@ -284,12 +285,11 @@ beside(("weights, tokens seen", "152M, 20B", "0.2M, 4M"),
 # ## What would falsify this
 #
 # A model whose curve $u$ stays when token 0 is hidden; softmax with a sink for nothing
-# in a small task (135 runs found one that comes and goes: `tests/results/cures.md`).
+# in a small task (137 runs found one that comes and goes: `tests/results/cures.md`).
 #
 # ## Exercises
 #
 # **1.** The prediction at the start.
-#
 # **2.** Write head-wise RMSNorm. `z` is (B, T, H, D), `gain` is (D,), for all heads.
 
 

@@ -485,7 +485,7 @@ W_O takes only {cut W_O.share %} of the sink. A fixed direction and a large DomR
 alone: it has {first.direction} and {first.dominance}, an ordinary token {ordinary.direction} and
 {ordinary.dominance}.
 
-**Sigmoid ends the sink, headnorm in one setting of three, and a small sink has its uses.** With
+**Sigmoid ends the sink, headnorm in half a setting of three, and a small sink has its uses.** With
 ordinary first tokens (`python train.py`, five seeds, one learning rate) the strongest head gives
 token 0 {micro: softmax.first.sink} (softmax), {micro: headnorm.first.sink} (headnorm), {micro:
 gated.first.sink} (gated, a known cure) and {micro: sigmoid.first.sink} (sigmoid). But this sink is
@@ -496,9 +496,10 @@ headnorm.first.sink}, {text: gated.first.sink} and {text: sigmoid.first.sink}. I
 has the lower loss all the same: {loss} nats against softmax, each at its best learning rate (95 %
 interval; the paper: -0.039); after `<|bos|>` there is no difference ({text: headnorm.val_loss minus
 softmax.val_loss}). In text without `<|bos|>`, trained for an hour (one seed), the sink is {long},
-and headnorm's loss is lower again ({long loss}). Yet built into SmolLM2 and trained on, headnorm
-does end most of it: heads with a sink are then {retrofit}, where *scaled* brings heads, but not
-tokens, to one length, so that the sink has to come back. More: [the cures](tests/results/cures.md).
+and headnorm's loss is lower again ({long loss}). Built into SmolLM2 and trained on, headnorm
+ends most of it on random tokens: heads with a sink are then {retrofit}, where *scaled* brings
+heads, but not tokens, to one length, so that the sink has to come back; in text it does so with one
+order of batches of two. More: [the cures](tests/results/cures.md).
 """  # what stands in braces is a `number`, of SmolLM2 where it names no lane
 
 
