@@ -128,8 +128,8 @@ def resolve(run: Run) -> Run:
             if getattr(run, name) not in (None, usual[name]):
                 raise UserError(f"{flag(name)} is for text; leave it out with --data {full.data}")
     full.initializer_range = full.initializer_range or C ** -0.5
-    if full.hidden_size < WIDE:
-        full.compile = full.compile or False
+    if full.compile is None and C < WIDE:
+        full.compile = False
     full.threads = full.threads or min(os.cpu_count() or 1, 4)
     full.out = full.out or usual_folder(run, usual)
     return full
@@ -152,7 +152,7 @@ def check_memory(run: Run, cfg: Config, device: torch.device) -> None:
     B, T, H, L = run.batch_size, run.seq_len, run.num_attention_heads, run.num_hidden_layers
     states = B * T * (L * (8 * run.hidden_size + 4 * run.intermediate_size) + 3 * cfg.vocab_size)
     patterns = 3 * max(8, PROBE_TOKENS // T) * H * T * T  # of one layer, in an evaluation
-    if run.attn == "sigmoid" or run.compile and T <= SHORT:  # no kernel: training keeps them all
+    if run.attn == "sigmoid" or written_out(run.compile, device, T):  # training keeps them all
         patterns = max(patterns, 2 * L * B * H * T * T)
     need, there = 4 * (4 * parameters + states + patterns), memory_of(device)  # of four bytes each
     if need > there:
@@ -418,16 +418,20 @@ def compiles() -> bool:
     return False
 
 
+def written_out(compiled: bool, device, T: int) -> bool:
+    """Whether attention is computed as the formula stands, and not by torch's kernel."""
+    return compiled and device.type == "cpu" and T <= SHORT
+
+
 def quicken(model: GPT, compiled: bool, device) -> torch.autocast:
     """Compile the layers, if asked for -> in which numbers to multiply: fp32 in a plain model on a
     CPU, else bf16 where the hardware has it. What it is worth: tests/results/speed.md."""
-    cpu = device.type == "cpu"
-    bf16 = multiplies_bf16(device) and (compiled or not cpu)
+    bf16 = (compiled or device.type != "cpu") and multiplies_bf16(device)
     if compiled:
         for block in model.layers:
             block.compile()  # they are alike: what is compiled for one serves all
         model.unembed = torch.compile(model.unembed)
-        model.fused = not cpu or model.cfg.max_position_embeddings > SHORT
+        model.fused = not written_out(compiled, device, model.cfg.max_position_embeddings)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 

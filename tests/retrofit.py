@@ -117,8 +117,8 @@ def redraw(model, strongest: bool) -> None:
         if not strongest:
             later = writes[1:].mean(0).index_fill(0, chosen, 0.0)
             chosen = later.topk(probe.TOP).indices
-        for W, dim in ((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1)):
-            W = W.weight
+        for layer, dim in ((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1)):
+            W = layer.weight
             new = torch.randn(W.index_select(dim, chosen).shape, generator=generator) * W.std()
             W.index_copy_(dim, chosen, new)
 

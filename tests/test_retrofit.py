@@ -67,5 +67,6 @@ def test_a_short_training(monkeypatch):
     assert losses["gated"][0] == losses["softmax"][0] != losses["headnorm"][0]
     assert losses["scaled gated"][0] == pytest.approx(losses["scaled"][0], abs=1e-5)
     assert all(first != last for first, last in losses.values())
-    assert len(retrofit.tables(found)["retrofit"].splitlines()) == 7 + len(retrofit.AGAIN)
+    assert len(retrofit.tables(found)["retrofit"].splitlines()) == 2 + len(
+        retrofit.CURES + retrofit.AGAIN)
     assert retrofit.draw(found)

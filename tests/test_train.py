@@ -336,8 +336,8 @@ def test_compiled_steps_are_those_of_plain_ones(tmp_path, tiny_run, attn):
     assert fast.run.compile and fast.log[-1]["val_loss"] < fast.log[0]["val_loss"] - 0.1
     for a, b in zip(fast.log, plain.log):
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=0.02)
-    assert train.load_run(tmp_path / "fast")[0](torch.zeros(1, 4, dtype=torch.long))[0].isfinite()\
-        .all()
+    opened, *_ = train.load_run(tmp_path / "fast")
+    assert opened(torch.zeros(1, 4, dtype=torch.long))[0].isfinite().all()
 
 
 @pytest.mark.slow
