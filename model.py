@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.border import UserError, read_json
+from data.common import UserError, read_json
 from data.llama import map_weights
 
 ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")

@@ -39,7 +39,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
-from data.border import (Parser, UserError, bar, check_settings, program, say, setting,
+from data.common import (Parser, UserError, bar, check_settings, program, say, setting,
                          write_json)
 from model import GPT, compose, make_tap, record
 
@@ -167,7 +167,7 @@ def value_drain(v, k):
 
 # ---------------------------------------------------------------- one function an edit
 # (x, p, s, i) -> what token p of x, an activation (N, T, ...) of layer i, becomes. `s` holds, by
-# layer, what `known` found in the untouched model: the neurons, dimensions and directions that the
+# layer, what `targets` found in the untouched model: the neurons, dimensions and directions that the
 # story names or, for a control, as many that it does not.
 
 def same_length(x, p, s, i):
@@ -235,24 +235,24 @@ def see_every_other(x, p, s, i):
 # ---------------------------------------------------------------- the chain
 
 @dataclass
-class Number:
+class Metric:
     key: str           # its name in log.jsonl, chain.json and the figures
     says: str          # one line for the table and the glossary
-    measure: Callable  # Seen -> a scalar or (H,) for one layer
+    measure: Callable  # Activations -> a scalar or (H,) for one layer
     read: str          # how layers become one number: first, mean, largest, or sink head, which
                        # is the head after layer 0 that attends most to k
-    chance: Callable | float | None = None  # what noise gives: a number, or a function of cfg, T, k
+    baseline: Callable | float | None = None  # what noise gives: a number, or a function of cfg, T, k
 
 
 @dataclass
-class Edit:
+class Intervention:
     says: str
     tap: str          # the activation that is changed
     token: str        # which token of it: first, k, or the middle one
     change: Callable  # (x, p, s, i) -> the new activation of token p, as above
     layers: str = "every"  # or "deep": all that read what an earlier layer wrote
-    of: str = "story"      # or "others": s is what the story does not name
-    controls: tuple = (dict(says="the same of others", of="others"),)  # in what each differs
+    of: str = "target"      # or "control": s is what the story does not name
+    controls: tuple = (dict(says="the same of others", of="control"),)  # in what each differs
 
 
 @dataclass
@@ -260,11 +260,11 @@ class Link:
     name: str
     says: str
     numbers: list              # the first is the headline: cut matrix, birth plot, progress line
-    cut: Edit | None = None    # at token 0: is the link needed?
-    forge: Edit | None = None  # at an ordinary token k: is it enough?
+    cut: Intervention | None = None    # at token 0: is the link needed?
+    forge: Intervention | None = None  # at an ordinary token k: is it enough?
 
 
-class Seen(dict):
+class Activations(dict):
     """The activations of one layer by name, as LINKS reads them, with its block and the token k."""
 
     def __init__(self, block, reader, seen, k):
@@ -285,80 +285,80 @@ class Seen(dict):
 MIDDLE = (dict(says="the same at the middle token", token="middle"),)
 LINKS = [
     Link("variance", "the first token averages only itself, so what it is given varies most",
-         [Number("variance", "V_k / median V_t of z, first layer",
+         [Metric("variance", "V_k / median V_t of z, first layer",
                  lambda a: over_median(variance(a.get("z_raw", a["z"])), a.k), "first", 1),
-          Number("variance_law", "the same, by averaging alone",
+          Metric("variance_law", "the same, by averaging alone",
                  lambda a: over_median(averaging_law(a["pattern"], a["v"]), a.k), "first", 1)],
-         cut=Edit("z_0 becomes the others' mean", "z", "first",
+         cut=Intervention("z_0 becomes the others' mean", "z", "first",
                   lambda x, p, s, i: others(x, p, 1).mean(1), controls=MIDDLE),
-         forge=Edit("token k sees only itself", "scores", "k", see_only_itself,
+         forge=Intervention("token k sees only itself", "scores", "k", see_only_itself,
                     controls=(dict(says="it loses every second key", change=see_every_other),))),
     Link("W_O", "the output projection passes the outlier on",
-         [Number("variance_out", "V_k / median V_t after W_O, first layer",
+         [Metric("variance_out", "V_k / median V_t after W_O, first layer",
                  lambda a: over_median(variance(a["attn_out"]), a.k), "first", 1),
-          Number("wo_tau", "Kendall tau: spread of z, columns of W_O",
+          Metric("wo_tau", "Kendall tau: spread of z, columns of W_O",
                  lambda a: wo_alignment(a["z"], a.block.self_attn.o_proj.weight), "mean", 0)],
-         cut=Edit("z_0 given the RMS of the others", "z", "first", same_length, controls=MIDDLE),
-         forge=Edit("variance of z_k x 25", "z", "k", amplify,
+         cut=Intervention("z_0 given the RMS of the others", "z", "first", same_length, controls=MIDDLE),
+         forge=Intervention("variance of z_k x 25", "z", "k", amplify,
                     controls=(dict(says="a shift to the same length", change=shift),
                               dict(says="z_k x 5, as the paper", change=scale)))),
     Link("neurons", "a few neurons answer to it, and write into few dimensions",
-         [Number("neuron_contrast", f"write of the top {TOP} neurons at k, over other tokens",
+         [Metric("neuron_contrast", f"write of the top {TOP} neurons at k, over other tokens",
                  lambda a: contrast(energy(a["mlp_post"], a.block.mlp.down_proj.weight), a.k),
                  "largest", 1)],
-         cut=Edit(f"top {TOP} of every layer silent at 0", "mlp_post", "first",
+         cut=Intervention(f"top {TOP} of every layer silent at 0", "mlp_post", "first",
                   lambda x, p, s, i: x[:, p].index_fill(-1, s.neurons[i], 0)),
-         forge=Edit(f"top {TOP} answer at k as at 0", "mlp_post", "k", lambda x, p, s, i:
+         forge=Intervention(f"top {TOP} answer at k as at 0", "mlp_post", "k", lambda x, p, s, i:
                     x[:, p].index_copy(-1, s.neurons[i], x[:, 0, s.neurons[i]]))),
     Link("disparity", "so its state is long, and large in few dimensions",
-         [Number("norm_ratio", "length of the state over the median",
+         [Metric("norm_ratio", "length of the state over the median",
                  lambda a: over_median(a["resid_post"].float().norm(dim=-1), a.k).mean(),
                  "largest", 1),
-          Number("dominance", "DomRatio of the normed state",
+          Metric("dominance", "DomRatio of the normed state",
                  lambda a: dominance(a.normed).mean(), "largest",
                  lambda cfg, T, k: math.sqrt(math.pi * math.log(cfg.hidden_size)))],
-         cut=Edit("3 largest dimensions of x_0 clipped", "resid_pre", "first", clip, "deep"),
-         forge=Edit("3 largest of x_k become x_0's", "resid_pre", "k", take_largest, "deep")),
+         cut=Intervention("3 largest dimensions of x_0 clipped", "resid_pre", "first", clip, "deep"),
+         forge=Intervention("3 largest of x_k become x_0's", "resid_pre", "k", take_largest, "deep")),
     Link("direction", "RMSNorm turns that into one fixed direction",
-         [Number("direction", "cos of the normed token k between windows",
+         [Metric("direction", "cos of the normed token k between windows",
                  lambda a: direction_cos(a.normed), "mean", 0)],
-         cut=Edit("x_0 turned to another token", "resid_pre", "first",
+         cut=Intervention("x_0 turned to another token", "resid_pre", "first",
                   lambda x, p, s, i: turned(x[:, p], x[:, x.shape[1] // 4]), "deep",
                   controls=MIDDLE),
-         forge=Edit("x_k turned to the mean x_0", "resid_pre", "k",
+         forge=Intervention("x_k turned to the mean x_0", "resid_pre", "k",
                     lambda x, p, s, i: turned(x[:, p], s.state[i]), "deep")),
     Link("lock", "so its key is fixed, and later queries turn to it",
-         [Number("lock_gap", "logit of key k above the others, nats",
+         [Metric("lock_gap", "logit of key k above the others, nats",
                  lambda a: lock_gap(a["scores"], a.k), "sink head", 0),
-          Number("lock_cos", "cos of key k and the leading query",
+          Metric("lock_cos", "cos of key k and the leading query",
                  lambda a: lock_cos(a["q"], a.heads(a["k"][:, a.k], 1), a.k), "sink head", 0)],
-         cut=Edit("k_0 without the leading query", "k", "first", unlock),
-         forge=Edit("k_k becomes the mean k_0", "k", "k",
+         cut=Intervention("k_0 without the leading query", "k", "first", unlock),
+         forge=Intervention("k_k becomes the mean k_0", "k", "k",
                     lambda x, p, s, i: s.key[i].expand_as(x[:, p]))),
     Link("value", "its value is nearly nothing, so that looking there adds nothing",
-         [Number("drain", "length of v_k over the mean, head of the sink",
+         [Metric("drain", "length of v_k over the mean, head of the sink",
                  lambda a: a.heads(value_drain(a["v"], a.k)), "sink head", 1)]),
     Link("sink", "attention rests on it",
-         [Number("sink", "attention to k, strongest head after layer 0",
+         [Metric("sink", "attention to k, strongest head after layer 0",
                  lambda a: sink_score(a["pattern"], a.k).mean(0), "sink head",
                  lambda cfg, T, k: uniform_sink(T, k)),
-          Number("sink_rate", f"share of heads with a sink (> {SINK})",
+          Metric("sink_rate", f"share of heads with a sink (> {SINK})",
                  lambda a: (sink_score(a["pattern"], a.k) > SINK).float().mean(), "mean", 0)]),
 ]
 
 
-def numbers() -> list[Number]:
+def metrics() -> list[Metric]:
     return [number for link in LINKS for number in link.numbers]
 
 
-def number(key) -> Number:
-    """The Number of LINKS that has this key."""
-    return next(n for n in numbers() if n.key == key)
+def metric(key) -> Metric:
+    """The Metric of LINKS that has this key."""
+    return next(n for n in metrics() if n.key == key)
 
 
-def chance(number, cfg, T, k=0):
+def baseline(number, cfg, T, k=0):
     """What `number` is for noise, or None."""
-    return number.chance(cfg, T, k) if callable(number.chance) else number.chance
+    return number.baseline(cfg, T, k) if callable(number.baseline) else number.baseline
 
 
 @torch.no_grad()
@@ -367,10 +367,10 @@ def layers(model, x, tap=None, ks=(0,), y=None, wanted=None):
     -> [{key: (L,) or (L, H)} for each k], and the mean loss in nats for targets y (None without).
 
     A layer is measured when it ends and then forgotten, so that a large model needs little more
-    memory than its own forward pass. `tap` intervenes; `wanted` are the Numbers, all if None.
+    memory than its own forward pass. `tap` intervenes; `wanted` are the Metrics, all if None.
     Raises UserError.
     """
-    (N, T), wanted = x.shape, wanted or numbers()
+    (N, T), wanted = x.shape, wanted or metrics()
     if N < 2 or not all(0 <= k < T - 1 for k in ks):
         raise UserError(f"the chain needs 2 or more windows and a token from 0 to {T - 2}; "
                         f"this is {N} of {T} tokens, token {max(ks)}")
@@ -382,7 +382,7 @@ def layers(model, x, tap=None, ks=(0,), y=None, wanted=None):
         seen[what] = value
         if what == "resid_post":
             for k, values in zip(ks, found):
-                layer = Seen(model.layers[int(i)], readers[int(i)], seen, k)
+                layer = Activations(model.layers[int(i)], readers[int(i)], seen, k)
                 for n in wanted:
                     values[n.key].append(n.measure(layer).cpu())
             seen.clear()
@@ -411,7 +411,7 @@ def summary(found) -> dict[str, float]:
     head = strongest(found["sink"])
     read = {"first": lambda v: v[0], "mean": torch.mean, "largest": torch.max,
             "sink head": lambda v: v[head]}
-    return {n.key: read[n.read](found[n.key]).item() for n in numbers() if n.key in found}
+    return {n.key: read[n.read](found[n.key]).item() for n in metrics() if n.key in found}
 
 
 def chain(model, x, tap=None, k=0, y=None) -> dict[str, float]:
@@ -429,32 +429,32 @@ def headlines(found: dict) -> str:
 # ---------------------------------------------------------------- cut and forge
 
 @torch.no_grad()
-def known(model, x, seed=0):
-    """What the edits need to know of the untouched model on windows x, one entry a layer -> (story,
-    other), the second for controls: neurons of like weight, the next largest dimensions, and
+def targets(model, x, seed=0):
+    """What the edits need to know of the untouched model on windows x, one entry a layer -> (target,
+    matched), the second for controls: neurons of like weight, the next largest dimensions, and
     random directions of the same length.
 
         neurons (TOP,)   dims (3,)   state (C,) mean x_0   key (K, D) mean k_0   query (K, D)
     """
     generator, names = torch.Generator().manual_seed(seed), ("resid_pre", "k", "q", "mlp_post")
     kept = record(model, x, [f"{i}.{name}" for i in range(len(model.layers)) for name in names])[1]
-    story, other = (SimpleNamespace(neurons=[], dims=[], state=[], key=[], query=[]) for _ in "ab")
+    target, matched = (SimpleNamespace(neurons=[], dims=[], state=[], key=[], query=[]) for _ in "ab")
     for i, block in enumerate(model.layers):
         state, key, q, post = (kept[f"{i}.{name}"] for name in names)
         largest = state[:, 0].abs().mean(0).topk(6).indices
-        story.dims.append(largest[:3])
-        other.dims.append(largest[3:])
+        target.dims.append(largest[:3])
+        matched.dims.append(largest[3:])
         writes = energy(post[:, 0], block.mlp.down_proj.weight).mean(0)
-        story.neurons.append(writes.topk(TOP).indices)
-        other.neurons.append(similar(weight_score(block), story.neurons[i]))
+        target.neurons.append(writes.topk(TOP).indices)
+        matched.neurons.append(similar(weight_score(block), target.neurons[i]))
         q = q[:, 1:].unflatten(2, (key.shape[2], -1))  # (N, T - 1, K, H / K, D)
         query = leading_query(q.transpose(2, 3).flatten(1, 2))  # of all heads that use one key
         for name, value in (("state", state[:, 0].mean(0)), ("key", key[:, 0].mean(0)),
                             ("query", query)):
             noise = torch.randn(value.shape, generator=generator).to(value)
-            getattr(story, name).append(value)
-            getattr(other, name).append(turned(value, noise))
-    return story, other
+            getattr(target, name).append(value)
+            getattr(matched, name).append(turned(value, noise))
+    return target, matched
 
 
 def weight_score(block):
@@ -484,10 +484,10 @@ def at_token(p, change, axis=1):
     return apply
 
 
-def intervene(model, edit, story, other, k, T):
-    """A tap that does an Edit."""
+def intervene(model, edit, target, matched, k, T):
+    """A tap that does an Intervention."""
     p = {"first": 0, "middle": T // 2, "k": k}[edit.token]
-    s = {"story": story, "others": other}[edit.of]
+    s = {"target": target, "control": matched}[edit.of]
     every = range(len(model.layers))
     chosen = every[1:] or every if edit.layers == "deep" else every
     axis = 2 if edit.tap == "scores" else 1  # (N, H, T, T), where all others are (N, T, ...)
@@ -497,7 +497,7 @@ def intervene(model, edit, story, other, k, T):
 
 
 def planned(*names):
-    """Every Edit of LINKS, each followed by its controls: (link, kind, Edit, is it a control?); or
+    """Every Intervention of LINKS, each followed by its controls: (link, kind, Intervention, is it a control?); or
     only those of `names`, such as "cut neurons" or "forge variance"."""
     for kind in ("cut", "forge"):
         for link in LINKS:
@@ -528,7 +528,7 @@ def cuts(model, x, y, k=10, seed=0, names=(), step=lambda: None) -> list[dict]:
     if not 0 < k < T - 1 or k == T // 2:
         raise UserError(f"a sink can be forged at a token from 1 to {T - 2}, but not at {k} "
                         f"(the middle one, {T // 2}, is a control)")
-    story, other = known(model, x, seed)
+    target, matched = targets(model, x, seed)
     wanted, rows = [link.numbers[0] for link in LINKS], []
 
     def measure(tap=None):
@@ -542,7 +542,7 @@ def cuts(model, x, y, k=10, seed=0, names=(), step=lambda: None) -> list[dict]:
     heads = with_sink(free[0][0]["sink"])
     before = told(*free)
     for link, kind, edit, control in planned(*names):
-        after = told(*measure(intervene(model, edit, story, other, k, T)))
+        after = told(*measure(intervene(model, edit, target, matched, k, T)))
         rows.append({"link": link.name, "kind": kind, "control": control, "says": edit.says,
                      "token": 0 if kind == "cut" else k, "before": before, "after": after})
         step()
@@ -627,7 +627,7 @@ def table(rows, left=1):
 
 def print_chain(title, columns, cfgs, T):
     """columns: name -> (mean, standard deviation) of `average`; of models of these Configs."""
-    rows = [["link", "number", "chance", *columns]]
+    rows = [["link", "number", "baseline", *columns]]
 
     def add(name, says, null, key):
         cells = (with_spread(mean[key], std[key]) for mean, std in columns.values())
@@ -635,7 +635,7 @@ def print_chain(title, columns, cfgs, T):
 
     for link in LINKS:
         for n in link.numbers:
-            nulls = [] if n.chance is None else [digits(chance(n, cfg, T)) for cfg in cfgs]
+            nulls = [] if n.baseline is None else [digits(baseline(n, cfg, T)) for cfg in cfgs]
             null = ", ".join(dict.fromkeys(nulls))  # of several, where widths differ
             add(link.name if n is link.numbers[0] else "", n.says, null, n.key)
     add("", "loss, nats per token", "", "loss")
@@ -649,12 +649,12 @@ def tell_chain(name, first, ordinary, cfg, T):
     word = "a sink" if first[last.key] > SINK else "no sink"
     for link in LINKS:
         n = link.numbers[0]
-        nulls = (chance(n, cfg, T, k) or 0 for k in (0, T // 2))
+        nulls = (baseline(n, cfg, T, k) or 0 for k in (0, T // 2))
         away, usual = (abs(c[n.key] - null) for c, null in zip((first, ordinary), nulls))
         if away > 2 * usual:
             outstanding.append(link.name)
     say(f"\n{name}: {last.says}: {first[last.key]:.2f} at token 0, {ordinary[last.key]:.2f} at "
-        f"token {T // 2}, chance {chance(last, cfg, T):.2f}: {word}.\n"
+        f"token {T // 2}, chance {baseline(last, cfg, T):.2f}: {word}.\n"
         f"Token 0 is more than twice as far from chance as token {T // 2} in: "
         f"{', '.join(outstanding) or 'nothing'}.")
 
@@ -724,7 +724,7 @@ def is_llama(runs, look) -> bool:
 
 def parse(words=None) -> tuple[list[str], Look]:
     """The runs and the settings of a command line, filled in. Raises UserError."""
-    glossary = "\n".join(f"  {n.key:18}{n.says}" for n in numbers())
+    glossary = "\n".join(f"  {n.key:18}{n.says}" for n in metrics())
     p = Parser("probe.py", description=(__doc__ or "").split("One table")[0],
                formatter_class=argparse.RawDescriptionHelpFormatter,
                argument_default=argparse.SUPPRESS, epilog=f"numbers:\n{glossary}")

@@ -7,7 +7,7 @@ settings -> corpus -> model -> loop -> out/<run>/ with
     curve.png     losses and the birth of the sink over the steps
 
 In this order: settings, measuring, loop, the folder of a run, command line. What can go wrong with
-files, terminals and machines is dealt with in data/border.py.
+files, terminals and machines is dealt with in data/common.py.
 """
 
 import os
@@ -38,7 +38,7 @@ import torch
 
 import data
 import probe
-from data.border import (Parser, UserError, bar, check_folder, check_settings, environment, finite,
+from data.common import (Parser, UserError, bar, check_folder, check_settings, environment, nan_to_none,
                          flag, interrupts, load_tensors, memory_of, multiplies_bf16, one_writer,
                          parts, pick_device, program, read_bytes, read_json, reason, say, setting,
                          show, within, write_atomically, write_json)
@@ -207,7 +207,7 @@ def evaluate(model, windows, bytes_per_token=None) -> dict:
         row["bpb"] = row["val_loss"] / math.log(2) / bytes_per_token
     try:
         if math.isfinite(total):  # else it has diverged, and has no chain
-            row |= {kind: finite(probe.chain(model, idx)) for kind, idx in first.items()}
+            row |= {kind: nan_to_none(probe.chain(model, idx)) for kind, idx in first.items()}
     except torch.linalg.LinAlgError:  # states so large that their squares overflow
         row["val_loss"] = math.nan
     return row
@@ -252,7 +252,7 @@ class State:
     def __init__(self, run: Run, corpus, device, saved: dict | None):
         self.run, self.corpus, self.device = run, corpus, device
         self.folder, self.path = Path(run.out), Path(run.out) / "model.pt"
-        cfg = shape(run, corpus)
+        cfg = model_config(run, corpus)
         if saved is None:
             self.model = GPT(cfg, seed=run.seed).to(device)
         else:
@@ -280,7 +280,7 @@ class State:
             wanted = {"step": (), "exp_avg": params[i].shape, "exp_avg_sq": params[i].shape}
             right = {name: tuple(t.shape) for name, t in moment.items()} == wanted
             if not right or not all(t.isfinite().all() for t in moment.values()):
-                raise bad_checkpoint(self.path, f"moments {i} are not finite, or not of the shape "
+                raise bad_checkpoint(self.path, f"moments {i} are not nan_to_none, or not of the shape "
                                      "of their parameter")
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.batches.set_state(saved["batches"])
@@ -321,7 +321,7 @@ def train(run: Run, resume=False, overwrite=False, say=say) -> State:
     corpus = load_corpus(run, old)
     if run.compile is None:
         run.compile = device.type == "cpu" and compiles()
-    check_memory(run, shape(run, corpus), device)
+    check_memory(run, model_config(run, corpus), device)
     with one_writer(folder), interrupts() as stop:
         if not resume:  # again: another training may have ended here in the meantime
             free()
@@ -364,7 +364,7 @@ def loop(state: State, header: dict, stop, say, live) -> None:
     run, model, device = state.run, state.model, state.device
     windows = held_out(run, state.corpus, device)
     evaluate_at, tokens = evaluation_steps(run.steps, run.evals), run.batch_size * run.seq_len
-    cast, measured = quicken(model, run.compile, device), contextlib.nullcontext
+    cast, measured = compile_model(model, run.compile, device), contextlib.nullcontext
     if run.compile:
         measured = partial(torch.compiler.set_stance, "force_eager")  # taps are for plain layers
     step_seconds, evaluation_seconds, count = 0.0, 0.0, -5  # what one costs; the first warm up
@@ -423,7 +423,7 @@ def written_out(compiled: bool, device, T: int) -> bool:
     return compiled and device.type == "cpu" and T <= SHORT
 
 
-def quicken(model: GPT, compiled: bool, device) -> torch.autocast:
+def compile_model(model: GPT, compiled: bool, device) -> torch.autocast:
     """Compile the layers, if asked for -> in which numbers to multiply: fp32 in a plain model on a
     CPU, else bf16 where the hardware has it. What it is worth: tests/results/speed.md."""
     bf16 = (compiled or device.type != "cpu") and multiplies_bf16(device)
@@ -458,7 +458,7 @@ FILES = ("model.pt", "curve.png", "log.jsonl", "config.json")  # in which order 
 MEASURED = ("chain.json", "chain.png", "cut.json", "cut.png")  # by probe.py, of the old weights
 
 
-def shape(run: Run, corpus) -> Config:
+def model_config(run: Run, corpus) -> Config:
     """The model that a run trains."""
     same = ("attn", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "initializer_range", "tie_word_embeddings")
@@ -552,7 +552,7 @@ def load_run(folder) -> tuple[GPT, data.Corpus, dict]:
         raise UserError(f"{show(folder)} has no model.pt: its training never saved; go on with: "
                         f"python train.py --resume {show(folder)}")
     weights = load_checkpoint(path)["model"]
-    return GPT.from_weights(shape(run, corpus), weights, show(path)).eval(), corpus, asdict(run)
+    return GPT.from_weights(model_config(run, corpus), weights, show(path)).eval(), corpus, asdict(run)
 
 
 def read_log(folder) -> list[dict]:

@@ -195,7 +195,7 @@ def silent(ids, start=0):
 
 two = relative[11].topk(4).indices[2:]  # the third and the fourth
 taps = {"untouched": None, "pair silent": silent(pair), "two others": silent(two)}
-wanted = [probe.number("sink")]
+wanted = [probe.metric("sink")]
 sinks = {}
 for name, tap in taps.items():
     sinks[name] = probe.layers(model, x[:4], tap, wanted=wanted)[0][0]["sink"].mean(1)

@@ -143,7 +143,7 @@ def constant_scale():
     return tap
 
 
-wanted = [probe.number("sink")]
+wanted = [probe.metric("sink")]
 attention, loss = {}, {}
 text, target = english(4)
 for name, tap in zip(names, (None, constant_scale())):

@@ -66,7 +66,7 @@ prediction = [...]
 
 # %%
 edits = {}
-for i, ids in enumerate(probe.known(model, x)[0].neurons):
+for i, ids in enumerate(probe.targets(model, x)[0].neurons):
     quiet = lambda post, ids=ids: post[:, 0].index_fill(-1, ids, 0)
     edits[f"{i}.mlp_post"] = probe.at_token(0, quiet)
 alone = torch.ones(T, T, dtype=torch.bool)  # True where a query may look
@@ -140,7 +140,7 @@ assert share["cut W_O"] < 0.25, "the length of z_0 carries the sink"
 # alone. All act in every layer.
 
 # %%
-wanted = [probe.number("sink")]
+wanted = [probe.metric("sink")]
 
 
 def attention(tap=None):

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import probe
-from data.border import read_json
+from data.common import read_json
 from model import make_tap
 
 model, encoding = real()

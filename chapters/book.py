@@ -32,7 +32,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from data.border import UserError, bar, program, read_bytes, say, write_atomically
+from data.common import UserError, bar, program, read_bytes, say, write_atomically
 
 HERE = Path(__file__).resolve().parent
 BOOK, SITE = HERE / "book", HERE.parent / "out" / "book"

@@ -26,7 +26,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 import probe
-from data.border import write_atomically
+from data.common import write_atomically
 
 SINK = "sink"  # the number of probe.LINKS that has the accent
 ACCENT, GREY, WIDTH = "#e8450c", "0.45", 8.8
@@ -286,7 +286,7 @@ def headline(ax, link, portraits):
         if number.read in where:
             value = probe.summary(p["first"])[number.key]
             ax.plot(where[number.read], value, color=ACCENT, marker="o", clip_on=False)
-    null = probe.chance(number, p["cfg"], p["T"])
+    null = probe.baseline(number, p["cfg"], p["T"])
     if null is not None:
         ax.axhline(null, color="black", lw=0.9, ls=":")
     if seen and max(seen) > max(3, 30 * min(seen)) and min(seen) > 1e-6:  # not rounding
@@ -425,7 +425,7 @@ def curve(folder, log, optimum=None) -> None:
     """curve.png of a training: its losses, and the sink in each kind of windows."""
     from train import KINDS, read_config  # here, because train.py imports this file
     run, _ = read_config(folder)
-    number = probe.number(SINK)
+    number = probe.metric(SINK)
     figure, (left, right) = new(3.2, 1, 2)
     for key, label, color, ls in (("train_loss", "training", GREY, "--"),
                                   ("val_loss", "validation", "black", "-")):
@@ -438,7 +438,7 @@ def curve(folder, log, optimum=None) -> None:
     for style, kind in zip(STYLES, kinds):
         track(right, log, lambda row: row.get(kind, {}).get(SINK), label=KINDS[kind],
               color=ACCENT, ls=style["ls"])
-    null = probe.chance(number, run, run.seq_len)  # a Run has the fields of Config
+    null = probe.baseline(number, run, run.seq_len)  # a Run has the fields of Config
     right.axhline(null, color="black", lw=0.9, ls=":", label="chance")
     dress(right, SINK, {}, xlabel="step", ylabel=tex(textwrap.fill(number.says, 30)))
     right.set_ylim(0)

@@ -59,8 +59,8 @@ import train  # noqa: E402
 from chapters import figures  # noqa: E402
 from data import smollm2  # noqa: E402
 from data import windows as of_text  # noqa: E402
-from data.border import UserError, bar, say  # noqa: E402
-from data.border import show as shown  # noqa: E402
+from data.common import UserError, bar, say  # noqa: E402
+from data.common import show as shown  # noqa: E402
 from model import GPT  # noqa: E402
 
 torch.set_num_threads(min(torch.get_num_threads(), 4))
@@ -148,7 +148,7 @@ def untrained(name):
     """The model of a RUN with the weights that its training starts from."""
     with in_one_line():
         run = placed(name)
-        return GPT(train.shape(run, train.load_corpus(run)), seed=run.seed).eval()
+        return GPT(train.model_config(run, train.load_corpus(run)), seed=run.seed).eval()
 
 
 def log(name):

@@ -12,7 +12,7 @@ import tiktoken
 import torch
 
 from . import download, tasks, text
-from .border import UserError, show
+from .common import UserError, show
 
 __all__ = ["Corpus", "NAMES", "TASKS", "UserError", "load"]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import regex
 import tiktoken
 
-from .border import UserError, bar
+from .common import UserError, bar
 
 # A word is: letters, up to three digits, or punctuation, each with the blank before it; or white
 # space, whose last blank is left to the word that follows. A line end and the indentation after it

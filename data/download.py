@@ -5,7 +5,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from .border import UserError, bar, read_bytes, reason, write_atomically
+from .common import UserError, bar, read_bytes, reason, write_atomically
 
 ADVICE = "mend that and try again, or use a corpus that needs no download, such as stdlib"
 

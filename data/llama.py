@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from .border import UserError, open_regular, reason
+from .common import UserError, open_regular, reason
 
 
 def map_weights(folder: Path) -> dict[str, torch.Tensor]:

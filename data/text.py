@@ -15,7 +15,7 @@ import numpy as np
 import tiktoken
 
 from . import bpe
-from .border import UserError, bar, read_bytes, reason, say, show, write_atomically
+from .common import UserError, bar, read_bytes, reason, say, show, write_atomically
 
 Document = tuple[str, str]
 MOST = 2**27  # bytes of text; with all its copies, and tokens of one byte, this takes 2 GB

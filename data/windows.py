@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from .border import UserError, read_bytes, reason, say
+from .common import UserError, read_bytes, reason, say
 
 
 def random_windows(N: int, T: int, vocab_size: int, seed: int = 0):

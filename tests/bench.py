@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import train
 from data import Corpus
-from data.border import bar, environment, multiplies_bf16, read_json, write_json
+from data.common import bar, environment, multiplies_bf16, read_json, write_json
 from model import ATTENTIONS, GPT, RMSNorm
 from tests.pages import fill_page, markdown
 
@@ -153,7 +153,7 @@ def settings(width, attn="softmax"):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(run.vocab_size - 1, (10**6,), generator=generator).to(torch.int16)
     corpus = Corpus("random", run.vocab_size, run.vocab_size - 1, train=tokens, val=tokens)
-    return run, corpus, train.shape(run, corpus)
+    return run, corpus, train.model_config(run, corpus)
 
 
 def stepper(width, attn="softmax", rival=None, compiled=False, bf16=False, kernel=False):
@@ -161,7 +161,7 @@ def stepper(width, attn="softmax", rival=None, compiled=False, bf16=False, kerne
     torch's kernel when compiled too, as rivals do."""
     run, corpus, cfg = settings(width, attn)
     model = RIVALS[rival](cfg) if rival else GPT(cfg)
-    train.quicken(model, compiled, CPU)
+    train.compile_model(model, compiled, CPU)
     model.fused = kernel or not compiled
     state = SimpleNamespace(run=run, corpus=corpus, model=model, device=CPU, step=0,
                             optimizer=train.make_optimizer(model, run, CPU),

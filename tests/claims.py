@@ -32,7 +32,7 @@ import probe
 import train
 from chapters.lesson import trained
 from data import smollm2
-from data.border import bar, read_json, write_json
+from data.common import bar, read_json, write_json
 from data.windows import english, random_windows, text_windows
 from model import GPT, record
 from tests import cures, retrofit

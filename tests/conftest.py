@@ -11,7 +11,7 @@ import torch
 
 import probe
 import train
-from probe import Edit, Link, Number
+from probe import Intervention, Link, Metric
 
 sys.path.append(str(Path(__file__).parent.parent / "chapters"))  # `import lesson`, as chapters do
 
@@ -89,10 +89,10 @@ def tiny_run():
 @pytest.fixture(scope="module")
 def made_up():
     """LINKS with a Number more in an old link, and a whole new Link."""
-    number = Number("made_up", "a number nobody else names", lambda a: a["z"].mean(), "mean", 0.5)
-    headline = Number("mirror", "a headline nobody else names",
+    number = Metric("made_up", "a number nobody else names", lambda a: a["z"].mean(), "mean", 0.5)
+    headline = Metric("mirror", "a headline nobody else names",
                       lambda a: a["resid_post"][:, a.k].norm(dim=-1).mean(), "largest")
-    edit = Edit("it is mirrored", "resid_pre", "first", lambda x, p, s, i: -x[:, p])
+    edit = Intervention("it is mirrored", "resid_pre", "first", lambda x, p, s, i: -x[:, p])
     link = Link("mirrors", "a link nobody else names", [headline], cut=edit, forge=edit)
     first, *rest = probe.LINKS
     extended = replace(first, numbers=[*first.numbers, number])

@@ -44,7 +44,7 @@ import probe
 import train
 from chapters import figures
 from chapters.lesson import trained
-from data.border import bar, read_json, write_json
+from data.common import bar, read_json, write_json
 from model import ATTENTIONS, Attention, record
 from tests.pages import fill_page, markdown, mean_std
 
@@ -408,7 +408,7 @@ def draw_long(found):
     figure, axes = figures.new(3.2, 1, 2)
     for ax, key, title in zip(axes, ("sink", "norm_ratio"), (
             "Text: attention to the first token", "Length of its state")):
-        number = probe.number(key)
+        number = probe.metric(key)
         for style, (attn, seed) in zip(figures.STYLES, LONG_PLAN):
             log = found["long"][attn][str(seed)]["log"]
             figures.track(ax, log, lambda row: row["links"][key], label=attn, **style | {"ms": 3})

@@ -29,11 +29,11 @@ from matplotlib.ticker import PercentFormatter
 from chapters import figures
 from chapters.figures import ACCENT
 from data import smollm2
-from data.border import Parser, bar, program, read_json, say, write_json
+from data.common import Parser, bar, program, read_json, say, write_json
 from data.windows import english, random_windows, text_windows
 from model import GPT, make_tap, record
-from probe import (SINK, TOP, amplify, at_token, average, energy, known, later, layers, number,
-                   scale, see_only_itself, share, shift, similar, sink_score, strongest,
+from probe import (SINK, TOP, amplify, at_token, average, energy, later, layers, metric,
+                   scale, see_only_itself, share, shift, similar, sink_score, strongest, targets,
                    uniform_sink, weight_score, with_sink)
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,7 +47,7 @@ FACTORS = (2, 4, 8, 16, 32)
 def run(model, x, y, tap, ks):
     """One pass over windows x (N, T): for each token of ks its sink (L, H) and norm ratio (L,);
     and the loss."""
-    wanted = [number("sink"), number("norm_ratio")]
+    wanted = [metric("sink"), metric("norm_ratio")]
     found, loss = layers(model, x, tap, ks, y, wanted)
     return dict(zip(ks, found)) | {"loss": loss}
 
@@ -110,7 +110,7 @@ def maps(model, batches):
     1. Silent everywhere, the head gives no token more than 0.2. 2. Token 10 gets over 0.25.
     """
     x, L = batches.random[0][0], len(model.layers)
-    ids = [[i, n] for i, top in enumerate(known(model, x)[0].neurons) for n in top.tolist()]
+    ids = [[i, n] for i, top in enumerate(targets(model, x)[0].neurons) for n in top.tolist()]
     taps = {"as it is": None, "neurons silent": silent(model, ids, "all"),
             "silent at token 0": silent(model, ids, "first"),
             "token 10 alone": masked(model, 10, range(L))}

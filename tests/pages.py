@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import probe
-from data.border import write_atomically
+from data.common import write_atomically
 
 
 def fill(text: str, blocks: dict) -> str:

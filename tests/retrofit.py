@@ -53,7 +53,7 @@ import probe
 import train
 from chapters import figures
 from data import Corpus, smollm2, text
-from data.border import bar, environment, multiplies_bf16, read_json, write_json
+from data.common import bar, environment, multiplies_bf16, read_json, write_json
 from data.windows import random_windows
 from model import ATTENTIONS, GPT, record
 from tests.pages import fill_page, markdown, mean_std

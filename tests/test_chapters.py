@@ -16,7 +16,7 @@ import lesson
 import pytest
 
 from chapters import book
-from data.border import UserError
+from data.common import UserError
 from tests import real
 
 ROOT = Path(__file__).parent.parent

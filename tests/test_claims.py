@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import probe
-from data.border import read_json
+from data.common import read_json
 from data.windows import random_windows
 from model import GPT
 from tests import claims, real

@@ -14,7 +14,7 @@ import torch
 
 import probe
 import train
-from data.border import UserError
+from data.common import UserError
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from data.border import UserError
+from data.common import UserError
 from model import GPT, Config, record, tap_names
 from tests.tiny import SHAPES, llama_names, tiny_llama_folder, tiny_model, tokens
 

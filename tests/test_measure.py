@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from chapters import figures
-from data.border import read_json
+from data.common import read_json
 from data.windows import random_windows
 from tests import measure
 from tests.tiny import tiny_model

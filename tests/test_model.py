@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.border import UserError
+from data.common import UserError
 from model import (ATTENTIONS, GPT, HF_SIZES, Config, RMSNorm, compose, make_tap, record,
                    rope_frequencies, tap_names)
 from tests.tiny import LLAMA3, SHAPES, llama_config, tiny_config, tiny_model, tokens

@@ -10,7 +10,7 @@ import torch
 
 import probe
 import train
-from data.border import UserError
+from data.common import UserError
 from model import GPT, Config, record
 from tests.conftest import tiny_flags
 from tests.tiny import tiny_llama_folder, tiny_model, tokens
@@ -100,8 +100,8 @@ def test_neurons():
 def test_dominance_and_direction():
     x = torch.tensor([[3.0, -1.0, 1.0, -1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, -2.0, 0.0]])
     assert near(probe.dominance(x), [2.0, 1.0, 4.0])  # from 1 (all equal) to C (one alone)
-    number = probe.number("dominance")
-    null = probe.chance(number, Config(vocab_size=9, hidden_size=128), T)
+    number = probe.metric("dominance")
+    null = probe.baseline(number, Config(vocab_size=9, hidden_size=128), T)
     assert abs(probe.dominance(randn(2000, 128)).mean() / null - 1) < 0.15
     y = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
     assert near(probe.direction_cos(y), 1 / 3)  # pairs: 1, 0, 0
@@ -149,7 +149,7 @@ def test_chain_is_flat_finite_and_draws_nothing(attn):
     model, x = small(attn=attn), ids()
     state = torch.get_rng_state()
     found = probe.chain(model, x, y=x)
-    assert list(found) == [n.key for n in probe.numbers()] + ["loss"]
+    assert list(found) == [n.key for n in probe.metrics()] + ["loss"]
     assert all(isinstance(v, float) and math.isfinite(v) for v in found.values())
     assert found == probe.chain(model, x, y=x) and torch.equal(torch.get_rng_state(), state)
     assert near(found["loss"], model(x, x)[1].item())
@@ -200,7 +200,7 @@ PLANNED = list(probe.planned())
 def test_rows_follow_the_plan_and_hold_the_numbers_before_and_after(monkeypatch):
     monkeypatch.setattr(probe, "SINK", 0.2)  # four heads of this model pass it
     model, x = small(), ids()
-    rows, known = probe.cuts(model, x, x, k=5), probe.known(model, x)
+    rows, known = probe.cuts(model, x, x, k=5), probe.targets(model, x)
     resting = probe.layers(model, x)[0][0]["sink"][1:] > 0.2
     assert len(rows) == len(PLANNED) > 20 and resting.sum() == 4
     for row, (link, kind, edit, control) in zip(rows, PLANNED):
@@ -225,7 +225,7 @@ def test_rows_follow_the_plan_and_hold_the_numbers_before_and_after(monkeypatch)
 def test_an_edit_changes_its_token_and_nothing_else(case):
     """Recorded where it acts, in the first of its layers."""
     edit, model, x, k = case[2], small(), ids(), 5
-    tap = probe.intervene(model, edit, *probe.known(model, x), k, T)
+    tap = probe.intervene(model, edit, *probe.targets(model, x), k, T)
     p = {"middle": T // 2, "first": 0, "k": k}[edit.token]
     axis = 2 if edit.tap == "scores" else 1
     names = [f"{i}.{edit.tap}" for i in range(3)]
@@ -239,7 +239,7 @@ def test_an_edit_changes_its_token_and_nothing_else(case):
 
 def test_edits_do_what_they_say():
     model, x = small(), ids(64)
-    story, other = probe.known(model, x)
+    story, other = probe.targets(model, x)
     cut, forge = ({link.name: getattr(link, kind) for link in probe.LINKS}
                   for kind in ("cut", "forge"))
     names = ["0.scores", "0.z", "0.mlp_post", "1.resid_pre", "1.k"]

@@ -11,7 +11,7 @@ import pytest
 
 import probe
 import train
-from data.border import read_json
+from data.common import read_json
 from tests import bench, claims, cures, retrofit
 from tests.pages import fill
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from data import smollm2, windows
-from data.border import UserError, lock
+from data.common import UserError, lock
 from model import GPT, HF_SIZES
 from tests import real
 from tests.tiny import llama_names, tiny_model

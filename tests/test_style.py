@@ -45,7 +45,7 @@ def test_a_number_has_one_place():
     rests_on = {"sink", "norm_ratio", "neuron_contrast", "direction", "variance"}  # words, or RULE
     for name in ("train.py", "probe.py", "chapters/figures.py"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        for number in probe.numbers():
+        for number in probe.metrics():
             if number.key not in rests_on:
                 most = 1 if name == "probe.py" else 0
                 assert text.count(f'"{number.key}"') <= most, (name, number.key)

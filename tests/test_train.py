@@ -21,7 +21,7 @@ import torch
 import data
 import probe
 import train
-from data.border import UserError
+from data.common import UserError
 from model import ATTENTIONS, GPT
 from tests.conftest import TINY, same, tiny_flags
 from train import Run
@@ -226,7 +226,7 @@ def test_files_of_a_run(tmp_path, tiny_run, book):
     assert [row["step"] for row in log] == [0, 6, 10, 12]  # evenly, and more at the birth
     bits = log[-1]["val_loss"] / math.log(2) / result.corpus.bytes_per_token
     assert log[-1]["bpb"] == pytest.approx(bits) and log[-1]["tokens"] == 12 * 4 * 16
-    keys = {number.key for number in probe.numbers()}
+    keys = {number.key for number in probe.metrics()}
     assert log[-1]["links"].keys() == log[-1]["links_bos"].keys() == keys
     model, corpus, settings = train.load_run(tmp_path)
     assert same(model.state_dict(), saved(tmp_path)["model"])

@@ -63,7 +63,7 @@ def unlock(answer):
         assert torch.allclose(before, after, rtol=0.01), "They must stay as long."
         return got
 
-    wanted = [probe.number("sink")]
+    wanted = [probe.metric("sink")]
     sinks = probe.layers(model, x, tap, wanted=wanted)[0][0]["sink"]
     found = sinks[12:28].mean().item()
     assert found < 0.15, (f"Attention to token 0 is {found:.2f}. On which side of the "

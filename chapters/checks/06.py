@@ -45,7 +45,7 @@ def first_layer(answer):
     """Layers before the answer are too few, layers up to it enough."""
     assert type(answer) is int and 0 <= answer < 30, "A layer, from 0 to 29."
     (model, _), (x, _), k = real(), random_tokens(4), 10
-    wanted = [probe.number("sink")]
+    wanted = [probe.metric("sink")]
 
     def attention(last):
         edit = probe.at_token(k, lambda s: probe.see_only_itself(s, k, None, None), 2)

@@ -140,16 +140,16 @@ def umask() -> int:
 
 def write_json(path, value) -> None:
     """A JSON file; nan and infinity become null, which JSON can hold."""
-    text = json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(nan_to_none(value), indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def finite(value):
+def nan_to_none(value):
     """The same without nan and infinity: None stands for what is no number."""
     if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
+        return {key: nan_to_none(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
+        return [nan_to_none(v) for v in value]
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value
