@@ -82,16 +82,21 @@ class Corpus:
         if not self.task or seq_len > 128:
             return None
         loss = self.task.position_loss(seq_len + 1)  # (T + 1,)
-        return float(bos * loss[:-1].mean() + (1 - bos) * loss[1:].mean())
+        with_bos, without = loss[:-1].mean(), loss[1:].mean()
+        return float(bos * with_bos + (1 - bos) * without)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of any text, without <|bos|>. UserError for a symbol that a task lacks."""
-        return self.task.encode(text) if self.task else self.encoding.encode_ordinary(text)
+        if self.task:
+            return self.task.encode(text)
+        return self.encoding.encode_ordinary(text)
 
     def decode(self, ids) -> str:
         """The text of token ids (a list or a 1-d tensor); <|bos|> appears by its name."""
-        ids = [int(i) for i in ids]
-        return self.task.decode(ids) if self.task else self.encoding.decode(ids)
+        ids = torch.as_tensor(ids).tolist()
+        if self.task:
+            return self.task.decode(ids)
+        return self.encoding.decode(ids)
 
 
 def draw_windows(stream, bos: int, n: int, length: int, generator) -> torch.Tensor:
@@ -129,7 +134,8 @@ def load(name: str | Path = "stdlib", *, seq_len: int = 128, vocab_size: int = 2
     name = str(name)
     if name in TASKS:
         task = TASKS[name]()
-        return Corpus(name, len(task.symbols) + 1, len(task.symbols), task=task)
+        bos = len(task.symbols)
+        return Corpus(name, bos + 1, bos, task=task)
     if name == "stdlib":
         docs = text.documents(*text.stdlib_files(), skip_undecodable=True)
     elif os.path.exists(name):
@@ -148,5 +154,5 @@ def load(name: str | Path = "stdlib", *, seq_len: int = 128, vocab_size: int = 2
                             "smaller seq_len")
     size = sum(len(words.encode()) for _, words in val_docs)
     bytes_per_token = size / (len(val) - len(val_docs))
-    vocab_size = encoding.n_vocab
-    return Corpus(name, vocab_size, vocab_size - 1, encoding, train, val, bytes_per_token)
+    bos = encoding.n_vocab - 1
+    return Corpus(name, bos + 1, bos, encoding, train, val, bytes_per_token)

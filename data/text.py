@@ -34,10 +34,11 @@ def walk(root: Path, suffixes: set[str], skip: set[str]) -> list[Path]:
     out, and folders named in `skip`."""
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if s not in skip and not s.startswith(".")]
+        subfolders[:] = [s for s in subfolders if s not in skip and s[0] != "."]
         for name in names:
-            if Path(name).suffix.lower() in suffixes and not name.startswith("."):
-                found.append(Path(folder, name))
+            path = Path(folder, name)
+            if path.suffix.lower() in suffixes and name[0] != ".":
+                found.append(path)
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -114,15 +115,18 @@ def split(docs: list[Document]) -> tuple[list[Document], list[Document]]:
         if size < 0.05 * total and size + len(text) <= 0.2 * total:
             held.add(name)
             size += len(text)
-    if held:
-        return [d for d in docs if d[0] not in held], [d for d in docs if d[0] in held]
     train, val = [], []
     for name, text in docs:
+        if held:
+            part = val if name in held else train
+            part.append((name, text))
+            continue
         cut = len(text) * 9 // 10
         cut = text.rfind("\n", 0, cut) + 1 or cut  # a text without line ends is cut where it is
-        train.append((name, text[:cut]))
+        if cut > 0:
+            train.append((name, text[:cut]))
         val.append((name, text[cut:]))
-    return [d for d in train if d[1]], [d for d in val if d[1]]
+    return train, val
 
 
 # ---------------------------------------------------------------- tokens
@@ -145,7 +149,10 @@ def byte_letters() -> dict[str, int]:
 def to_bytes(vocab: dict[str, int]) -> dict[bytes, int]:
     """A vocabulary in GPT-2's letters, as the bytes and ids that tiktoken wants."""
     letters = byte_letters()
-    return {bytes(letters[letter] for letter in token): i for token, i in vocab.items()}
+    ranks = {}
+    for token, i in vocab.items():
+        ranks[bytes(letters[letter] for letter in token)] = i
+    return ranks
 
 
 def learn(texts: list[str], size: int) -> dict[str, int]:
@@ -173,7 +180,8 @@ def encoding(docs: list[Document], vocab_size: int, cache: Path) -> tiktoken.Enc
     if vocab_size < 257:
         raise UserError(f"vocab_size is {vocab_size}, but 256 bytes and {BOS} need at least 257")
     if vocab_size == 257:
-        name, ranks = "bytes", {bytes([byte]): byte for byte in range(256)}
+        name = "bytes"
+        ranks = {bytes([byte]): byte for byte in range(256)}
     else:
         whole = json.dumps([vocab_size, docs]).encode()
         name = f"vocab-{hashlib.sha256(whole).hexdigest()[:16]}"
