@@ -4,11 +4,14 @@
     for each layer:   x = x + attention(rms(x));   x = x + mlp(rms(x))
     logits = lm_head(rms(x))
 
+In this file: `Config`, the shape of a model; rotary positions; the layers, of which `Attention.mix`
+holds the one thing that `attn` changes; `GPT`, the whole model, and how to open a saved one; and
+taps, to read and to edit activations. A *tap* is a function that is called with every activation
+and its name, and may replace it: `tap_names` lists all names and shapes.
+
 Letters in shapes: B batch, T position, H query head, K key/value head, D head width, C model
 width, F FFN width, V vocabulary. Modules and settings have the names of Hugging Face's Llama
-(z_norm and z_gate are ours). A *tap* is a function that is called with every activation, by name,
-and may replace it; the names are TransformerLens's (`tap_names`, with all shapes). The one thing
-that `attn` changes is `Attention.mix`. A UserError is one line on what the user can mend.
+(z_norm and z_gate are ours). A UserError says in one line what was wrong and what to do.
 """
 
 import math
@@ -20,53 +23,32 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.common import UserError, read_json
-from data.llama import map_weights
+from data.common import UserError, read_json, reason
 
 ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what weights may be
 Tap = Callable[[str, torch.Tensor], torch.Tensor]
-
-
-def untapped(name, x):
-    return x
 
 
 # ---------------------------------------------------------------- config
 
-HF_WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-HF_SIZES = (*HF_WHOLE, "head_dim", "rms_norm_eps")
-# Keys that change the forward pass, and the one value of each that we compute. Whatever else a
-# config.json holds (token ids, dtype, cache, dropout, versions) changes nothing and is dropped.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+HF_SIZES = (*SIZES, "head_dim")  # what we read from a config.json, besides rope and tied weights
+# Keys that change the forward pass, and the one value of each that we compute. The other keys of a
+# config.json (token ids, dtype, cache, dropout, versions) change nothing and are dropped.
 HF_FIXED = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-    "attention_bias": False, "mlp_bias": False, "sliding_window": None,
-    "partial_rotary_factor": 1.0, "rope_interleaved": False, "quantization_config": None,
+    "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0,
+    "quantization_config": None,
 }
-
-
-def require(right: bool, name: str, value, wanted: str):
-    if not right:
-        raise UserError(f"{name} must be {wanted}, not {value!r:.60}")
-
-
-def require_whole(name, value):
-    right = type(value) is int and 0 < value < 2**24  # isinstance would take True for a number
-    require(right, name, value, "a whole number from 1 to 2**24 - 1")
-
-
-def require_positive(name, value):
-    right = type(value) in (int, float) and 1e-30 < value < 1e30  # fp32 can compute with it
-    require(right, name, value, "a positive number")
 
 
 @dataclass
 class Config:
     """Shape of the decoder. Names are the keys of a Llama `config.json`, plus `attn`.
 
-    `max_position_embeddings` is the training length; it sets nothing but the bias of
-    sigmoid attention and the context that `generate` keeps. Raises UserError naming the field.
+    `max_position_embeddings` is the training length. It is used only for the bias of sigmoid
+    attention and for the context of `generate`. Raises UserError naming the field.
     """
 
     vocab_size: int
@@ -87,39 +69,39 @@ class Config:
     def __post_init__(self):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        for name in HF_WHOLE:
-            require_whole(name, getattr(self, name))
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            require_positive(name, getattr(self, name))
-        tie, known = self.tie_word_embeddings, ", ".join(ATTENTIONS)
-        require(type(tie) is bool, "tie_word_embeddings", tie, "true or false")
-        require(self.attn in ATTENTIONS, "attn", self.attn, f"one of {known}")
+        for name in SIZES:
+            value = getattr(self, name)
+            if value is None or value <= 0:  # None: it is missing in a config.json
+                raise UserError(f"{name} must be above 0, not {value}")
+        if self.attn not in ATTENTIONS:
+            raise UserError(f"attn must be one of {', '.join(ATTENTIONS)}, not {self.attn!r}")
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        require(H % K == 0, "num_key_value_heads", K, f"a divisor of num_attention_heads {H}")
+        if H % K != 0:
+            raise UserError(f"num_key_value_heads must divide num_attention_heads {H}, not {K}")
         if self.head_dim is None:
-            wanted = f"a multiple of num_attention_heads {H} (or set head_dim)"
-            require(C % H == 0, "hidden_size", C, wanted)
+            if C % H != 0:
+                raise UserError(f"hidden_size must be a multiple of num_attention_heads {H} "
+                                f"(or set head_dim), not {C}")
             self.head_dim = C // H
-        require_whole("head_dim", self.head_dim)
-        require_whole("num_attention_heads * head_dim", H * self.head_dim)
-        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even: rotation turns pairs")
-        rope_frequencies(self)  # raises for a scaling that we do not have
+        if self.head_dim % 2 != 0:
+            raise UserError(f"head_dim must be even (rotation turns pairs), not {self.head_dim}")
+        rope_frequencies(self)  # raises UserError for a rope_scaling that we do not have
 
     @classmethod
     def from_hf(cls, raw: dict) -> "Config":
         """The Config of a Llama `config.json`, in the old spelling (`rope_theta`, `rope_scaling`)
         or the new one (`rope_parameters`). Raises UserError for a key that asks for another model.
         """
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        require(isinstance(rope, dict), "rope_scaling", rope, "an object")
-        flat = {**raw, **rope}
+        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
         for key, ours in HF_FIXED.items():
-            require(flat.get(key) in (None, ours), key, flat.get(key), f"{ours!r} for this model")
+            found = rope.get(key, raw.get(key))
+            if found not in (None, ours):
+                raise UserError(f"config.json: {key} must be {ours!r}, not {found!r:.60}")
         sizes = {key: raw.get(key) for key in HF_SIZES}
-        theta, tie = flat.get("rope_theta", 10000.0), raw.get("tie_word_embeddings", False)
-        plain = ("rope_theta", "partial_rotary_factor")  # in rope_parameters, but no scaling
-        scaling = {key: rope[key] for key in rope if key not in plain} or None
-        return cls(**sizes, rope_theta=theta, rope_scaling=scaling, tie_word_embeddings=tie)
+        theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+        rope.pop("partial_rotary_factor", None)  # checked above
+        tie = raw.get("tie_word_embeddings", False)
+        return cls(**sizes, rope_theta=theta, rope_scaling=rope or None, tie_word_embeddings=tie)
 
 
 # ---------------------------------------------------------------- positions
@@ -128,40 +110,43 @@ def rope_frequencies(cfg: Config) -> torch.Tensor:
     """(D/2,) fp32 angles per position: `theta^(-2i/D)` (Su et al. 2021, arXiv 2104.09864).
 
     With `rope_scaling` of type llama3, wavelengths longer than the original context are stretched
-    by `factor`, short ones kept, those between blended (Llama 3.1 release). Raises UserError.
+    by `factor`, short ones are kept, and those between are blended (Llama 3.1 release). Raises
+    UserError for another type.
     """
-    # 1 / theta^x and not theta^-x: keep the reference's last bit, 0.01 rad at position 100,000
+    # 1 / theta^x, not theta^-x, to get the reference's last bit: 0.01 rad at position 100,000
     pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu")
     freq = 1.0 / cfg.rope_theta ** (pairs / cfg.head_dim)
-    scaling = cfg.rope_scaling
-    if scaling is None:
-        return freq
-    require(isinstance(scaling, dict), "rope_scaling", scaling, "an object")
+    scaling = cfg.rope_scaling or {"rope_type": "default"}
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "default":
         return freq
-    require(kind == "llama3", "rope_scaling's type", kind, "'llama3'")
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for key in keys:
-        require_positive(f"rope_scaling's {key}", scaling.get(key))
-    factor, low, high, context = (scaling[key] for key in keys)
-    require(low < high, "rope_scaling's low_freq_factor", low, "below high_freq_factor")
-    turns = context * freq / (2 * math.pi)  # full turns within the original context
+    if kind != "llama3":
+        raise UserError(f"rope_scaling must be of type llama3, not {kind!r}")
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretch, 1: keep
-    return (1 - keep) * freq / factor + keep * freq
+    return (1 - keep) * freq / scaling["factor"] + keep * freq
 
 
-def rope_turns(freq, T):
-    """cos and sin (T, D) of every position's angles, for `rotate`: (c, c) and (-s, s)."""
-    angle = torch.outer(torch.arange(T, device=freq.device, dtype=torch.float32), freq)
+def rope_turns(cfg: Config, T, device):
+    """cos and sin (T, D) of every position's angles, for `rotate`: (c, c) and (-s, s).
+
+    Computed anew in each forward pass, in fp32 on a CPU: half precision would turn far positions
+    by wrong angles.
+    """
+    freq = rope_frequencies(cfg).to(device)
+    positions = torch.arange(T, device=device, dtype=torch.float32)
+    angle = torch.outer(positions, freq)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
     """x (B, H, T, D) with its pairs (a, b) = (x_i, x_{i+D/2}) turned: (a c - b s, b c + a s)."""
-    y = x.float()  # rolled by half its width, every element meets its partner
-    return (y * cos + y.roll(y.shape[-1] // 2, dims=-1) * sin).type_as(x)
+    y = x.float()
+    half = y.shape[-1] // 2
+    partner = y.roll(half, dims=-1)
+    return (y * cos + partner * sin).type_as(x)
 
 
 # ---------------------------------------------------------------- layers
@@ -169,14 +154,15 @@ def rotate(x, cos, sin):
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, statistics in fp32."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
     def forward(self, x):
         y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        mean_square = y.pow(2).mean(-1, keepdim=True)
+        y = y * torch.rsqrt(mean_square + self.eps)
         return self.weight * y.type_as(x)
 
 
@@ -185,8 +171,10 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        H, K, D, C = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.hidden_size
-        self.attn, self.H, self.K, self.D = cfg.attn, H, K, D
+        C, D = cfg.hidden_size, cfg.head_dim
+        H, K = cfg.num_attention_heads, cfg.num_key_value_heads
+        self.H, self.K, self.D = H, K, D
+        self.attn = cfg.attn
         self.q_proj = nn.Linear(C, H * D, bias=False)
         self.k_proj = nn.Linear(C, K * D, bias=False)
         self.v_proj = nn.Linear(C, K * D, bias=False)
@@ -198,15 +186,18 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, bias, tap):
         B, T, _ = x.shape
-        q = tap("q", self.q_proj(x).view(B, T, self.H, self.D))  # tapped before rotation
-        k = tap("k", self.k_proj(x).view(B, T, self.K, self.D))
-        v = tap("v", self.v_proj(x).view(B, T, self.K, self.D))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or K, T, D)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q = self.q_proj(x).view(B, T, self.H, self.D)
+        k = self.k_proj(x).view(B, T, self.K, self.D)
+        v = self.v_proj(x).view(B, T, self.K, self.D)
+        q, k, v = tap("q", q), tap("k", k), tap("v", v)
+        q = rotate(q.transpose(1, 2), *rope)  # (B, H, T, D)
+        k = rotate(k.transpose(1, 2), *rope)  # (B, K, T, D)
+        v = v.transpose(1, 2)
         if self.K < self.H:  # each key/value head serves H/K query heads
-            k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))
+            k = k.repeat_interleave(self.H // self.K, dim=1)
+            v = v.repeat_interleave(self.H // self.K, dim=1)
         z = self.mix(q, k, v, x, bias, tap)
-        return self.o_proj(z.reshape(B, T, self.H * self.D))
+        return self.o_proj(z.flatten(2))
 
     def mix(self, q, k, v, x, bias, tap):
         """Aggregate values (B, H, T, D) -> z (B, T, H, D). The one place where `attn` matters.
@@ -242,30 +233,33 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+        C, width = cfg.hidden_size, cfg.intermediate_size
+        self.gate_proj = nn.Linear(C, width, bias=False)
+        self.up_proj = nn.Linear(C, width, bias=False)
+        self.down_proj = nn.Linear(width, C, bias=False)
 
     def forward(self, x, tap):
         gate = tap("mlp_pre", self.gate_proj(x))
         up = tap("mlp_pre_linear", self.up_proj(x))
-        return self.down_proj(tap("mlp_post", F.silu(gate) * up))
+        hidden = tap("mlp_post", F.silu(gate) * up)
+        return self.down_proj(hidden)
 
 
 class Block(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        C, eps = cfg.hidden_size, cfg.rms_norm_eps
+        self.input_layernorm = RMSNorm(C, eps)
         self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(C, eps)
         self.mlp = MLP(cfg)
 
     def forward(self, x, rope, bias, tap):
         x = tap("resid_pre", x)
-        x = x + tap("attn_out", self.self_attn(self.input_layernorm(x), rope, bias, tap))
-        x = tap("resid_mid", x)
-        x = x + tap("mlp_out", self.mlp(self.post_attention_layernorm(x), tap))
-        return tap("resid_post", x)
+        out = self.self_attn(self.input_layernorm(x), rope, bias, tap)
+        x = tap("resid_mid", x + tap("attn_out", out))
+        out = self.mlp(self.post_attention_layernorm(x), tap)
+        return tap("resid_post", x + tap("mlp_out", out))
 
 
 class GPT(nn.Module):
@@ -274,27 +268,23 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, seed: int = 0):
         super().__init__()
         self.cfg = cfg
-        self.fused = True  # use torch's kernel for attention where nothing in it is looked at
-        # empty, as it is drawn below: torch's own draw would take a second on the meta device
-        empty = torch.empty(cfg.vocab_size, cfg.hidden_size)
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size, _weight=empty)
+        self.fused = True  # use torch's kernel for attention where there is no tap and no mask
+        # empty, as it is drawn below: torch's own draw takes a second on the meta device
+        V, C = cfg.vocab_size, cfg.hidden_size
+        self.embed_tokens = nn.Embedding(V, C, _weight=torch.empty(V, C))
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.norm = RMSNorm(C, cfg.rms_norm_eps)
+        self.lm_head = nn.Linear(C, V, bias=False)
         if cfg.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.register_buffer("rope_freq", rope_frequencies(cfg), persistent=False)
         generator = torch.Generator().manual_seed(seed)
-        # gates are drawn like the other matrices, as published, but last: those keep their draws
-        for _, p in sorted(self.named_parameters(), key=lambda named: "z_gate" in named[0]):
+
+        def is_gate(named):
+            return "z_gate" in named[0]
+        # draw z_gate last, so that all variants share the other initial weights
+        for _, p in sorted(self.named_parameters(), key=is_gate):
             if p.dim() == 2 and not p.is_meta:
                 nn.init.normal_(p, std=cfg.initializer_range, generator=generator)
-
-    def _apply(self, fn, *args, **kwargs):
-        """`.to(bfloat16)` converts all but the frequencies: far positions would turn wrong."""
-        super()._apply(fn, *args, **kwargs)
-        self.rope_freq = rope_frequencies(self.cfg).to(self.rope_freq.device)
-        return self
 
     def forward(self, idx, targets=None, tap: Tap | None = None, mask=None):
         """idx (B, T) -> logits (B, T, V), mean loss in nats over targets (B, T) that are not -100.
@@ -303,14 +293,14 @@ class GPT(nn.Module):
         `mask` (T, T), True where query t may look at key s; causality is always kept.
         """
         T = idx.shape[1]
-        rope = rope_turns(self.rope_freq, T)
-        fused = self.fused and tap is None and mask is None and self.cfg.attn != "sigmoid"
-        bias = None if fused else self.attention_bias(T, mask, idx.device)
+        rope = rope_turns(self.cfg, T, idx.device)
+        plain = tap is None and mask is None and self.cfg.attn != "sigmoid"
+        bias = None if plain and self.fused else self.attention_bias(T, mask, idx.device)
 
         call = tap or untapped
         x = call("embed", self.embed_tokens(idx))
         for i, layer in enumerate(self.layers):
-            inner = (lambda name, y, i=i: tap(f"{i}.{name}", y)) if tap else untapped
+            inner = tap_of_layer(tap, i)
             x = layer(x, rope, bias, inner)
         return self.unembed(x, targets, call)
 
@@ -320,30 +310,35 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         flat = logits.flatten(0, 1).float()
-        return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-100)
+        loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-100)
+        return logits, loss
 
     def attention_bias(self, T, mask=None, device=None):
-        """(T, T) to add to the scores: -inf where attention is not allowed, 0 where it is (sigmoid:
-        -log of the training length, so that T open gates start at a total weight near 1)."""
+        """(T, T) to add to the scores: -inf where attention is not allowed, 0 where it is.
+
+        In sigmoid attention -log(training length) in place of 0, so that T open gates start at a
+        total weight near 1. Raises UserError for a mask that leaves a query without any key.
+        """
         allowed = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         if mask is not None:
-            given = (mask.dtype, *mask.shape)
-            require(given == (torch.bool, T, T), "mask", given, f"boolean of shape ({T}, {T})")
             allowed = allowed & mask
             if not allowed.any(-1).all():
                 raise UserError("mask leaves a query without any key; allow at least itself")
         length = self.cfg.max_position_embeddings
         open_ = -math.log(length) if self.cfg.attn == "sigmoid" else 0.0
-        return torch.full((T, T), -math.inf, device=device).masked_fill(allowed, open_)
+        bias = torch.full((T, T), -math.inf, device=device)
+        return bias.masked_fill(allowed, open_)
 
     @torch.no_grad()
     def generate(self, idx, new_tokens: int, temperature=1.0, top_k=None, generator=None):
         """Continue idx (1, T) by sampling; temperature 0 takes the likeliest token each time."""
+        context = self.cfg.max_position_embeddings
         for _ in range(new_tokens):
-            logits, _ = self(idx[:, -self.cfg.max_position_embeddings:])
+            logits, _ = self(idx[:, -context:])
             logits = logits[:, -1].float()
             if top_k is not None:
-                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                kept = min(top_k, logits.shape[-1])
+                least = logits.topk(kept).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -math.inf)
             if temperature == 0:
                 nxt = logits.argmax(-1, keepdim=True)
@@ -355,61 +350,56 @@ class GPT(nn.Module):
 
     @classmethod
     def from_weights(cls, cfg: Config, weights: dict, where) -> "GPT":
-        """The model whose state_dict is `weights`: these very tensors, each read once to be sure
-        that it is finite. What cfg asks for costs nothing until the weights are known to fit it.
-        Raises UserError naming `where` and the tensor.
+        """The model whose state_dict is `weights`: these very tensors, not copies. Raises UserError
+        naming `where` for tensors that do not fit `cfg`, or that hold nan or inf.
         """
-        L = cfg.num_hidden_layers
-        if 9 * L > len(weights):  # a layer has nine tensors or ten
-            raise UserError(f"{where}: {len(weights)} tensors are too few for {L} layers")
         with torch.device("meta"):  # shapes without memory
             model = cls(cfg)
-        wanted = model.state_dict()
-        for name in {**wanted, **weights}:
-            ours, found = wanted.get(name), weights.get(name)
-            tensor = f"{where}: tensor {name!r:.99}"
-            if ours is None:
-                raise UserError(f"{tensor} has no place in this model")
-            plain = isinstance(found, torch.Tensor) and found.layout == torch.strided
-            if not plain or found.is_meta or not found.is_contiguous():
-                raise UserError(f"{tensor} is missing or no ordinary tensor")
-            if found.shape != ours.shape or found.dtype not in FLOATS:
-                raise UserError(f"{tensor} is {found.dtype} of shape {tuple(found.shape)}, "
-                                f"config.json asks for floats of shape {tuple(ours.shape)}")
-        for name, found in weights.items():
-            if not all(map(math.isfinite, found.aminmax())):  # nan comes through; no copy is made
-                raise UserError(f"{where}: tensor {name!r} holds numbers that are not finite")
-        model.load_state_dict(weights, assign=True)
+        try:
+            model.load_state_dict(weights, strict=True, assign=True)
+        except RuntimeError as error:
+            raise UserError(f"{where} does not fit its config.json: {reason(error)}") from None
         if cfg.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
+        for name, weight in weights.items():
+            low, high = weight.aminmax()  # both are nan if one number is; makes no copy
+            if not (low.isfinite() and high.isfinite()):
+                raise UserError(f"{where}: tensor {name!r} holds numbers that are not finite")
         return model
+
+    @classmethod
+    def from_run(cls, folder) -> "GPT":
+        """Open the folder of a training of train.py: config.json and model.pt. Raises UserError
+        naming the file."""
+        from data.runs import load_checkpoint, read_config
+        path = Path(folder) / "model.pt"
+        cfg = Config(**read_config(folder)["model"])
+        return cls.from_weights(cfg, load_checkpoint(path)["model"], path)
 
     @classmethod
     def from_llama(cls, folder, dtype: torch.dtype | None = None) -> "GPT":
         """Open a folder in the format of Hugging Face's `LlamaForCausalLM` (Llama 2 and 3, SmolLM2
         ...): config.json and model.safetensors, or its shards model-*.safetensors.
 
-        Nothing is unpickled. Weights stay mapped to the file, so do not change it meanwhile; a
-        `dtype` other than the file's makes a converted copy. Raises UserError naming the file.
+        Nothing is unpickled. Weights stay mapped to the file: do not change it while the model is
+        in use. A `dtype` other than the file's makes a converted copy. The head is tied if the file
+        has no lm_head.weight, whatever config.json says. Raises UserError naming the file.
         """
+        from data.llama import map_weights
         folder = Path(folder)
-        raw = read_json(folder / "config.json")
-        try:
-            cfg = Config.from_hf(raw)
-        except UserError as error:
-            raise UserError(f"{folder / 'config.json'}: {error}") from None
+        cfg = Config.from_hf(read_json(folder / "config.json"))
         weights = map_weights(folder)
-        cfg.tie_word_embeddings = "lm_head.weight" not in weights  # the file knows best
+        cfg.tie_word_embeddings = "lm_head.weight" not in weights
         if cfg.tie_word_embeddings:
             weights["lm_head.weight"] = weights.get("embed_tokens.weight")
         model = cls.from_weights(cfg, weights, folder)
-        return model.to(dtype or model.lm_head.weight.dtype)  # one for all, where a file mixes them
+        return model.to(dtype or model.lm_head.weight.dtype)  # one dtype where a file mixes them
 
 
 # ---------------------------------------------------------------- looking inside
 
 def tap_names(cfg: Config) -> list[str]:
-    """Every name that `forward` gives to a tap, in the order of the call.
+    """Every name that `forward` gives to a tap, in the order of the calls (i is the layer).
 
         embed, i.resid_pre, i.attn_out, i.resid_mid, i.mlp_out, i.resid_post, final  (B, T, C)
         i.q  i.z (headnorm, gated: and i.z_raw, before norm or gate)                 (B, T, H, D)
@@ -418,6 +408,11 @@ def tap_names(cfg: Config) -> list[str]:
         i.mlp_pre (gate, before silu)  i.mlp_pre_linear (up)  i.mlp_post             (B, T, F)
 
     q and k are tapped before rotation. Rotation leaves position 0 as it is.
+
+    The names follow TransformerLens with shorter paths: `i.q` is `blocks.i.attn.hook_q` there,
+    `i.mlp_pre` is `blocks.i.mlp.hook_pre`, `i.resid_pre` is `blocks.i.hook_resid_pre`. Three
+    differ. `scores` are taken before bias and mask, `hook_attn_scores` after them. `final` (the
+    last norm's output, gain included) and `z_raw` are ours; TransformerLens has no such hooks.
     """
     raw = ["z_raw"] if cfg.attn in ("headnorm", "gated") else []
     names = ["resid_pre", "q", "k", "v", "scores", "pattern", *raw, "z", "attn_out", "resid_mid",
@@ -426,29 +421,57 @@ def tap_names(cfg: Config) -> list[str]:
     return ["embed", *inner, "final"]
 
 
-def make_tap(cfg: Config, edits: dict[str, Callable]) -> Tap:
-    """A tap that applies `edits[name]` to the activation of that name and leaves the rest alone.
-
-    Raises UserError for a name that this model never gives out, so that no edit is lost silently.
-    """
+def check_names(cfg: Config, names):
+    """Raise UserError for a name that this model never gives out: no edit is lost silently."""
     known = tap_names(cfg)
-    for name in edits:
+    for name in names:
         if name not in known:
             raise UserError(f"no activation is called {name!r} in this model; "
                             f"names are like {', '.join(known[:9])}")
+
+
+def untapped(name, x):
+    """The tap that changes nothing."""
+    return x
+
+
+def tap_of_layer(tap: Tap | None, i) -> Tap:
+    """The tap for layer i, which knows its activations by their names without `i.`"""
+    if tap is None:
+        return untapped
+
+    def tap_layer(name, x):
+        return tap(f"{i}.{name}", x)
+    return tap_layer
+
+
+def make_tap(cfg: Config, edits: dict[str, Callable]) -> Tap:
+    """A tap that applies `edits[name]` to the activation of that name and leaves the rest alone.
+    Raises UserError for a name that this model does not have.
+    """
+    check_names(cfg, edits)
     return lambda name, x: edits[name](x) if name in edits else x
 
 
 def compose(first: Tap | None, then: Tap) -> Tap:
     """One tap that applies `first`, if there is one, and then `then`."""
-    return then if first is None else lambda name, x: then(name, first(name, x))
+    if first is None:
+        return then
+    return lambda name, x: then(name, first(name, x))
 
 
 @torch.no_grad()
 def record(model: GPT, idx, names, tap: Tap | None = None, mask=None):
-    """Run the model on idx (B, T) -> (logits, {name: activation}), as left by `tap`, if any."""
+    """Run the model on idx (B, T) -> (logits, {name: activation}), as left by `tap`, if any.
+    Raises UserError for a name that this model does not have.
+    """
+    check_names(model.cfg, names)
     kept = {}
-    keepers = {name: lambda x, name=name: kept.setdefault(name, x) for name in names}
-    keep = make_tap(model.cfg, keepers)
-    logits, _ = model(idx, tap=compose(tap, keep), mask=mask)
+
+    def keep(name, x):
+        if name in names:
+            kept[name] = x
+        return x
+    both = compose(tap, keep)
+    logits, _ = model(idx, tap=both, mask=mask)
     return logits, kept
