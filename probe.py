@@ -928,11 +928,11 @@ def tell_chain(name, columns, cfg, T):
         usual = abs(ordinary[n.key] - (baseline(n, cfg, T, middle) or 0))
         if away > 2 * usual:
             outstanding.append(link.name)
-    last = LINKS[-1].numbers[0]
-    word = "a sink" if first[last.key] > SINK else "no sink"
-    print(f"\n{name}: {last.says}: {first[last.key]:.2f} at token 0, {ordinary[last.key]:.2f} at "
-          f"token {middle}\n(uniform attention: {baseline(last, cfg, T):.2f}): {word}. Token 0 is "
-          f"more than twice as far from its baseline as token {middle} in: "
+    sink = LINKS[-1].numbers[0]
+    word = "a sink" if first[sink.key] > SINK else "no sink"
+    print(f"\n{name}: {word}. {sink.says}: {first[sink.key]:.2f} at token 0,\n"
+          f"{ordinary[sink.key]:.2f} at token {middle}, {baseline(sink, cfg, T):.2f} if uniform. "
+          f"Token 0 is more than twice as far from its baseline\nas token {middle} in: "
           f"{', '.join(outstanding) or 'nothing'}.")
 
 
@@ -955,9 +955,7 @@ def print_cuts(tables, found):
 
 # ---------------------------------------------------------------- command line
 
-def parse(words=None) -> argparse.Namespace:
-    """The settings of a command line, filled in; `runs` is ["smollm2"] or folders. Raises
-    UserError."""
+def make_parser() -> Parser:
     glossary = "\n".join(f"  {n.key:18}{n.says}" for n in metrics())
     p = Parser(
         prog="probe.py",
@@ -986,34 +984,29 @@ def parse(words=None) -> argparse.Namespace:
     p.add_argument("--out",
                    help="folder for JSON and figures (default: that of the first run, "
                         "out/smollm2, or out/ and the name of the checkpoint)")
-    look = p.parse_args(words)
+    return p
+
+
+def parse(words=None) -> argparse.Namespace:
+    """The settings of a command line, what was not given filled in. Raises UserError."""
+    look = make_parser().parse_args(words)
     if bool(look.runs) == bool(look.llama) or look.file and look.runs != ["smollm2"]:
         raise UserError("give smollm2 (with --file, if you have it), or the folders of one or more "
                         "runs, or --llama FOLDER")
-    for name, least in (("windows", 2), ("batches", 1), ("threads", 1)):
-        value = getattr(look, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, not {value}")
-    return fill(look)
-
-
-def is_llama(look) -> bool:
-    """Whether a Llama is asked for, and no run of train.py."""
-    return bool(look.llama) or look.runs == ["smollm2"]
-
-
-def fill(look):
-    """The defaults that depend on the model."""
-    if is_llama(look):
+    look.is_llama = bool(look.llama) or look.runs == ["smollm2"]
+    if look.is_llama:
         windows, batches = (6, 2) if look.cut else (8, 1)
         threads = torch.get_num_threads()
         out = f"out/{Path(look.llama or 'smollm2').resolve().name}"
     else:
         windows, batches, threads, out = 32, 4, 1, look.runs[0]
-    look.windows = look.windows or windows
-    look.batches = look.batches or batches
-    look.threads = look.threads or threads
-    look.out = look.out or out
+    defaults = {"windows": windows, "batches": batches, "threads": threads, "out": out}
+    for name, value in defaults.items():
+        if getattr(look, name) is None:
+            setattr(look, name, value)
+    for name, least in (("windows", 2), ("batches", 1), ("threads", 1)):
+        if getattr(look, name) < least:
+            raise UserError(f"--{name} must be at least {least}, not {getattr(look, name)}")
     return look
 
 
@@ -1104,8 +1097,9 @@ def show_chains(models, look):
     cfgs = [opened.model.cfg for opened in models.values()]
     saved, by_layer = {}, {name: {} for name in models}
     for kind in kinds:
-        columns, T = {}, next(iter(models.values())).kinds[kind][0][0].shape[1]
+        columns = {}
         for name, opened in models.items():
+            T = opened.kinds[kind][0][0].shape[1]
             more, by_layer[name][kind] = measure(name, opened, kind)
             columns |= more
         print_chain(kind, columns, cfgs, T)
@@ -1151,7 +1145,7 @@ def draw(what, drawn, path) -> str:
 def main(words=None):
     look = parse(words)
     torch.set_num_threads(look.threads)
-    models = open_llama(look) if is_llama(look) else open_runs(look)
+    models = open_llama(look) if look.is_llama else open_runs(look)
     out = Path(look.out)
     out.mkdir(parents=True, exist_ok=True)  # told now, and not when all is measured
     what, show = ("cut", show_cuts) if look.cut else ("chain", show_chains)

@@ -143,10 +143,12 @@ def by_layer(ax, curves, title, hot=(), legend=None, **labels):
 
 def by_position(ax, curves, title, legend=None, **labels):
     """curves: name -> (T,), on log axes; the first token of each is a large dot."""
-    for style, (name, y) in zip(STYLES, curves.items()):
-        y = torch.as_tensor(y).tolist()
-        ax.plot(range(1, len(y) + 1), y, label=name, **style | {"marker": ""})
-        ax.plot([1], y[:1], **style | {"color": ACCENT, "ms": 7})
+    for style, name in zip(STYLES, curves):
+        y = torch.as_tensor(curves[name]).tolist()
+        line = style | {"marker": ""}
+        dot = style | {"color": ACCENT, "ms": 7}
+        ax.plot(range(1, len(y) + 1), y, label=name, **line)
+        ax.plot([1], y[:1], **dot)
     ax.set(xscale="log", yscale="log")
     dress(ax, title, legend, **{"xlabel": "position t + 1 (log)"} | labels)
 
@@ -225,7 +227,9 @@ def maps(patterns, sinks, title=None) -> Figure:
 
 def below(figure, entries, **how):
     """A legend below all axes. entries: label -> the look of its line."""
-    handles = [Line2D([], [], label=label, **look) for label, look in entries.items()]
+    handles = []
+    for label, look in entries.items():
+        handles.append(Line2D([], [], label=label, **look))
     figure.legend(handles=handles, loc="outside lower center", **how)
 
 
@@ -468,4 +472,5 @@ def curve(folder, log, kinds, baseline, optimum=None) -> None:
 def track(ax, log, value, **style):
     """A value of each evaluation over the steps; what is null is left out."""
     there = [row for row in log if value(row) is not None]
-    ax.plot([row["step"] for row in there], [value(row) for row in there], **style)
+    steps = [row["step"] for row in there]
+    ax.plot(steps, [value(row) for row in there], **style)
