@@ -4,8 +4,9 @@ known here.
 A figure is for a slide: the claim is its title, the first token (the sink) has the one
 accent colour, all else is black or grey, with its own kind of line. Widths are in
 inches of 96 CSS pixels, and no figure is wider than 8.8, a README page: there a point
-of type is a point. Files are drawn without pyplot, so that no backend is chosen for anybody;
-chapters use pyplot as everybody does, and hand its axes to the small functions below.
+of type is a point. Files are drawn without pyplot, so that no backend is chosen for
+anybody; chapters use pyplot as everybody does, and hand its axes to the small functions
+below.
 
 In this file: saving, what chapters draw with, chain.png, cut.png, the cut matrix, and
 the figures of a training.
