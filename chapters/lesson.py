@@ -160,13 +160,10 @@ def windows(kind, N=64, seed=0):
     <|bos|> ("bos") or from any place ("text"), the copying task ("copy"), or random
     letters ("rest"), where nothing is copied."""
     generator = torch.Generator().manual_seed(seed)
-    if kind in ("bos", "text"):
-        corpus = data.load("stdlib", vocab_size=257, seq_len=64)
-        return corpus.batch(N, 64, generator, "val", bos=float(kind == "bos"))
-    corpus = data.load("copy")
-    if kind == "copy":
-        return corpus.batch(N, 64, generator, "val", bos=0.0)
-    return corpus.rest(N, 64, generator)
+    if kind == "rest":
+        return data.load("copy").rest(N, 64, generator)
+    corpus = data.load("copy" if kind == "copy" else "stdlib", vocab_size=257)
+    return corpus.batch(N, 64, generator, "val", bos=float(kind == "bos"))
 
 
 # ---------------------------------------------------------------- several trainings
@@ -180,7 +177,9 @@ def trained(*runs, jobs=2):
     if not waiting:
         return
     names = ", ".join(run.out for run in waiting)
-    least = expected_time(waiting, jobs)  # three times as long on a busy machine
+    minutes = [train.MINUTES[run.size] * run.steps / train.SIZES[run.size]["steps"]
+               for run in waiting]
+    least = math.ceil(max(sum(minutes) / jobs, *minutes))  # on a busy machine 3 times
     print(f"training {names}: {least} to {3 * least} minutes", flush=True)
     bar = tqdm(total=len(waiting), unit="training", disable=None, leave=False)
     running = {}  # process -> (its run, the file of its stderr)
@@ -220,15 +219,6 @@ def is_finished(run):
     return path.exists() and load_checkpoint(path)["step"] == run.steps
 
 
-def expected_time(runs, jobs):
-    """Whole minutes on an idle machine."""
-    minutes = []
-    for run in runs:
-        share = run.steps / train.SIZES[run.size]["steps"]
-        minutes.append(share * train.MINUTES[run.size])
-    return math.ceil(max(sum(minutes) / jobs, *minutes))
-
-
 def start(run, errors):
     """A process of train.py that starts a run, or goes on with it."""
     words = []
@@ -262,11 +252,10 @@ def show(figure, name, alt):
 
 def beside(*rows):
     """Print a table of (quantity, what the paper reports, what this run shows)."""
-    def digits(cell):
-        return probe.digits(cell) if isinstance(cell, float) else str(cell)
-
-    cells = [list(map(digits, row)) for row in rows]
-    probe.table([("", "the paper", "this run"), *cells], left=3)
+    lines = [("", "the paper", "this run")]
+    for row in rows:
+        lines.append([probe.digits(c) if isinstance(c, float) else str(c) for c in row])
+    probe.table(lines, left=3)
 
 
 # ---------------------------------------------------------------- exercises
