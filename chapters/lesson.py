@@ -1,47 +1,47 @@
-"""What the chapters share. A chapter begins with
+"""Shared by the chapters: models, windows, figures, exercises. A chapter begins with
 
     from lesson import beside, check, english, models, plt, random_tokens, real
     from lesson import show, windows
     import probe
 
-(a notebook or script in chapters/ finds this file by itself, and this file the rest).
+A notebook or script in chapters/ finds this file, and this file finds the repository.
 
     model, encoding = real()            SmolLM2-135M, its tokenizer; fetched if absent
     x, y = random_tokens()              (8, 64) random tokens, the paper's control
     x, y = english(batch=1)             (8, 64) held-out English; batches are disjoint
     small = models("softmax", "headnorm")    {name: GPT} of RUNS, trained if absent
-    untrained("softmax"), log("softmax")     the same before training; its evaluations
-    x, y = windows("bos")               (64, 64) for those: bos, text, copy or rest
+    untrained("softmax"), log("softmax")     before training; its evaluations
+    x, y = windows("bos")               (64, 64) for them: bos, text, copy or rest
     figure, axis = plt.subplots(...)    at most 8.8 inches wide: then points are points
-    show(figure, "05_lock", "what a reader who cannot see it should know")
+    show(figure, "05_lock", "a description for readers who cannot see it")
     beside(("quantity", "what the paper reports", 0.32))
     check("05.lock_gap", lock_gap)      the check of exercise lock_gap in checks/05.py
 
-It comes before torch, whose waiting threads it tells not to spin: where a browser needs
-a core as well, that made SmolLM2 fifteen times slower.
+Import this file before torch: it tells torch's waiting threads not to spin. Beside a
+browser, which needs a core as well, spinning threads made SmolLM2 fifteen times slower.
 
-A check is a function of checks/NN.py with the name of its exercise: it takes the answer
+A check is a function of checks/NN.py with the name of its exercise. It takes the answer
 and asserts, with a message that says what is missing. It may call
-`written_without(answer, "sink_score")`. An answer is a function or a value; `...` is
-none. A prediction is asked for in text, above `prediction = ...`, and checked below the
-run.
+`written_without(answer, "sink_score")`. An answer is a function or a value; `...` means
+that there is none yet. A chapter asks for a prediction in text, above
+`prediction = ...`, and checks it below the run.
 """
 
 import contextlib
-import dis
 import functools
-import importlib.util
+import inspect
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
-import sysconfig
+import tempfile
+import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+import warnings
 from dataclasses import asdict
 from pathlib import Path
-from types import CodeType, FunctionType
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS = ROOT / "chapters" / "checks"
@@ -49,32 +49,29 @@ if str(ROOT) not in sys.path:  # so that a chapter in its own folder finds model
     sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+warnings.filterwarnings("ignore", "IProgress not found")  # no ipywidgets: no bar
 
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
 
 import data  # noqa: E402
 import probe  # noqa: E402
 import train  # noqa: E402
 from chapters import figures  # noqa: E402
-from data import smollm2  # noqa: E402
-from data import windows as of_text  # noqa: E402
-from data.common import UserError, bar, say  # noqa: E402
-from data.common import show as shown  # noqa: E402
+from data import smollm2, windows as of_text  # noqa: E402
+from data.common import UserError  # noqa: E402
+from data.runs import load_checkpoint, read_config, read_log  # noqa: E402
 from model import GPT  # noqa: E402
 
 torch.set_num_threads(min(torch.get_num_threads(), 4))
 plt.rcParams.update(figures.STYLE)
 
-# Each is trained once and kept in out/; the first by `python train.py`.
-RUNS = {
-    "softmax": train.Run(), "headnorm": train.Run(attn="headnorm"),
-    "sigmoid": train.Run(attn="sigmoid"), "gated": train.Run(attn="gated"),
-    "tiny-softmax": train.Run(size="tiny"),
-    "tiny-headnorm": train.Run(size="tiny", attn="headnorm"),
-    "tiny-sigmoid": train.Run(size="tiny", attn="sigmoid"),
-    "tiny-gated": train.Run(size="tiny", attn="gated"),
-}
+# Each is trained once and kept in out/. The first is what `python train.py` trains.
+RUNS = {}
+for attn in ("softmax", "sigmoid", "headnorm", "gated"):
+    RUNS[attn] = train.Run(attn=attn)
+    RUNS[f"tiny-{attn}"] = train.Run(attn=attn, size="tiny")
 
 
 # ---------------------------------------------------------------- models
@@ -82,19 +79,19 @@ RUNS = {
 class Stop(Exception):
     """Ends a cell in one line."""
 
-    def _render_traceback_(self):  # what a notebook shows in place of a traceback
+    def _render_traceback_(self):  # a notebook shows this in place of a traceback
         return [str(self)]
 
 
 def notebook():
-    """Whether this runs in a Jupyter kernel, and not as a script."""
+    """True in a Jupyter kernel, False in a script."""
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
     return hasattr(shell, "kernel")
 
 
 @contextlib.contextmanager
 def in_one_line():
-    """What a user can mend, and an interrupt, end the cell or script in one line."""
+    """A UserError or an interrupt ends the cell or script in one line."""
     try:
         yield
     except (UserError, KeyboardInterrupt) as error:
@@ -136,8 +133,8 @@ def placed(name):
 
 
 def models(*names):
-    """{name: GPT} of these RUNS, on the CPU. What is missing is trained first, two at a
-    time; what was interrupted goes on."""
+    """{name: GPT} of these RUNS, on the CPU. Those that are missing are trained first,
+    two at a time; those that were interrupted go on."""
     with in_one_line():
         runs = {name: placed(name) for name in names}
         trained(*runs.values())
@@ -145,16 +142,17 @@ def models(*names):
 
 
 def untrained(name):
-    """The model of a RUN with the weights that its training starts from."""
+    """The model of a RUN with its initial weights."""
     with in_one_line():
         run = placed(name)
-        return GPT(train.model_config(run, train.load_corpus(run)), seed=run.seed).eval()
+        cfg = train.model_config(run, train.load_corpus(run))
+        return GPT(cfg, seed=run.seed).eval()
 
 
 def log(name):
-    """The evaluations of a RUN, as `figures.birth` draws them."""
+    """The evaluations of a RUN, one dict each, for `figures.birth`."""
     models(name)
-    return train.read_log(placed(name).out)
+    return read_log(placed(name).out)
 
 
 def windows(kind, N=64, seed=0):
@@ -162,94 +160,84 @@ def windows(kind, N=64, seed=0):
     <|bos|> ("bos") or from any place ("text"), the copying task ("copy"), or random
     letters ("rest"), where nothing is copied."""
     generator = torch.Generator().manual_seed(seed)
-    if kind in ("bos", "text"):
-        corpus = data.load("stdlib", vocab_size=257, seq_len=64)
-        return corpus.batch(N, 64, generator, "val", bos=float(kind == "bos"))
-    corpus = data.load("copy")
-    if kind == "copy":
-        return corpus.batch(N, 64, generator, "val", bos=0.0)
-    return corpus.rest(N, 64, generator)
+    if kind == "rest":
+        return data.load("copy").rest(N, 64, generator)
+    corpus = data.load("copy" if kind == "copy" else "stdlib", vocab_size=257)
+    return corpus.batch(N, 64, generator, "val", bos=float(kind == "bos"))
 
 
 # ---------------------------------------------------------------- several trainings
 
 def trained(*runs, jobs=2):
-    """Have these runs trained. What is missing starts, what was stopped goes on, `jobs`
-    at a time, each by `python train.py` in a process of its own: models this small gain
-    nothing from a second thread. Raises UserError."""
-    missing = [run for run in map(train.resolve, runs) if not is_finished(run)]
-    if not missing:
+    """Have these runs, of size micro or tiny, trained `jobs` at a time, each by `python
+    train.py` in a process of its own: models this small gain nothing from a second
+    thread. A missing run starts, a stopped one goes on. After Ctrl-C all save what they
+    have. Raises UserError."""
+    waiting = [run for run in map(train.resolve, runs) if not is_finished(run)]
+    if not waiting:
         return
-    minutes = [train.MINUTES.get(run.size, math.nan) * run.steps
-               / train.SIZES[run.size]["steps"] for run in missing]
-    about = ""
-    if not math.isnan(sum(minutes)):
-        about = math.ceil(sum(minutes) / jobs)
-        about = f", about {about} minute{'s' * (about > 1)}"
-    say(f"training {', '.join(shown(run.out) for run in missing)}{about}")
-    for run in missing:  # a text is built once, and not by two processes at a time
-        train.load_corpus(run)
-    with bar(bar_format="{desc}") as line, ThreadPoolExecutor(jobs) as pool:
-        started, news = [], {}
-        waiting = [pool.submit(train_one, run, started, news, line) for run in missing]
-        try:
-            for future in waiting:
-                future.result()
-        except BaseException as error:  # one has failed, or Ctrl-C
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in started:  # they save and stop
-                process.send_signal(signal.SIGINT)
-            if not isinstance(error, KeyboardInterrupt):
-                raise
-            raise UserError("stopped; run it again to go on") from None
+    names = ", ".join(run.out for run in waiting)
+    minutes = [train.MINUTES[run.size] * run.steps / train.SIZES[run.size]["steps"]
+               for run in waiting]
+    least = math.ceil(max(sum(minutes) / jobs, *minutes))  # on a busy machine 3 times
+    print(f"training {names}: {least} to {3 * least} minutes", flush=True)
+    bar = tqdm(total=len(waiting), unit="training", disable=None, leave=False)
+    running = {}  # process -> (its run, the file of its stderr)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run, errors = waiting.pop(0), tempfile.TemporaryFile("w+")
+                running[start(run, errors)] = run, errors
+            time.sleep(0.1)
+            for process in [p for p in running if p.poll() is not None]:
+                run, errors = running.pop(process)
+                if process.returncode:
+                    errors.seek(0)
+                    lines = errors.read().splitlines() or ["its training was stopped"]
+                    raise UserError(f"{run.out}: {lines[-1]}")
+                bar.update()
+    finally:
+        bar.close()
+        for process in running:  # after Ctrl-C or a failure
+            process.send_signal(signal.SIGINT)
+        for process in running:
+            process.wait()
 
 
 def is_finished(run):
-    """Whether the folder of a run holds it, trained to its last step. Raises UserError
-    where it holds a run of other settings."""
+    """True if the folder of a run holds it, trained to its last step. Raises UserError
+    where the folder holds a run of other settings."""
     folder = Path(run.out)
     if not (folder / "config.json").exists():
         return False
-    there = train.read_config(folder)[0]
+    there = read_config(folder)["run"]
     for name, value in asdict(run).items():
-        old = getattr(there, name)
-        if name not in (*train.MACHINE, "out") and old != value:
-            raise UserError(f"{shown(folder)} holds a run with {train.flag(name)} "
-                            f"{old}, not {value}; move that folder out of the way")
+        if name not in (*train.MACHINE, "out") and there.get(name) != value:
+            raise UserError(f"{folder} holds a run with {train.flag(name)} "
+                            f"{there.get(name)}, not {value}; move it out of the way")
     path = folder / "model.pt"
-    return path.exists() and train.load_checkpoint(path)["step"] == run.steps
+    return path.exists() and load_checkpoint(path)["step"] == run.steps
 
 
-def train_one(run, started, news, line):
-    """`python train.py`; what its bar shows goes into `news`, all news on one line."""
-    words = [f"--resume={run.out}"]
-    if not (Path(run.out) / "config.json").exists():
-        given = {train.flag(name): value for name, value in asdict(run).items()
-                 if value is not None and value is not False}
-        words = [name if value is True else f"{name}={value}"
-                 for name, value in given.items()]
-    with subprocess.Popen(
-            [sys.executable, ROOT / "train.py", *words], text=True, errors="replace",
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env=os.environ | {"SHOW_PROGRESS": "1"}) as process:
-        started.append(process)
-        last = ""
-        for text in process.stderr:  # what a bar writes anew counts as another line
-            last = text.strip() or last
-            start, _, rest = last.partition(" | ")
-            news[run.out] = f"{Path(run.out).name} {start} {rest.rpartition(', ')[2]}"
-            line.set_description_str("   ".join(news.values()))
-    news.pop(run.out, None)
-    if process.returncode:
-        error = last if last.startswith("train.py") else "its training was stopped"
-        raise UserError(f"{shown(run.out)}: {error}")
+def start(run, errors):
+    """A process of train.py that starts a run, or goes on with it."""
+    words = []
+    for name, value in asdict(run).items():
+        if value is True:
+            words.append(train.flag(name))
+        elif value is not None and value is not False:
+            words.append(f"{train.flag(name)}={value}")
+    if (Path(run.out) / "config.json").exists():
+        words = [f"--resume={run.out}"]
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *words],
+                            stdout=subprocess.DEVNULL, stderr=errors)
 
 
 # ---------------------------------------------------------------- what a reader sees
 
 def show(figure, name, alt):
-    """A figure in the notebook, below its cell; from a script, out/chapters/<name>.png.
-    `alt` is for readers who do not see it."""
+    """Show a figure below its cell; from a script, write out/chapters/<name>.png. `alt`
+    is for readers who do not see the figure."""
     if not notebook():
         path = ROOT / "out" / "chapters" / f"{name}.png"
         figures.save(path, figure)
@@ -264,11 +252,10 @@ def show(figure, name, alt):
 
 def beside(*rows):
     """Print a table of (quantity, what the paper reports, what this run shows)."""
-    def digits(cell):
-        return probe.digits(cell) if isinstance(cell, float) else str(cell)
-
-    cells = [list(map(digits, row)) for row in rows]
-    probe.table([("", "the paper", "this run"), *cells], left=3)
+    lines = [("", "the paper", "this run")]
+    for row in rows:
+        lines.append([probe.digits(c) if isinstance(c, float) else str(c) for c in row])
+    probe.table(lines, left=3)
 
 
 # ---------------------------------------------------------------- exercises
@@ -277,60 +264,47 @@ def check(name, answer):
     """Try your answer to an exercise, say "05.lock_gap", and say what is missing."""
     chapter, _, exercise = name.partition(".")
     if unsolved(answer):
-        return print(f"{exercise}: not yet. Put your answer in place of `...`")
-    path = CHECKS / f"{chapter}.py"
-    spec = importlib.util.spec_from_file_location(f"checks_{chapter}", path)
-    checks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(checks)
+        print(f"{exercise}: not yet. Put your answer in place of `...`")
+        return
+    checks = runpy.run_path(str(CHECKS / f"{chapter}.py"))
     try:
-        getattr(checks, exercise)(answer)
+        checks[exercise](answer)
     except Exception as error:  # whatever an answer raises
-        frames = traceback.extract_tb(error.__traceback__)
-        theirs = [f for f in frames if not of_a_library(Path(f.filename))]
-        if not theirs:  # the check itself says what is wrong
-            said = traceback.format_exception_only(error)[-1].strip()
-            said = said.removeprefix("AssertionError: ")
-            return print(f"{exercise}: not right. {said}")
-        print(f"{exercise}: a mistake in your code\n", *traceback.format_list(theirs),
-              *traceback.format_exception_only(error), sep="", end="")
+        said = "".join(traceback.format_exception_only(error)).strip()
+        lines = own_lines(error, answer)
+        if lines:
+            print(f"{exercise}: a mistake in your code\n{''.join(lines)}{said}")
+        else:
+            print(f"{exercise}: not right. {said.removeprefix('AssertionError: ')}")
     else:
         print(f"{exercise}: solved")
 
 
-def of_a_library(file):
-    """Whether code is Python's, a package's or the repository's, and no student's."""
-    places = [sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")]
-    ours = file == Path(__file__) or file.parent in (ROOT, ROOT / "data", CHECKS)
-    return ours or str(file).startswith(tuple(places))
+def own_lines(error, answer):
+    """The lines of a traceback that lie in the notebook or script of an answer."""
+    own = getattr(inspect.unwrap(answer), "__globals__", None)
+    walked = traceback.walk_tb(error.__traceback__)
+    frames = [(frame, line) for frame, line in walked if frame.f_globals is own]
+    return traceback.StackSummary.extract(frames).format()
+
+
+def stub():
+    ...
 
 
 def unsolved(answer):
-    """Whether an answer is still `...`: a value, in a list, or a function's body."""
+    """True while an answer is `...`: a value, part of a list, or a function's body."""
+    code = getattr(answer, "__code__", None)
+    if code:
+        empty = stub.__code__
+        return (code.co_code, code.co_consts) == (empty.co_code, empty.co_consts)
     if isinstance(answer, dict):
         answer = list(answer.values())
-    if isinstance(answer, (list, tuple, set)):
-        return any(unsolved(a) for a in answer)
-    if not isinstance(answer, FunctionType):
-        return answer is ... or answer is None
-    steps = dis.get_instructions(answer)
-    steps = [s for s in steps if s.opname not in ("RESUME", "NOP")]
-    return len(steps) <= 2 and steps[0].argval is None
+    parts = answer if isinstance(answer, list) else [answer]
+    return any(part is ... or part is None for part in parts)
 
 
 def written_without(answer, *names):
-    """For checks: refuse a function that calls one of these, also through a helper."""
-    used, waiting = set(), [answer]
-    while waiting:
-        function = waiting.pop()
-        codes = [function.__code__]
-        for code in codes:  # grows: functions inside functions
-            codes += [c for c in code.co_consts if isinstance(c, CodeType)]
-            for name in set(code.co_names) - used:
-                used.add(name)
-                value = function.__globals__.get(name)
-                if isinstance(value, FunctionType):
-                    used.add(value.__name__)
-                    if value.__globals__ is function.__globals__:
-                        waiting.append(value)
-    found = sorted(used & set(names))
+    """For checks: refuse a function that calls one of these names."""
+    found = sorted(set(answer.__code__.co_names) & set(names))
     assert not found, f"Write it yourself: your answer calls {', '.join(found)}."

@@ -45,13 +45,15 @@ def turn_values(answer):
         "W_O W_V has to stay what it was. The inverse of a rotation is its transpose."
 
     model = models("tiny-softmax")["tiny-softmax"]
-    turned, D = copy.deepcopy(model), model.cfg.head_dim
+    turned = copy.deepcopy(model)
+    D = model.cfg.head_dim
     for block in turned.layers:
-        V, O = block.self_attn.v_proj.weight.data, block.self_attn.o_proj.weight.data
-        for at in range(0, len(V), D):
-            part = slice(at, at + D)
-            new = answer(V[part].clone(), O[:, part].clone(), rotation(D))
-            V[part], O[:, part] = new
+        values = block.self_attn.v_proj.weight.data
+        output = block.self_attn.o_proj.weight.data
+        for at in range(0, len(values), D):
+            head = slice(at, at + D)
+            new = answer(values[head].clone(), output[:, head].clone(), rotation(D))
+            values[head], output[:, head] = new
     x, _ = windows("text", 16)
     taus = []
     with torch.no_grad():

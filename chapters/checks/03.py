@@ -6,6 +6,7 @@ from lesson import english, random_tokens, real
 from model import make_tap, record
 
 PAIR = [1229, 1487]  # layer 11 of SmolLM2
+DIMENSION = 507  # where they write
 
 
 def prediction(answer):
@@ -37,15 +38,23 @@ def rescue(answer):
         a[..., PAIR] = 0
         return a
 
+    written = []
+
     def change(out):
         got = answer(out.clone())
         assert got is not None, "Return the changed tensor (N, T, C)."
         changed = (got != out).flatten(1).sum(1)
         most = int(changed.max())
         assert most <= 1, f"You changed {most} numbers of a window."
+        written.append(got)
         return got
 
     tap = make_tap(model.cfg, {"11.mlp_post": silence, "11.mlp_out": change})
     loss, whole = model(x, y, tap)[1].item(), model(x, y)[1].item()
     assert loss < whole + 0.3, (f"The loss is {loss:.2f}, untouched {whole:.2f}. Which "
                                 "number do the two neurons make large, and how large?")
+    usual = record(model, x, ["11.mlp_out"])[1]["11.mlp_out"]
+    share = written[0][:, 0, DIMENSION] / usual[:, 0, DIMENSION]
+    assert (share - 1).abs().max() < 0.1, \
+        (f"The loss is back, with {share.mean():.0%} of what the untouched MLP adds. "
+         "Add what the two neurons wrote, to within a tenth.")

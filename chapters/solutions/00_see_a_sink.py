@@ -4,13 +4,14 @@ import torch
 
 
 def sink_score(pattern, k):
+    # Queries before k cannot see it. With them in the mean, a late key scores low.
     return pattern[k:, k].mean()
 
 
 def hidden(T, key):
     mask = torch.ones(T, T, dtype=torch.bool).tril()
-    mask[:, key] = False
-    mask[key, key] = True
+    mask[:, key] = False  # hidden from every query
+    mask[key, key] = True  # but its own, which needs a key
     return mask
 
 

@@ -10,6 +10,8 @@ def twin(x):
 
 
 def rescue(out):
+    # The neurons write 17,400 and 6,400 to dimension 507 of token 0. For the loss 5,000
+    # are enough: RMSNorm keeps the direction of a state and forgets its length.
     out = out.clone()
     out[:, 0, 507] += 23_000
     return out

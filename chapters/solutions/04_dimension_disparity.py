@@ -2,10 +2,11 @@
 
 import math
 
-prediction = "mean"
+prediction = "mean"  # a constant in its place serves as well: it has no news
 
 
 def spike_for(ratio, width):
+    # Solve ratio = s / ((s + width - 1) / width) for s.
     return ratio * (width - 1) / (width - ratio) if ratio < width else math.inf
 
 

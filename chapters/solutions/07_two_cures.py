@@ -10,17 +10,23 @@ prediction = ["softmax", "headnorm", "gated"]
 
 
 def head_norm(z, gain, eps=1e-5):
+    # Over D alone, so that each head of each token has its own length.
     return gain * z / (z.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 @torch.no_grad()
 def first_cost():
-    model, (x, y) = models("tiny-softmax")["tiny-softmax"], windows("bos")
-    untouched = model(x, y)[1].item()
+    model = models("tiny-softmax")["tiny-softmax"]
+    x, y = windows("bos")
+
+    def loss(times):
+        edit = probe.at_token(0, lambda v: times * v[:, 0])
+        edits = {f"{i}.v": edit for i in range(len(model.layers))}
+        tap = make_tap(model.cfg, edits)
+        return model(x, y, tap=tap)[1].item()
+
     for times in (2, 5, 10, 20):
-        edit = probe.at_token(0, lambda v, times=times: times * v[:, 0])
-        tap = make_tap(model.cfg, {f"{i}.v": edit for i in range(len(model.layers))})
-        if model(x, y, tap=tap)[1].item() > untouched + 0.1:
+        if loss(times) > loss(1) + 0.1:
             return times
 
 

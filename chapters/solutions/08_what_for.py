@@ -2,10 +2,13 @@
 
 import math
 
-prediction = [0]
+prediction = [0]  # the heads rest there; other tokens mean something
 word = "the"
 
 
 def rank_of_rows(n, c):
-    shares = [c / (c + n - 1)] + [1 / (c + n - 1)] * (n - 1)
-    return math.exp(-sum(p * math.log(p) for p in shares))
+    # Rows at right angles: their lengths are the singular values.
+    total = c + n - 1
+    long, short = c / total, 1 / total
+    entropy = -long * math.log(long) - (n - 1) * short * math.log(short)
+    return math.exp(entropy)
