@@ -10,7 +10,7 @@
 #
 # **Claim.** In a real Llama most heads rest on the first token of the window, whatever
 # it is. Take it out of sight with a sliding window and the model fails; give this one
-# token back and the model is nearly whole again.
+# token back and the loss almost recovers.
 #
 # **You need** PyTorch and a rough idea of attention. **Run time**: ten to twenty
 # seconds, after a download of 93 MB. The last part uses two small models; if they are
@@ -32,8 +32,8 @@ from model import record
 
 torch.set_grad_enabled(False)  # we only look
 model, encoding = real()
-L = model.cfg.num_hidden_layers
-print(f"SmolLM2-135M: {L} layers, {model.cfg.num_attention_heads} heads a layer")
+L, H = model.cfg.num_hidden_layers, model.cfg.num_attention_heads
+print(f"SmolLM2-135M: {L} layers, {H} heads a layer")
 
 # %% [markdown]
 # SmolLM2-135M is a Llama like the large ones, only smaller. Our copy has weights of 4
@@ -59,8 +59,9 @@ names = [f"{i}.pattern" for i in range(L)]
 values = [f"{i}.v" for i in range(L)]
 patterns = {}
 for kind, x in texts.items():
-    print(f"{kind} {tuple(x.shape)}:", repr(encoding.decode(x[0, :12].tolist())))
-    kept = record(model, x, names + values)[1]
+    start = encoding.decode(x[0, :12].tolist())
+    print(f"{kind} {tuple(x.shape)}: {start!r}")
+    _, kept = record(model, x, names + values)
     patterns[kind] = torch.stack([kept[name] for name in names])  # (L, N, H, T, T)
 
 # %% [markdown]
@@ -74,7 +75,11 @@ for kind, x in texts.items():
 # Attention that treats all keys alike would reach $\frac1T \sum_t \frac1{t+1}$.
 
 # %%
-sinks = {kind: p[..., 0].mean(-1).mean(1) for kind, p in patterns.items()}  # (L, H)
+sinks = {}
+for kind, pattern in patterns.items():
+    to_first = pattern[..., 0]  # (L, N, H, T): what each query gives to key 0
+    scores = to_first.mean(-1)
+    sinks[kind] = scores.mean(1)  # (L, H): the mean over windows
 library = probe.sink_score(patterns["English"][12], 0).mean(0)
 assert torch.allclose(sinks["English"][12], library, atol=1e-5)
 
@@ -82,21 +87,22 @@ T = texts["English"].shape[1]
 uniform = sum(1 / (t + 1) for t in range(T)) / T
 assert abs(uniform - probe.uniform_sink(T)) < 1e-6
 for kind, sink in sinks.items():
-    late = sink[12:]
-    share = (late > probe.SINK).float().mean()
+    share = (sink[12:] > probe.SINK).float().mean()
     print(f"{kind}: strongest head {sink.max():.2f} (uniform attention {uniform:.2f}), "
           f"{share:.0%} of the heads from layer 12 on have a sink")
-    assert sink.max() > 0.7 and share > 0.6, "most heads should rest on token 0"
+    assert sink.max() > 0.7, "no head rests on token 0"
+    assert share > 0.6, "most heads should rest on token 0"
 
 # %%
-layer, head = divmod(sinks["random tokens"].argmax().item(), sink.shape[1])
-noise, words = patterns["random tokens"], patterns["English"]
-maps = {"layer 0, random": noise[0, :, 0],
-        f"layer {layer}, random": noise[layer, :, head],
-        f"layer {layer}, English": words[layer, :, head]}
-means = {title: p.mean(0) for title, p in maps.items()}
-figure = figures.maps(means, ((0,), (0,), (0,)),
-                      "The first layer looks around, a later head rests on token 0")
+strongest = sinks["random tokens"].argmax().item()  # counts through all heads
+layer, head = divmod(strongest, H)
+noise = patterns["random tokens"].mean(1)  # (L, H, T, T): the mean over windows
+words = patterns["English"].mean(1)
+maps = {"layer 0, random": noise[0, 0],
+        f"layer {layer}, random": noise[layer, head],
+        f"layer {layer}, English": words[layer, head]}
+title = "The first layer looks around, a later head rests on token 0"
+figure = figures.maps(maps, ((0,), (0,), (0,)), title)
 show(figure, "00_maps", "Three attention maps. In layer 0 attention is spread over all "
      "earlier keys; in the later head nearly all of it is in column 0.")
 
@@ -130,11 +136,13 @@ show(figure, "00_heads", "A cell for every head of every layer. Layers 3 to 9 an
 # %%
 v = kept[f"{layer}.v"]  # (N, T, K, D), of the random tokens
 length = v.norm(dim=-1)
-drain = (length[:, 0] / length.mean(1)).mean(0)  # one a key/value head
+ratio = length[:, 0] / length.mean(1)
+drain = ratio.mean(0)  # (K,): one for each key/value head
 assert torch.allclose(drain, probe.value_drain(v, 0), atol=1e-5)
-shared = head // (model.cfg.num_attention_heads // model.cfg.num_key_value_heads)
-print(f"layer {layer}, head {head} reads a value of {drain[shared]:.2f} of the mean")
-assert drain[shared] < 0.25, "the value of the first token is as long as the others"
+group = H // model.cfg.num_key_value_heads  # so many heads share a value
+own = drain[head // group]
+print(f"layer {layer}, head {head} reads a value of {own:.2f} of the mean")
+assert own < 0.25, "the value of the first token is as long as the others"
 
 # %% [markdown]
 # ## Take it away
@@ -148,7 +156,8 @@ assert drain[shared] < 0.25, "the value of the first token is as long as the oth
 def window_mask(T, width, keep=()):
     """(T, T): each query sees the last `width` tokens, and the tokens in `keep`."""
     t = torch.arange(T)
-    mask = (t[:, None] >= t) & (t[:, None] - t < width)
+    distance = t[:, None] - t  # from query to key, (T, T)
+    mask = (distance >= 0) & (distance < width)
     for key in keep:
         mask[key:, key] = True
     return mask
@@ -156,18 +165,22 @@ def window_mask(T, width, keep=()):
 
 T, width = 160, 32
 x, y = english(N=4, T=T)
-masks = {"all tokens": window_mask(T, T), "last 32": window_mask(T, width),
+masks = {"all tokens": window_mask(T, T),
+         "last 32": window_mask(T, width),
          "last 32 and token 0": window_mask(T, width, [0]),
          "last 32 and token 16": window_mask(T, width, [16])}
 losses = {}
 for name, mask in masks.items():
-    logits = model(x, mask=mask)[0]
-    losses[name] = F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(0)
+    logits, _ = model(x, mask=mask)
+    each = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")  # (N, T)
+    losses[name] = each.mean(0)
 
 # %%
 figure, axis = plt.subplots(figsize=(8.8, 3.2))
-middles = range(8, T, 16)
-curves = {name: loss.view(-1, 16).mean(1) for name, loss in losses.items()}
+middles = range(8, T, 16)  # of 16 positions each
+curves = {}
+for name, loss in losses.items():
+    curves[name] = loss.view(-1, 16).mean(1)
 figures.lines(axis, curves, x=middles, hot=["last 32 and token 0"])
 axis.axvline(width, color="black", lw=0.9, ls=":")
 title = "Without the first token the model fails; with it, it is nearly whole"
@@ -178,10 +191,12 @@ show(figure, "00_window", "Loss by position. With the last 32 tokens alone it ri
      "more than a nat when token 0 is out of sight, and stays low if that is kept.")
 
 # %%
-late = {name: loss[width:].mean().item() for name, loss in losses.items()}
-extra = {name: value - late["all tokens"] for name, value in late.items()}
-for name, value in late.items():
-    print(f"{name:22} {value:.2f} nats, {extra[name]:+.2f}")
+extra = {}
+whole = losses["all tokens"][width:].mean()
+for name, loss in losses.items():
+    late = loss[width:].mean()
+    extra[name] = late - whole
+    print(f"{name:22} {late:.2f} nats, {extra[name]:+.2f}")
 assert extra["last 32"] > 1, "the window alone does not hurt"
 assert extra["last 32 and token 0"] < 0.35 * extra["last 32"], "token 0 mends nothing"
 assert extra["last 32 and token 16"] > 0.7 * extra["last 32"], "any token would do"
@@ -206,16 +221,18 @@ small = models("softmax", "tiny-softmax")
 cases = {"softmax, any first letter": ("softmax", "rest"),
          "tiny-softmax, after <|bos|>": ("tiny-softmax", "bos"),
          "tiny-softmax, any first byte": ("tiny-softmax", "text")}
-born = {}
 for title, (name, kind) in cases.items():
     x, _ = windows(kind)
-    before, after = probe.chain(untrained(name), x), probe.chain(small[name], x)
-    born[title] = (before["sink"], after["sink"])
-    print(f"{title:28} strongest head {before['sink']:.2f} before training, "
-          f"{after['sink']:.2f} after; {after['sink_rate']:.0%} of heads have a sink")
-*learned, without = born.values()
-assert all(after > max(probe.SINK, 2.5 * before) for before, after in learned)
-assert without[1] < probe.SINK, "the text model has a sink on any first byte"
+    before = probe.chain(untrained(name), x)["sink"]
+    trained = probe.chain(small[name], x)
+    after, rate = trained["sink"], trained["sink_rate"]
+    print(f"{title:28} strongest head {before:.2f} before training, "
+          f"{after:.2f} after; {rate:.0%} of heads have a sink")
+    if kind == "text":
+        assert after < probe.SINK, "the text model has a sink on any first byte"
+    else:
+        assert after > probe.SINK, "no sink was born"
+        assert after > 2.5 * before, "the sink was there before training"
 
 # %% [markdown]
 # The text model rests on `<|bos|>` and not on other first tokens: it knows that one by
@@ -229,7 +246,8 @@ assert without[1] < probe.SINK, "the text model has a sink on any first byte"
 # seeds: `tests/results/claims.md`, Q1.)
 
 # %%
-figure = figures.birth(log("softmax"), "links_rest", "softmax: a sink is born")
+figure = figures.birth(log("softmax"), probe.headline_keys(), "links_rest",
+                       "softmax: a sink is born")
 show(figure, "00_birth", "A line for each link over the steps of training, from its "
      "least to its greatest value. The sink is the thick one.")
 
@@ -237,9 +255,10 @@ show(figure, "00_birth", "A line for each link over the steps of training, from 
 # ## Beside the paper
 
 # %%
-have = (sinks["English"] > probe.SINK).any(1).nonzero()[0].item()
+with_sink = (sinks["English"] > probe.SINK).any(1)  # (L,)
+earliest = with_sink.nonzero()[0].item()
 beside(("model", "Llama-2-7B, Llama-3", "SmolLM2-135M"),
-       ("sink from layer", "2", str(have)),
+       ("sink from layer", "2", str(earliest)),
        ("depends on the token", "no", "no: random tokens have it too"))
 
 # %% [markdown]
@@ -266,8 +285,8 @@ def sink_score(pattern, k):
 check("00.sink_score", sink_score)
 
 # %% [markdown]
-# **2.** An experiment: nobody but itself may see token `key`. Build this mask, (T, T),
-# True where a query may look. Everything else is causal, as usual.
+# **2.** An experiment: hide token `key` from every query but its own. Build this mask,
+# (T, T), True where a query may look. Everything else is causal, as usual.
 
 
 # %%
@@ -288,10 +307,12 @@ prediction = ...
 mask = hidden(64, 0)
 if mask is not None:
     x, y = english()
-    moved = torch.cat(list(record(model, x, names[12:], mask=mask)[1].values()))
+    _, seen = record(model, x, names[12:], mask=mask)
+    moved = torch.cat(list(seen.values()))
     print("attention to a key, mean over the heads from layer 12 on:")
     for key in (0, 1, 2, 16):
         print(f"token {key:2}: {probe.sink_score(moved, key).mean():.2f}")
-    before, after = model(x, y)[1].item(), model(x, y, mask=mask)[1].item()
+    _, before = model(x, y)
+    _, after = model(x, y, mask=mask)
     print(f"loss {before:.2f} -> {after:.2f}")
 check("00.prediction", prediction)

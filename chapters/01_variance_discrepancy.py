@@ -73,15 +73,20 @@ model, _ = real()
 
 # %%
 one = replace(model.cfg, num_hidden_layers=1)
-bare, first = GPT(one, seed=0), GPT(one, seed=0)
+bare = GPT(one, seed=0)
+first = GPT(one, seed=0)
 first.load_state_dict(model.state_dict(), strict=False)  # leaves out the later layers
 x = random_tokens()[0]
-cases = {"not trained": (bare, x), "random tokens": (first, x),
+cases = {"not trained": (bare, x),
+         "random tokens": (first, x),
          "English": (first, english()[0])}
 
 
+# %%
 def variance(z):
-    return z.var(0).flatten(1).mean(1)  # (N, T, H, D) -> (T,)
+    """(N, T, H, D) -> (T,)"""
+    over_windows = z.var(0)  # (T, H, D)
+    return over_windows.flatten(1).mean(1)
 
 
 def discrepancy(curve):
@@ -89,52 +94,69 @@ def discrepancy(curve):
 
 
 def law(pattern, v):
-    sigma2, T = v.var(0).mean(), v.shape[1]
-    rho = (T * v.mean(1).var(0).mean() / sigma2 - 1) / (T - 1)
-    bracket = rho * pattern.sum(-1).square() + (1 - rho) * pattern.square().sum(-1)
+    """(N, H, T, T), (N, T, K, D) -> (T,)"""
+    T = v.shape[1]
+    sigma2 = v.var(0).mean()
+    of_mean = v.mean(1).var(0).mean()  # variance of the mean value of a window
+    rho = (T * of_mean / sigma2 - 1) / (T - 1)
+    total = pattern.sum(-1)
+    squares = pattern.square().sum(-1)
+    bracket = rho * total.square() + (1 - rho) * squares
     return sigma2 * bracket.mean((0, 1))
 
 
 # %% [markdown]
 # A control belongs to it: give each window the attention weights of its *neighbour* in
-# the batch (the last two lines). These cannot know what they average.
+# the batch (the last four lines). These cannot know what they average.
 
 # %%
-curves, strangers = {}, {}
+measured, expected, strangers = {}, {}, {}
 for name, (m, x) in cases.items():
-    v, a, z = record(m, x, ["0.v", "0.pattern", "0.z"])[1].values()
-    curves[name] = {"measured": variance(z), "by the law": law(a, v)}
-    library = {"measured": probe.variance(z), "by the law": probe.averaging_law(a, v)}
-    for line, curve in curves[name].items():
-        assert torch.allclose(curve, library[line], rtol=1e-3)
-    wide = v.repeat_interleave(a.shape[1] // v.shape[2], dim=2).transpose(1, 2)
-    strangers[name] = variance((a.roll(1, 0) @ wide).transpose(1, 2))
+    _, seen = record(m, x, ["0.v", "0.pattern", "0.z"])
+    v, a, z = seen["0.v"], seen["0.pattern"], seen["0.z"]
+    measured[name] = variance(z)
+    expected[name] = law(a, v)
+    assert torch.allclose(measured[name], probe.variance(z), rtol=1e-3)
+    assert torch.allclose(expected[name], probe.averaging_law(a, v), rtol=1e-3)
+    group = a.shape[1] // v.shape[2]  # so many heads share a value
+    values = v.repeat_interleave(group, dim=2).transpose(1, 2)  # (N, H, T, D)
+    z = a.roll(1, 0) @ values  # the weights move on by one window
+    strangers[name] = variance(z.transpose(1, 2))
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(8.8, 3.3), sharey=True)
-for axis, (name, found) in zip(axes, curves.items()):
-    unit = found["measured"].median()
-    lines = {line: y / unit for line, y in found.items()}
-    figures.by_position(axis, lines, name, {} if axis is axes[0] else None)
+for axis, name in zip(axes, cases):
+    unit = measured[name].median()
+    lines = {"measured": measured[name] / unit, "by the law": expected[name] / unit}
+    legend = {} if axis is axes[0] else None
+    figures.by_position(axis, lines, name, legend)
 axes[0].set_ylabel("variance / its median")
 figure.suptitle("What the first token is given varies most (large dots)")
 show(figure, "01_law", "Variance by position, three panels. All fall from position 0 "
      "on. Without training as by the law, with training less.")
 
 # %%
+def factor_off(curve, by_law):
+    """The factor between two curves: its geometric mean over positions."""
+    difference = (curve / by_law).log()
+    return difference.abs().mean().exp().item()
+
+
 gap, off, off_stranger = {}, {}, {}
-for name, found in curves.items():
-    expected = found["by the law"]
-    gap[name] = discrepancy(found["measured"])
-    off[name] = (found["measured"] / expected).log().abs().mean().exp().item()
-    off_stranger[name] = (strangers[name] / expected).log().abs().mean().exp().item()
+for name, by_law in expected.items():
+    gap[name] = discrepancy(measured[name])
+    off[name] = factor_off(measured[name], by_law)
+    off_stranger[name] = factor_off(strangers[name], by_law)
     print(f"{name:13} discrepancy {gap[name]:4.1f}, "
-          f"by the law {discrepancy(expected):4.1f}")
+          f"by the law {discrepancy(by_law):4.1f}")
     print(f"{'':13} a position is off by a factor {off[name]:.2f}; "
           f"with a neighbour's weights by {off_stranger[name]:.2f}")
-assert min(gap["not trained"], gap["random tokens"]) > 4 and gap["English"] > 2
+assert gap["not trained"] > 4, "the architecture alone makes no outlier"
+assert gap["random tokens"] > 4, "token 0 is no outlier on random tokens"
+assert gap["English"] > 2, "token 0 is no outlier on English"
 assert off["not trained"] < 1.2, "the law fails before training"
-assert off_stranger["random tokens"] < 1.25 < off["random tokens"], "see the control"
+assert off["random tokens"] > 1.25, "the law does not overrate averaging"
+assert off_stranger["random tokens"] < 1.25, "with a neighbour's weights it fails too"
 
 # %% [markdown]
 # Token 0 is the outlier each time. Without training the law says how much: the
@@ -148,14 +170,20 @@ assert off_stranger["random tokens"] < 1.25 < off["random tokens"], "see the con
 # belonged to tokens it would move to the other end.
 
 # %%
+def first_z(m, x, mask=None):
+    """z of the first layer, (N, T, H, D)."""
+    _, seen = record(m, x, ["0.z"], mask=mask)
+    return seen["0.z"]
+
+
 def first_gap(m, x):
-    return discrepancy(variance(record(m, x, ["0.z"])[1]["0.z"]))
+    return discrepancy(variance(first_z(m, x)))
 
 
-turned = {name: first_gap(m, x.flip(1)) for name, (m, x) in cases.items()}
-for name, value in turned.items():
-    print(f"{name:13} as it is {gap[name]:4.1f}, turned round {value:4.1f}")
-assert min(turned.values()) > 2, "the outlier is not bound to position 0"
+for name, (m, x) in cases.items():
+    turned = first_gap(m, x.flip(1))
+    print(f"{name:13} as it is {gap[name]:4.1f}, turned round {turned:4.1f}")
+    assert turned > 2, "the outlier is not bound to position 0"
 
 # %% [markdown]
 # ## The trap
@@ -168,12 +196,13 @@ assert min(turned.values()) > 2, "the outlier is not bound to position 0"
 # %%
 fixed = random_tokens()[0].clone()
 fixed[:, 0] = fixed[0, 0]
-z = record(first, fixed, ["0.z"])[1]["0.z"]
-trap = {"over windows": variance(z), "over dimensions": z.var(-1).mean((0, 2))}
-for name, curve in trap.items():
-    print(f"same first token, variance {name}: {discrepancy(curve):.2g} x the median")
-hidden, seen = map(discrepancy, trap.values())
-assert hidden < 1e-6 and seen > 1.3, "windows hide a fixed token, the spread does not"
+z = first_z(first, fixed)
+over_windows = discrepancy(variance(z))
+over_dimensions = discrepancy(z.var(-1).mean((0, 2)))
+print(f"same first token, variance over windows: {over_windows:.2g} x the median")
+print(f"same first token, variance over dimensions: {over_dimensions:.2g} x the median")
+assert over_windows < 1e-6, "the variance over windows shows a fixed token"
+assert over_dimensions > 1.3, "the spread hides it too"
 
 # %% [markdown]
 # ## Deeper layers
@@ -183,8 +212,8 @@ assert hidden < 1e-6 and seen > 1.3, "windows hide a fixed token, the spread doe
 
 # %%
 names = [f"{i}.z" for i in range(model.cfg.num_hidden_layers)]
-deep = record(model, random_tokens()[0], names)[1].values()
-depth = torch.tensor([discrepancy(variance(z)) for z in deep])
+_, seen = record(model, random_tokens()[0], names)
+depth = torch.tensor([discrepancy(variance(seen[name])) for name in names])
 figure, axis = plt.subplots(figsize=(8.8, 3))
 title = "The outlier of the first layer becomes the token that varies least"
 figures.by_layer(axis, {"token 0": depth}, title, hot=["token 0"], yscale="log",
@@ -192,7 +221,8 @@ figures.by_layer(axis, {"token 0": depth}, title, hot=["token 0"], yscale="log",
 axis.axhline(1, color="black", lw=0.9, ls=":")
 show(figure, "01_layers", "Discrepancy by layer: above 1 in the first layers, then "
      "below, and from layer 12 on below a hundredth.")
-assert depth[0] > 4 and depth[12:28].max() < 0.1
+assert depth[0] > 4, "the first layer has no outlier"
+assert depth[12:28].max() < 0.1, "the first state is no fixed vector"
 
 # %% [markdown]
 # ## In one that you train
@@ -202,8 +232,11 @@ assert depth[0] > 4 and depth[12:28].max() < 0.1
 
 # %%
 def keys_used(m, x):
-    pattern = record(m, x, ["0.pattern"])[1]["0.pattern"]
-    return (1 / pattern[:, :, -1].square().sum(-1)).mean(0)
+    """n_t of the last position, (H,): the mean over windows."""
+    _, seen = record(m, x, ["0.pattern"])
+    weights = seen["0.pattern"][:, :, -1]  # (N, H, T)
+    keys = 1 / weights.square().sum(-1)
+    return keys.mean(0)
 
 
 small = models("softmax", "tiny-softmax")
@@ -211,18 +244,21 @@ reads = {"softmax": windows("rest")[0], "tiny-softmax": windows("text")[0]}
 used = {"SmolLM2": keys_used(first, random_tokens()[0])}
 for name, x in reads.items():
     used[name] = keys_used(small[name], x)
-    before, after = first_gap(untrained(name), x), first_gap(small[name], x)
+    before = first_gap(untrained(name), x)
+    after = first_gap(small[name], x)
     print(f"{name}: discrepancy {before:.1f} before training, {after:.1f} after")
-    assert after < before / 2 and used["SmolLM2"].mean() > 1.5 * used[name].mean()
+    assert after < before / 2, "the gap stays"
+    assert used["SmolLM2"].mean() > 1.5 * used[name].mean(), "it looks at as many keys"
 print("keys that the last of 64 positions uses, in each head:")
 for name, keys in used.items():
-    print(f"{name:12}", *(f"{n:.0f}" for n in keys.tolist()))
+    counts = [f"{n:.0f}" for n in keys.tolist()]
+    print(f"{name:12}", *counts)
 
 # %% [markdown]
-# While these two learn their sinks (chapter 00), most of the gap goes. So a sink does
-# not grow *because the gap grows*. (Of five seeds of `softmax` one has a wider gap in
-# the end: `tests/results/claims.md`, C1.) A sign of place is there from the start, and
-# the later links have to learn to use it.
+# While these two learn their sinks (chapter 00), most of the variance gap disappears.
+# So a sink does not grow *because the gap grows*. (Of five seeds of `softmax` one has a
+# wider gap in the end: `tests/results/claims.md`, C1.) A cue to position exists before
+# training, and the later links have to learn to use it.
 #
 # SmolLM2 and these two disagree: its first layer has kept a third of what its shape has
 # before training, theirs little. They have heads that look at few keys, so that all
@@ -270,11 +306,12 @@ prediction = ...
 if prediction is not ...:
     mask = torch.ones(64, 64, dtype=torch.bool).tril()
     mask[10, :10] = False
-    x, V = random_tokens(32)[0], {}
-    for when, seen in (("as usual", None), ("token 10 alone", mask)):
-        V[when] = variance(record(first, x, ["0.z"], mask=seen)[1]["0.z"])
+    x, _ = random_tokens(32)
+    usual = variance(first_z(first, x))
+    alone = variance(first_z(first, x, mask))
     for t in (0, 1, 9, 10, 11, 63):
-        before, after = (v[t] / v.median() for v in V.values())
+        before = usual[t] / usual.median()
+        after = alone[t] / alone.median()
         print(f"position {t:2}: {before:4.1f} -> {after:4.1f} x the median")
 check("01.prediction", prediction)
 

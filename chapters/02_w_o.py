@@ -11,7 +11,7 @@
 # **Claim.** In SmolLM2 the output projection lets the outlier of chapter 01 through,
 # weakened, and does not favour the dimensions that vary most. In two small models it
 # favours them. A positive Kendall tau can be found in all three: it depends on which
-# side of $W_O$ is read, and one of the two says little.
+# side of $W_O$ is read, and the row version is nearly automatic.
 #
 # **You need** chapter 01, and what an eigenvector is. **Run time**: ten seconds,
 # once the models exist.
@@ -36,13 +36,16 @@ L = model.cfg.num_hidden_layers
 # %%
 def around(model, x):
     """For every layer z (N, T, H D), what is made of it (N, T, C), and W_O (C, H D)."""
-    layers = range(model.cfg.num_hidden_layers)
-    names = [f"{i}.{name}" for i in layers for name in ("z", "attn_out")]
-    kept = record(model, x, names)[1]
+    names = []
+    for i in range(len(model.layers)):
+        names += [f"{i}.z", f"{i}.attn_out"]
+    _, kept = record(model, x, names)
     found = []
     for i, block in enumerate(model.layers):
-        z, out = kept[f"{i}.z"].flatten(2), kept[f"{i}.attn_out"]
-        found.append((z, out, block.self_attn.o_proj.weight))
+        z = kept[f"{i}.z"].flatten(2)
+        out = kept[f"{i}.attn_out"]
+        W = block.self_attn.o_proj.weight
+        found.append((z, out, W))
     return found
 
 
@@ -75,13 +78,18 @@ noise = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
 through = {}
 for kind, layers in seen.items():
     z, out, _ = layers[0]
-    through[kind] = {"before": over_median(z), "after": over_median(out),
-                     "after a random one": over_median(z @ noise.T)}
-    before, after, random = (V[0].item() for V in through[kind].values())
-    assert abs(before / probe.over_median(probe.variance(z), 0) - 1) < 0.01
+    curves = {"before": over_median(z), "after": over_median(out),
+              "after a random one": over_median(z @ noise.T)}
+    through[kind] = curves
+    before = curves["before"][0]
+    after = curves["after"][0]
+    random = curves["after a random one"][0]
+    library = probe.over_median(probe.variance(z), 0)
+    assert abs(before / library - 1) < 0.01
     print(f"{kind}, token 0 of the first layer: before W_O {before:.1f}, "
           f"after {after:.1f}, after a random matrix {random:.1f}")
-    assert after < 0.7 * before and 0.7 < random / before < 1.4
+    assert after < 0.7 * before, "W_O does not weaken the outlier"
+    assert 0.7 < random / before < 1.4, "a random matrix changes it"
 assert through["random tokens"]["after"][0] > 1.8, "nothing comes through"
 
 # %%
@@ -116,17 +124,25 @@ show(figure, "02_through", "Variance by position before and after W_O. After it,
 
 # %%
 def tau(a, b):
-    pairs = (a[:, None] - a).sign() * (b[:, None] - b).sign()
-    return pairs.sum() / (len(a) * (len(a) - 1))
+    """(n,), (n,) -> a number"""
+    n = len(a)
+    order_a = (a[:, None] - a).sign()  # (n, n): every pair twice
+    order_b = (b[:, None] - b).sign()
+    return (order_a * order_b).sum() / (n * (n - 1))
 
 
 def spread(x):
     return x.flatten(0, 1).std(0)  # (N, T, n) -> (n,): over all tokens
 
 
+def tau_columns(z, W):
+    """Do long columns of W read the dimensions of z that vary much?"""
+    return tau(spread(z), W.norm(dim=0)).item()
+
+
 z, _, W = seen["English"][0]
-own = tau(spread(z), W.norm(dim=0))
-assert torch.isclose(own, probe.wo_alignment(z[:, :, None], W), atol=1e-3)
+library = probe.wo_alignment(z[:, :, None], W).item()
+assert math.isclose(tau_columns(z, W), library, abs_tol=1e-3)
 n = W.shape[1]
 null = math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
 print(f"n = {n}: two unrelated rankings have tau 0 +- {null:.3f}")
@@ -136,37 +152,46 @@ print(f"n = {n}: two unrelated rankings have tau 0 +- {null:.3f}")
 #
 # One can also look at the other side. Row $i$ of $W_O$ writes dimension $i$ of the
 # output. Do long rows write dimensions that vary much? They do, and they must: a long
-# row makes a large output *whatever comes in*. The control deals out the entries of
-# each row anew. Lengths stay, and every relation to the input is gone.
+# row makes a large output *whatever comes in*. The control shuffles the entries of
+# each row. Lengths stay, and every relation to the input is gone.
 
 # %%
+def tau_rows(out, W):
+    """Do long rows of W write dimensions that vary much?"""
+    return tau(spread(out), W.norm(dim=1)).item()
+
+
 def shuffled(W, seed=0):
     """Each row keeps its length and loses its direction."""
     draw = torch.rand(W.shape, generator=torch.Generator().manual_seed(seed))
     return W.gather(1, draw.argsort(1))
 
 
-taus = {}
+taus = {}  # of each layer
 for kind, layers in seen.items():
+    columns, rows, shuffled_rows = [], [], []
     for z, out, W in layers:
-        row = W.norm(dim=1)
-        found = {"columns that read z": tau(spread(z), W.norm(dim=0)),
-                 "rows that write": tau(spread(out), row),
-                 "rows, shuffled": tau(spread(z @ shuffled(W).T), row)}
-        for side, value in found.items():
-            taus.setdefault((kind, side), []).append(value.item())
-mean = {key: sum(values) / L for key, values in taus.items()}
-for (kind, side), value in mean.items():
-    print(f"{kind:14} {side:20} mean over layers {value:5.2f}")
-for kind in seen:
-    assert abs(mean[kind, "columns that read z"]) < 0.16 < mean[kind, "rows that write"]
-    assert mean[kind, "rows, shuffled"] > 0.7 * mean[kind, "rows that write"]
+        columns.append(tau_columns(z, W))
+        rows.append(tau_rows(out, W))
+        shuffled_rows.append(tau_rows(z @ shuffled(W).T, W))
+    taus[kind] = {"columns that read z": columns, "rows that write": rows,
+                  "rows, shuffled": shuffled_rows}
+
+# %%
+mean = {}
+for kind, sides in taus.items():
+    for side, values in sides.items():
+        mean[kind, side] = sum(values) / L
+        print(f"{kind:14} {side:20} mean over layers {mean[kind, side]:5.2f}")
+    assert abs(mean[kind, "columns that read z"]) < 0.16, "W_O has a preference"
+    rows = mean[kind, "rows that write"]
+    assert rows > 0.16, "long rows do not write what varies more"
+    assert mean[kind, "rows, shuffled"] > 0.7 * rows, "it takes more than long rows"
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8.8, 3.6), sharey=True)
 for axis, kind in zip(axes, seen):
-    curves = {side: values for (k, side), values in taus.items() if k == kind}
-    figures.lines(axis, curves)
+    figures.lines(axis, taus[kind])
     axis.axhspan(-2 * null, 2 * null, color="0.9")
     axis.axhline(0.32, color="black", lw=0.9, ls=":")
     figures.dress(axis, kind, xlabel="layer")
@@ -184,7 +209,7 @@ show(figure, "02_tau", "Kendall tau by layer. Columns lie around 0, rows near 0.
 #
 # ## A direction is not a dimension
 #
-# Tau sees single dimensions, but variance may lie slantwise to all of them. A matrix
+# Tau sees single dimensions, but variance may lie along no single dimension. A matrix
 # stretches a unit vector $u$ to squared length $\lVert W_O u \rVert^2$. Over all
 # directions the mean of this is $\lVert W_O \rVert_F^2 / n$. So for the $m$ widest
 # directions $u_i$ of $z$, its leading eigenvectors, the *gain*
@@ -195,16 +220,20 @@ show(figure, "02_tau", "Kendall tau by layer. Columns lie around 0, rows near 0.
 # other layer.
 
 # %%
-def gain(z, W, share=8):
+def gain(z, W):
+    """z (N, T, n), W (C, n) -> g, a number"""
+    n = W.shape[1]
     z = z.flatten(0, 1)
     z = z - z.mean(0)
-    directions = torch.linalg.eigh(z.T @ z)[1]  # columns, the widest come last
-    widest = directions[:, -(W.shape[1] // share):]
-    return (W @ widest).square().sum(0).mean() / (W.square().sum() / W.shape[1])
+    _, directions = torch.linalg.eigh(z.T @ z)  # columns, the widest come last
+    widest = directions[:, -(n // 8):]
+    stretched = (W @ widest).square().sum(0)  # the squared length of each
+    mean = W.square().sum() / n  # over all directions
+    return (stretched.mean() / mean).item()
 
 
 for kind, layers in seen.items():
-    g = torch.stack([gain(z, W) for z, _, W in layers[::2]])
+    g = torch.tensor([gain(z, W) for z, _, W in layers[::2]])
     print(f"{kind:14} gain on the widest directions: mean {g.mean():.2f}, "
           f"from {g.min():.2f} to {g.max():.2f}")
     assert 0.75 < g.mean() < 1.3, "SmolLM2's W_O has a preference"
@@ -216,18 +245,31 @@ for kind, layers in seen.items():
 # layers, and tau of the columns layer by layer.
 
 # %%
+def preference(layers):
+    """tau of the columns of each layer, (L,), and the mean gain."""
+    taus = torch.tensor([tau_columns(z, W) for z, _, W in layers])
+    gains = torch.tensor([gain(z, W) for z, _, W in layers])
+    return taus, gains.mean()
+
+
+# %%
 small = models("softmax", "tiny-softmax")
 reads = {"softmax": windows("rest")[0], "tiny-softmax": windows("text")[0]}
 for name, x in reads.items():
     for when, m in (("before", untrained(name)), ("after", small[name])):
         layers = around(m, x)
-        into, out = (over_median(a)[0] for a in layers[0][:2])
-        t = torch.stack([tau(spread(z), W.norm(dim=0)) for z, _, W in layers])
-        g = torch.stack([gain(z, W) for z, _, W in layers]).mean()
-        print(f"{name:12} {when:6} training: outlier {into:4.1f} -> {out:4.1f}, "
-              f"gain {g:.2f}, tau", *(f"{value:5.2f}" for value in t.tolist()))
-        favours = t[0] > 0.3 and g > 1.6
-        assert favours if when == "after" else t.mean().abs() < 0.15 and 0.7 < g < 1.4
+        z, out, _ = layers[0]
+        before, after = over_median(z)[0], over_median(out)[0]
+        t, g = preference(layers)
+        columns = [f"{value:5.2f}" for value in t.tolist()]
+        print(f"{name:12} {when:6} training: outlier {before:4.1f} -> {after:4.1f}, "
+              f"gain {g:.2f}, tau", *columns)
+        if when == "before":
+            assert t.mean().abs() < 0.15, "columns agree before training"
+            assert 0.7 < g < 1.4, "W_O has a preference before training"
+        else:
+            assert t[0] > 0.3, "the columns of the first layer do not agree"
+            assert g > 1.6, "W_O does not favour the widest directions"
 
 # %% [markdown]
 # Before training $W_O$ passes the outlier on as it is; after it the outlier comes out
@@ -266,8 +308,8 @@ def kendall(a, b):
 check("02.kendall", kendall)
 
 # %% [markdown]
-# **2.** Predict before you run the next cell. Deal out the entries of each *column* of
-# SmolLM2's $W_O$ anew, so that columns keep their lengths and rows do not. Which of the
+# **2.** Predict before you run the next cell. Shuffle the entries of each *column* of
+# SmolLM2's $W_O$, so that columns keep their lengths and rows do not. Which of the
 # two taus keeps its value *exactly*, whatever the draw? Answer "columns", "rows",
 # "both" or "none".
 
@@ -276,10 +318,10 @@ prediction = ...
 if prediction is not ...:
     for i in (4, 16, 20):
         z, _, W = seen["English"][i]
-        for when, w in (("as it is", W), ("columns dealt out anew", shuffled(W.T).T)):
-            by_column = tau(spread(z), w.norm(dim=0)).item()
-            by_row = tau(spread(z @ w.T), w.norm(dim=1)).item()
-            print(f"layer {i:2} {when:22} columns {by_column:5.2f}, rows {by_row:5.2f}")
+        for when, w in (("as it is", W), ("columns shuffled", shuffled(W.T).T)):
+            columns = tau_columns(z, w)
+            rows = tau_rows(z @ w.T, w)
+            print(f"layer {i:2} {when:16} columns {columns:5.2f}, rows {rows:5.2f}")
 check("02.prediction", prediction)
 
 # %% [markdown]

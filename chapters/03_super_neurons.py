@@ -10,7 +10,7 @@
 #
 # **Claim.** In SmolLM2 two of the 1,536 neurons of layer 11 answer to the first token
 # and to few others. They can be found by their weights or by their activity, and write
-# into one dimension. Silence them and the model can no longer write.
+# into one dimension. Silence them and the model no longer produces sensible text.
 #
 # **You need** chapter 00, and SwiGLU: an MLP whose hidden layer is one linear map times
 # the silu of another, $\mathrm{silu}(u) = u / (1 + e^{-u})$. **Run time**: ten to
@@ -30,15 +30,17 @@ torch.set_grad_enabled(False)
 model, encoding = real()
 x, _ = random_tokens()
 layers = range(len(model.layers))
-names = [f"{i}.{kind}" for i in layers for kind in ("mlp_post", "resid_post")]
-seen = record(model, x, names)[1]
+answers = [f"{i}.mlp_post" for i in layers]
+states = [f"{i}.resid_post" for i in layers]
+_, seen = record(model, x, answers + states)
 
 # %% [markdown]
 # ## Found by weights
 #
-# Let $h$ be what an MLP reads: the state of one token after RMSNorm. Neuron $i$ has a
-# row $w_g$ in the gate matrix, a row $w_u$ in the up matrix, and a column of
-# $W_{down}$. It adds this column to the state, times its *answer*
+# Let $h$ be what an MLP reads: the state of one token (its vector in the residual
+# stream) after RMSNorm. Neuron $i$ has a row $w_g$ in the gate matrix, a row $w_u$ in
+# the up matrix, and a column of $W_{down}$. It adds this column to the state, times its
+# *answer*
 #
 # $$a(h) = \mathrm{silu}(w_g \cdot h)\;(w_u \cdot h)$$
 #
@@ -53,7 +55,8 @@ seen = record(model, x, names)[1]
 # %%
 def score(block):
     """(F,)"""
-    gain, mlp = block.post_attention_layernorm.weight, block.mlp
+    mlp = block.mlp
+    gain = block.post_attention_layernorm.weight
     gate = (mlp.gate_proj.weight * gain).norm(dim=1)
     up = (mlp.up_proj.weight * gain).norm(dim=1)
     return mlp.down_proj.weight.abs().amax(0) * gate * up
@@ -63,10 +66,10 @@ scores = torch.stack([score(block) for block in model.layers])  # (L, F)
 assert torch.allclose(scores[11], probe.weight_score(model.layers[11]))
 relative = scores / scores.median(1, keepdim=True).values
 for i in layers:
-    top = relative[i].topk(3)
-    if top.values[0] > 20:
-        found = zip(top.indices.tolist(), top.values.tolist())
-        print(f"layer {i:2}:", *(f"neuron {n} {s:.0f}x" for n, s in found), sep="  ")
+    largest, ids = relative[i].topk(3)
+    if largest[0] > 20:
+        words = [f"neuron {n} {relative[i, n]:.0f}x" for n in ids.tolist()]
+        print(f"layer {i:2}:", *words, sep="  ")
 pair = relative[11].topk(2).indices
 
 # %% [markdown]
@@ -88,19 +91,25 @@ pair = relative[11].topk(2).indices
 # %%
 down = model.layers[11].mlp.down_proj.weight
 energy = seen["11.mlp_post"].square() * down.square().sum(0)  # (N, T, F)
-at_first, elsewhere = energy[:, 0].mean(0), energy[:, 1:].mean((0, 1))
+at_first = energy[:, 0].mean(0)  # (F,)
+elsewhere = energy[:, 1:].mean((0, 1))
 by_activity = at_first.topk(2).indices
 print("by weight:", pair.tolist(), " by activity at token 0:", by_activity.tolist())
-same = set(pair.tolist()) == set(by_activity.tolist())
 _, second, third = relative[11].topk(3).values
-assert same and second > 30 > 10 > third, "two ways do not find the same two neurons"
-at_0, at_32 = (probe.contrast(energy, k).item() for k in (0, 32))
+assert second > 30, "fewer than two neurons stand out by weight"
+assert third < 10, "more than two neurons stand out by weight"
+assert set(pair.tolist()) == set(by_activity.tolist()), "activity finds two others"
+
+at_0 = probe.contrast(energy, 0)
+at_32 = probe.contrast(energy, 32)
 print(f"contrast at token 0 {at_0:.0f}, at token 32 {at_32:.1f}")
-assert at_0 > 100 and at_32 < 20, "they answer to token 0 and to no ordinary one"
+assert at_0 > 100, "they do not answer to token 0"
+assert at_32 < 20, "an ordinary token has such neurons too"
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.7), sharey=True)
-for axis, e, of in ((left, at_first, "token 0"), (right, elsewhere, "other tokens")):
+figure, axes = plt.subplots(1, 2, figsize=(8.8, 3.7), sharey=True)
+written = {"token 0": at_first, "other tokens": elsewhere}
+for axis, (of, e) in zip(axes, written.items()):
     axis.plot(relative[11], e, ls="", marker=".", color="0.55")
     axis.plot(relative[11, pair], e[pair], ls="", marker="o", color=figures.ACCENT)
     for n in pair.tolist():
@@ -108,28 +117,30 @@ for axis, e, of in ((left, at_first, "token 0"), (right, elsewhere, "other token
                       textcoords="offset points", color=figures.ACCENT)
     axis.set(xscale="log", yscale="log", xlim=(0.2, 300))
     figures.dress(axis, f"Written to {of}", xlabel="weight score / median (log)")
-left.set_ylabel("energy of the write (log)")
+axes[0].set_ylabel("energy of the write (log)")
 figure.suptitle("Layer 11: two neurons stand out, by weight and at token 0")
 show(figure, "03_neurons", "Scatter of 1,536 neurons, weight score against energy. Two "
      "lie far to the right; at token 0 they also lie far above all others.")
 
 # %% [markdown]
-# On the right the pair is on top too. That is a mean, and made by a few tokens: to the
-# median one they write next to nothing, as the contrast says. Exercise 3 of chapter 08
-# finds one of these few.
+# On the right the pair is on top too. The right panel is a mean dominated by a few
+# tokens: to the median one they write next to nothing, as the contrast says. Exercise 3
+# of chapter 08 finds one of these few.
 #
-# By what do they know the first token? It can be any, but it sees nothing except
-# itself. So let tokens 10, 25 and 45 see only themselves:
+# How do they recognise the first token, when it can be any token? It sees nothing
+# except itself. So let tokens 10, 25 and 45 see only themselves:
 
 # %%
-alone = [10, 25, 45]
-mask = torch.ones(64, 64, dtype=torch.bool)
-mask[alone] = torch.eye(64, dtype=torch.bool)[alone]
-masked = record(model, x, ["11.mlp_post"], mask=mask)[1]["11.mlp_post"]
-for name, a in (("as usual", seen["11.mlp_post"]), ("alone", masked)):
-    answers = a[:, [0, *alone], pair[0]].mean(0)
-    print(f"answers to tokens 0, 10, 25, 45 {name:9}", answers.int().tolist())
-assert answers.min() > 0.8 * answers[0], "they know the first token by something else"
+mask = torch.ones(64, 64, dtype=torch.bool)  # where a query may look
+for t in (10, 25, 45):
+    mask[t] = False
+    mask[t, t] = True
+_, masked = record(model, x, ["11.mlp_post"], mask=mask)
+for name, kept in (("as usual", seen), ("alone", masked)):
+    answer = kept["11.mlp_post"][:, :, pair[0]].mean(0)  # (T,)
+    answer = answer[[0, 10, 25, 45]]
+    print(f"answers to tokens 0, 10, 25, 45 {name:9}", answer.int().tolist())
+assert answer.min() > 0.8 * answer[0], "they know the first token by something else"
 
 # %% [markdown]
 # ## Write, erase, write again
@@ -139,21 +150,27 @@ assert answers.min() > 0.8 * answers[0], "they know the first token by something
 # that writes most to it.
 
 # %%
-share, c = (down[:, pair].square() / down[:, pair].square().sum(0)).max(0)
-print("largest dimension:", c.tolist(), " its share of the squared length:", share)
-c = c[0].item()
+squares = down[:, pair].square()  # (C, 2)
+share, dimension = (squares / squares.sum(0)).max(0)
+print("largest dimension:", dimension.tolist(),
+      " its share of the squared length:", share)
 assert share.min() > 0.5, "they write into many dimensions"
-state = torch.stack([seen[f"{i}.resid_post"][:, 0, c].mean() for i in layers])
-writes, writers = [], []
-for i in layers:
-    answer = seen[f"{i}.mlp_post"][:, 0].mean(0)
-    each = answer * model.layers[i].mlp.down_proj.weight[c]
-    writers.append(each.abs().argmax().item())
-    writes.append(each[writers[-1]].item())
-    if abs(writes[-1]) > 60:
-        rank = (scores[i] > scores[i, writers[-1]]).sum().item() + 1
-        print(f"layer {i:2}: neuron {writers[-1]:4} writes {writes[-1]:7.0f}, "
+c = dimension[0].item()
+
+# %%
+state, writers, writes = [], [], []
+for i, block in enumerate(model.layers):
+    state.append(seen[f"{i}.resid_post"][:, 0, c].mean().item())
+    answer = seen[f"{i}.mlp_post"][:, 0].mean(0)  # (F,)
+    each = answer * block.mlp.down_proj.weight[c]
+    writer = each.abs().argmax().item()
+    write = each[writer].item()
+    if abs(write) > 60:
+        rank = (scores[i] > scores[i, writer]).sum() + 1
+        print(f"layer {i:2}: neuron {writer:4} writes {write:7.0f}, "
               f"rank {rank} by weight; the state is then {state[i]:6.0f}")
+    writers.append(writer)
+    writes.append(write)
 
 # %%
 figure, axis = plt.subplots(figsize=(8.8, 3.5))
@@ -169,8 +186,11 @@ figures.dress(axis, f"Dimension {c} of the first token: written, erased, written
               dict(loc="lower left"), xlabel="layer", ylabel="value (symlog)")
 show(figure, "03_waves", f"Line of dimension {c} by layer: up at layer 2, down at 9, "
      "far up at 11, down at 28, with bars for the one neuron that writes most.")
-early, between, late = state[3:8].min(), state[10], state[12:27].min()
-assert early > 3 * between.abs() and late > 10 * early, "two waves"
+early = min(state[3:8])
+between = abs(state[10])
+late = min(state[12:27])
+assert early > 3 * between, "the first wave is not erased"
+assert late > 10 * early, "the second wave is no larger than the first"
 
 # %% [markdown]
 # Each of these neurons is among the first three of its layer by weight. So the weights
@@ -196,10 +216,11 @@ def silent(ids, start=0):
 two = relative[11].topk(4).indices[2:]  # the third and the fourth
 taps = {"untouched": None, "pair silent": silent(pair), "two others": silent(two)}
 wanted = [probe.metric("sink")]
-sinks = {}
+sinks, sink = {}, {}
 for name, tap in taps.items():
-    sinks[name] = probe.layers(model, x[:4], tap, wanted=wanted)[0][0]["sink"].mean(1)
-sink = {name: values[12:].mean().item() for name, values in sinks.items()}
+    (found,), _ = probe.layers(model, x[:4], tap, wanted=wanted)
+    sinks[name] = found["sink"].mean(1)  # (L,)
+    sink[name] = sinks[name][12:].mean()
 assert sink["pair silent"] < 0.5 * sink["untouched"], "the pair does not matter"
 assert sink["two others"] > 0.9 * sink["untouched"], "any two would do"
 
@@ -210,11 +231,11 @@ figures.by_layer(axis, sinks, "Two silent neurons of layer 11 take most later si
                  ylabel="attention to token 0,\nmean of heads")
 axis.axhline(probe.uniform_sink(64), color="black", lw=0.9, ls=":")
 show(figure, "03_silent", "Attention to token 0 by layer. Up to layer 11 the curves "
-     "are one; after it the curve of the silent pair falls to chance by layer 21.")
+     "are one; after it that of the silent pair falls to the baseline by layer 21.")
 
 # %% [markdown]
-# Layers 12 to 15 keep a part of their sinks: they have another way to know the first
-# token.
+# Layers 12 to 15 keep a part of their sinks. By what these heads know the first token
+# is not tested here.
 #
 # ## Let it write
 #
@@ -225,16 +246,19 @@ show(figure, "03_silent", "Attention to token 0 by layer. Up to layer 11 the cur
 # %%
 prediction = ...  # "untouched" or "silent"
 taps["but at token 0"] = silent(pair, start=1)
+prompt = encoding.encode_ordinary("The capital of France is")
 texts = {}
 for name, tap in taps.items():
-    ids = torch.tensor([encoding.encode_ordinary("The capital of France is")])
-    for _ in range(12):  # the likeliest token each time
-        best = model(ids, tap=tap)[0][:, -1].argmax(-1, keepdim=True)
-        ids = torch.cat((ids, best), dim=1)
+    ids = torch.tensor([prompt])
+    for step in range(12):
+        logits, _ = model(ids, tap=tap)
+        likeliest = logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat((ids, likeliest), dim=1)
     texts[name] = encoding.decode(ids[0].tolist())
     print(f"{name:14} {texts[name]!r}")
-whole, gone, same, _ = texts.values()
-assert "Paris" in whole and "Paris" not in gone and same == whole
+assert "Paris" in texts["untouched"], "the model does not know it"
+assert "Paris" not in texts["pair silent"], "it writes without the pair"
+assert texts["two others"] == texts["untouched"], "any two would do"
 check("03.prediction", prediction)
 
 # %% [markdown]
@@ -244,13 +268,19 @@ check("03.prediction", prediction)
 # after `<|bos|>`. This is the largest contrast of a layer that attention follows.
 
 # %%
+def largest_contrast(model, x):
+    (found,), _ = probe.layers(model, x)
+    return found["neuron_contrast"][:-1].max()
+
+
 small = models("softmax", "tiny-softmax")
 inputs = {"softmax": windows("rest")[0], "tiny-softmax": windows("bos")[0]}
 for name, x in inputs.items():
-    after, before = (probe.layers(m, x)[0][0]["neuron_contrast"][:-1].max()
-                     for m in (small[name], untrained(name)))
+    after = largest_contrast(small[name], x)
+    before = largest_contrast(untrained(name), x)
     print(f"{name}: contrast {after:.0f}, untrained {before:.1f}")
-    assert after > max(10, 2 * before), "no neurons of the first token"
+    assert after > 10, "no neurons of the first token"
+    assert after > 2 * before, "the neurons are there before training"
 
 # %% [markdown]
 # In them, too, a few neurons answer to the first token. How much depends on these,
@@ -259,11 +289,12 @@ for name, x in inputs.items():
 # ## Beside the paper
 
 # %%
+effect = (f"sink {sink['untouched']:.2f} to {sink['pair silent']:.2f}, "
+          f"control {sink['two others']:.2f}")
 beside(("model", "Llama-2-7B", "SmolLM2-135M"),
        ("neurons", "7890 of an early layer", f"{pair.tolist()} of layer 11"),
        ("write into dimension", "2533", str(c)),
-       ("silenced", "not reported", f"sink {sink['untouched']:.2f} to "
-        f"{sink['pair silent']:.2f}, control {sink['two others']:.2f}"))
+       ("silenced", "not reported", effect))
 
 # %% [markdown]
 # Neuron 7890 and dimension 2533 are the "super weight" of Yu et al. 2024 (arXiv

@@ -11,7 +11,7 @@
 # **Claim.** In SmolLM2 the state of the first token becomes over a hundred times as
 # long as that of an ordinary one, and nearly all of it is one dimension. Where that
 # dimension is large there are sinks, and where it is erased there are none. It marks a
-# place, and carries no news.
+# place, and carries no information about the text.
 #
 # **You need** chapter 03: the neurons that write it. **Run time**: ten seconds, once
 # the two small models exist.
@@ -31,15 +31,18 @@ from model import make_tap, record
 torch.set_grad_enabled(False)
 model, _ = real()
 x, _ = random_tokens()
-L, C = model.cfg.num_hidden_layers, model.cfg.hidden_size
-names = [f"{i}.{what}" for i in range(L) for what in ("resid_pre", "pattern")]
-seen = record(model, x, names)[1]
-states = [seen[f"{i}.resid_pre"] for i in range(L)]  # what each layer reads, (N, T, C)
+L = model.cfg.num_hidden_layers
+C = model.cfg.hidden_size
+reads = [f"{i}.resid_pre" for i in range(L)]
+patterns = [f"{i}.pattern" for i in range(L)]
+_, seen = record(model, x, reads + patterns)
+states = [seen[name] for name in reads]  # what each layer reads, (N, T, C)
 
 # %% [markdown]
 # ## Long
 #
-# The length of the first state, over that of the median token:
+# The norm of the residual stream, for short the *length of the state*, at the first
+# token over that at the median token:
 #
 # $$\text{norm ratio} = \frac{\lVert x_0 \rVert}{\operatorname{median}_{t>0}
 # \lVert x_t \rVert}$$
@@ -48,15 +51,18 @@ states = [seen[f"{i}.resid_pre"] for i in range(L)]  # what each layer reads, (N
 # %%
 def norm_ratio(state):
     """(N, T, C) -> a number, the mean over windows."""
-    length = state.norm(dim=-1)
-    return (length[:, 0] / length[:, 1:].median(1).values).mean().item()
+    norm = state.norm(dim=-1)  # (N, T)
+    median = norm[:, 1:].median(1).values
+    return (norm[:, 0] / median).mean().item()
 
 
-ratio = torch.tensor([norm_ratio(state) for state in states])
-own = probe.over_median(states[12].norm(dim=-1), 0).mean()
-assert torch.isclose(ratio[12], own), "the same number in probe"
-print("layer:", *(f"{i}: {ratio[i]:.3g}" for i in (0, 2, 3, 8, 11, 12, 20, 28, 29)))
-assert ratio[12] > 100 and ratio[11] < 3, "one layer makes it a hundred times as long"
+ratio = torch.tensor([norm_ratio(state) for state in states])  # (L,)
+library = probe.over_median(states[12].norm(dim=-1), 0).mean()
+assert torch.isclose(ratio[12], library), "the same number in probe"
+some = [f"{i}: {ratio[i]:.3g}" for i in (0, 2, 3, 8, 11, 12, 20, 28, 29)]
+print("layer:", *some)
+assert ratio[11] < 3, "it is long before layer 11"
+assert ratio[12] > 100, "layer 11 does not make it a hundred times as long"
 
 # %% [markdown]
 # ## Dominated
@@ -65,7 +71,7 @@ assert ratio[12] > 100 and ratio[11] < 3, "one layer makes it a hundred times as
 #
 # $$\mathrm{DomRatio}(x) = \frac{\max_j |x_j|}{\frac1C \sum_j |x_j|} ,$$
 #
-# from 1 (all alike) to $C$ (one alone). What would chance give? For $C$ Gaussian
+# from 1 (all alike) to $C$ (one alone). What is the baseline? For $C$ Gaussian
 # numbers of standard deviation 1 the mean of $|x_j|$ is $\sqrt{2/\pi}$, and the
 # largest lies near $\sqrt{2 \ln C}$:
 #
@@ -80,22 +86,30 @@ def dominance(x):
 
 
 noise = torch.randn(4000, C, generator=torch.Generator().manual_seed(0))
-formula, drawn = math.sqrt(math.pi * math.log(C)), dominance(noise)
+drawn = dominance(noise)
+formula = math.sqrt(math.pi * math.log(C))
 assert torch.allclose(drawn, probe.dominance(noise)), "the same number in probe"
 print(f"Gaussian vectors of {C}: formula {formula:.1f}, drawn {drawn.mean():.1f}")
 
 # %%
+def mean_dominance(states, t):
+    """DomRatio of token t in every layer, (L,): the mean over windows."""
+    return torch.stack([dominance(state[:, t]).mean() for state in states])
+
+
 readers = [block.input_layernorm for block in model.layers]
 normed = [reader(state) for reader, state in zip(readers, states)]
-raw_0, raw = (torch.stack([dominance(s[:, t]).mean() for s in states]) for t in (0, 32))
-dom_0, dom = (torch.stack([dominance(s[:, t]).mean() for s in normed]) for t in (0, 32))
+raw_0 = mean_dominance(states, 0)
+raw_32 = mean_dominance(states, 32)
+normed_0 = mean_dominance(normed, 0)
+normed_32 = mean_dominance(normed, 32)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.5))
 figures.by_layer(left, {"token 0": ratio}, "Over 100 times as long as the median",
                  ["token 0"], yscale="log", ylabel="norm ratio (log)")
-curves = {"token 0": raw_0, "token 0, after RMSNorm": dom_0,
-          "token 32": raw, "token 32, after RMSNorm": dom}
+curves = {"token 0": raw_0, "token 0, after RMSNorm": normed_0,
+          "token 32": raw_32, "token 32, after RMSNorm": normed_32}
 figures.by_layer(right, curves, "And most of it is one dimension",
                  ["token 0", "token 0, after RMSNorm"], yscale="log", ylim=(3, 3000),
                  ylabel="DomRatio (log)")
@@ -107,21 +121,27 @@ show(figure, "04_disparity", "Left: the norm ratio by layer, 10 in the first wav
 
 # %% [markdown]
 # Two things to notice. An ordinary token is no Gaussian vector either: its DomRatio is
-# many times the null, because every state has a few large dimensions. And RMSNorm
+# many times the baseline, because every state has a few large dimensions. And RMSNorm
 # takes much of the disparity back: its gain $\gamma$ is small just there. The model
 # has learned to turn that dimension down.
 
 # %%
-deep = slice(12, 28)
-share = states[12][:, 0].square().mean(0) / states[12][:, 0].square().sum(-1).mean()
+squares = states[12][:, 0].square()  # (N, C)
+share = squares.mean(0) / squares.sum(-1).mean()
 c = share.argmax().item()
 print(f"dimension {c} holds {share[c]:.1%} of the squared length")
-gains = [reader.weight.abs() for reader in readers[deep]]
-rank = [(gain < gain[c]).sum().item() for gain in gains]
-print(f"of {C} gains, smaller than that of dimension {c}, by layer:", *rank)
 assert share[c] > 0.9, "one dimension is nearly all of the length"
-assert (raw_0 / raw)[deep].mean() > 3 and (dom_0 / dom)[deep].mean() > 1.5, (
-    "token 0 is dominated far more than others, and still more after the norm")
+
+deep = slice(12, 28)
+smaller = []
+for reader in readers[deep]:
+    gain = reader.weight.abs()
+    smaller.append((gain < gain[c]).sum().item())
+print(f"of {C} gains, smaller than that of dimension {c}, by layer:", *smaller)
+before = raw_0 / raw_32
+after = normed_0 / normed_32
+assert before[deep].mean() > 3, "token 0 is hardly dominated more than token 32"
+assert after[deep].mean() > 1.5, "the norm takes the difference away"
 
 # %% [markdown]
 # ## Two waves, and the sinks follow
@@ -132,34 +152,37 @@ assert (raw_0 / raw)[deep].mean() > 3 and (dom_0 / dom)[deep].mean() > 1.5, (
 
 # %%
 first = torch.stack([state[:, 0].abs().mean(0) for state in states])  # (L, C)
-sink = torch.stack([probe.sink_score(seen[f"{i}.pattern"], 0).mean() for i in range(L)])
+sink = torch.stack([probe.sink_score(seen[name], 0).mean() for name in patterns])
 for i in (1, 3, 8, 11, 12, 20, 29):
     print(f"layer {i:2} reads {first[i, c]:5.0f} in dimension {c}, at most "
           f"{first[i].max():5.0f}; attention {sink[i]:.2f}")
-chance = probe.uniform_sink(64)
+baseline = probe.uniform_sink(64)
 written = torch.cat([sink[3:9], sink[12:28]])
 missing = torch.stack([sink[0], sink[1], sink[11]])
-assert missing.max() < 2 * chance < 4 * chance < written.min(), "no write, no sink"
+assert missing.max() < 2 * baseline, "sinks where the dimension is small"
+assert written.min() > 4 * baseline, "no sinks where the dimension is large"
 
 # %%
 figure, (top, below) = plt.subplots(2, 1, figsize=(8.8, 4.6), sharex=True)
-largest = first[3].topk(3).indices.tolist()
-large = {f"dimension {i}": first[:, i] for i in largest}
-large["median dimension"] = first.median(1).values
-figures.by_layer(top, large, f"Dimension {c} comes, goes and comes again",
+curves = {}
+for i in first[3].topk(3).indices.tolist():
+    curves[f"dimension {i}"] = first[:, i]
+curves["median dimension"] = first.median(1).values
+figures.by_layer(top, curves, f"Dimension {c} comes, goes and comes again",
                  [f"dimension {c}"], dict(ncols=2), yscale="log", xlabel=None,
                  ylabel="|x| of token 0 (log)", ylim=(0.03, 3e6))
 figures.by_layer(below, {"heads": sink}, "and so do the sinks", ["heads"],
                  ylabel="attention to token 0,\nmean of heads", ylim=(0, None))
-below.axhline(chance, color="black", lw=0.9, ls=":")
+below.axhline(baseline, color="black", lw=0.9, ls=":")
 show(figure, "04_waves", "Above: size of three dimensions of token 0 by layer, in two "
-     "waves. Below: attention to token 0, high in the same layers, at chance between.")
+     "waves. Below: attention to token 0, high in the same layers, low between.")
 
 # %% [markdown]
 # Before the first wave and between the two, attention to token 0 is near or below
-# chance (dotted). The heads of layer 11 have nothing to find. Such a large entry is
-# called a *massive activation* (Sun et al. 2024, arXiv 2402.17762). The first wave is
-# some thirty times smaller than the second, and has its sinks all the same.
+# the baseline (dotted: uniform attention). The heads of layer 11 have nothing to find.
+# Such a large entry is called a *massive activation* (Sun et al. 2024, arXiv
+# 2402.17762). The first wave is some thirty times smaller than the second, and has its
+# sinks all the same.
 #
 # ## Does it say anything?
 #
@@ -183,16 +206,21 @@ def with_507(value):
 text, target = english(4)
 mean = states[12][:, 0, c].mean()
 taps = {"untouched": None, "zero": with_507(0), "mean": with_507(mean)}
-losses = {name: model(text, target, tap)[1].item() for name, tap in taps.items()}
-print(", ".join(f"{name} {loss:.2f} nats" for name, loss in losses.items()))
-worse = {name: loss - losses["untouched"] for name, loss in losses.items()}
-assert worse["zero"] > 1 and abs(worse["mean"]) < 0.1, "its mean is as good, zero not"
+losses = {}
+for name, tap in taps.items():
+    _, loss = model(text, target, tap)
+    losses[name] = loss.item()
+words = [f"{name} {loss:.2f} nats" for name, loss in losses.items()]
+print(", ".join(words))
+assert losses["zero"] - losses["untouched"] > 1, "the model does without it"
+assert abs(losses["mean"] - losses["untouched"]) < 0.1, "its value tells of the text"
 check("04.prediction", prediction)
 
 # %% [markdown]
-# So this dimension carries no news. It is a constant that marks a place, and the rest
-# of the model is built on it. The same is known of Llama-3.2-1B: four dimensions set
-# to zero ruin it, set to their mean they change nothing.
+# So this dimension carries no information about the text. It is a constant that marks
+# a place, and the rest of the model is built on it. Sun et al. found the same in
+# Llama-2-7B: massive activations set to zero ruin it, set to their mean they change
+# nothing.
 #
 # ## In one that you train
 #
@@ -203,17 +231,21 @@ check("04.prediction", prediction)
 small = models("tiny-softmax", "softmax")
 inputs = {"text after <|bos|>": ("tiny-softmax", windows("bos")[0]),
           "nothing to copy": ("softmax", windows("rest")[0])}
-longest, dominated = {}, {}
 for what, (name, tokens) in inputs.items():
-    both, _ = probe.layers(small[name], tokens, ks=(0, 32))
-    longest[what] = both[0]["norm_ratio"][:-1].max().item()
-    here, there = dominated[what] = [f["dominance"][:-1].max().item() for f in both]
-    print(f"{name}, {what}: longest {longest[what]:.1f}, DomRatio {here:.1f}, of "
-          f"token 32 {there:.1f}, sink {probe.summary(both[0])['sink']:.2f}")
-here, there = dominated["text after <|bos|>"]
-assert longest["text after <|bos|>"] > 1.5 < here / there, "as in SmolLM2, but smaller"
-here, there = dominated["nothing to copy"]
-assert longest["nothing to copy"] < 2 > here / there, "a sink without the disparity"
+    found, _ = probe.layers(small[name], tokens, ks=(0, 32))
+    at_0, at_32 = found
+    longest = at_0["norm_ratio"][:-1].max()
+    here = at_0["dominance"][:-1].max()
+    there = at_32["dominance"][:-1].max()
+    strongest = probe.summary(at_0)["sink"]
+    print(f"{name}, {what}: longest {longest:.1f}, DomRatio {here:.1f}, of "
+          f"token 32 {there:.1f}, sink {strongest:.2f}")
+    if name == "tiny-softmax":
+        assert longest > 1.5, "its first state is not long"
+        assert here > 1.5 * there, "its first state is not dominated"
+    else:
+        assert longest < 2, "its first state is long"
+        assert here < 2 * there, "its first state is dominated"
 
 # %% [markdown]
 # The text model agrees with SmolLM2, in small: its first state is the long one, and a
@@ -228,8 +260,8 @@ assert longest["nothing to copy"] < 2 > here / there, "a sink without the dispar
 # %%
 beside(("model", "Llama-2-7B", "SmolLM2-135M"),
        ("dimension", "2533", str(c)),
-       ("DomRatio of token 0 after RMSNorm", "262.9 (C = 4096)", dom_0.max().item()),
-       ("  token 32", "not reported", dom.max().item()))
+       ("DomRatio of token 0 after RMSNorm", "262.9 (C = 4096)", normed_0.max().item()),
+       ("  token 32", "not reported", normed_32.max().item()))
 
 # %% [markdown]
 # ## What would falsify this
