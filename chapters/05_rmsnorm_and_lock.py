@@ -27,12 +27,19 @@ from model import record
 
 model, _ = real()
 x, _ = random_tokens()
-L, H = model.cfg.num_hidden_layers, model.cfg.num_attention_heads
-K, C = model.cfg.num_key_value_heads, model.cfg.hidden_size
-kinds = ("resid_pre", "q", "k", "scores", "pattern")
-seen = record(model, x, [f"{i}.{kind}" for i in range(L) for kind in kinds])[1]
+L = model.cfg.num_hidden_layers
+H = model.cfg.num_attention_heads
+K = model.cfg.num_key_value_heads
+C = model.cfg.hidden_size
+first_wave = slice(3, 9)  # layers that read the two waves of chapter 04
+second_wave = slice(12, 28)
+
+names = []
+for i in range(L):
+    for kind in ("resid_pre", "q", "k", "scores", "pattern"):
+        names.append(f"{i}.{kind}")
+_, seen = record(model, x, names)
 states = [seen[f"{i}.resid_pre"] for i in range(L)]  # (N, T, C)
-one, two = slice(3, 9), slice(12, 28)  # layers that read the waves of chapter 04
 
 # %% [markdown]
 # ## A filter for direction
@@ -52,22 +59,26 @@ one, two = slice(3, 9), slice(12, 28)  # layers that read the waves of chapter 0
 # limit, and do the normed states of two windows have one direction?
 
 # %%
+near = torch.zeros(L)
+token_0, token_32 = torch.zeros(L), torch.zeros(L)  # cosine between two windows
 with torch.no_grad():
-    norms = [block.input_layernorm for block in model.layers]
-    normed = [norm(state) for norm, state in zip(norms, states)]
-entry = torch.stack([h[:, 0, 507].mean() for h in normed])
-gain = torch.stack([norm.weight.detach()[507] for norm in norms])
-sign = torch.stack([state[:, 0, 507].mean().sign() for state in states])
-limit = sign * C**0.5 * gain
-near = entry / limit
+    for i in range(L):
+        norm = model.layers[i].input_layernorm
+        normed = norm(states[i])
+        sign = states[i][:, 0, 507].mean().sign()
+        limit = sign * C**0.5 * norm.weight[507]
+        near[i] = normed[:, 0, 507].mean() / limit
+        token_0[i] = probe.direction_cos(normed[:, 0])
+        token_32[i] = probe.direction_cos(normed[:, 32])
 for i in (3, 8, 11, 12, 20):
     print(f"layer {i:2}: entry 507 is {near[i]:4.0%} of its limit")
-assert near[two].min() > 0.95 > 0.5 > near[11], "the limit, where 507 is written"
-cosines = [[probe.direction_cos(h[:, t]).item() for h in normed] for t in (0, 32)]
-first, other = torch.tensor(cosines)[:, two]
-print(f"cosine between two windows, layers 12 to 27: token 0 at least {first.min():.3f}"
-      f", token 32 on average {other.mean():.2f}")
-assert first.min() > 0.98 > other.mean() + 0.1, "one direction"
+least, usual = token_0[second_wave].min(), token_32[second_wave].mean()
+print(f"cosine between two windows, layers 12 to 27: token 0 at least {least:.3f}, "
+      f"token 32 on average {usual:.2f}")
+assert near[second_wave].min() > 0.95, "the limit, where 507 is written"
+assert near[11] < 0.5, "and not where it is not"
+assert least > 0.98, "one direction"
+assert usual < 0.88, "and not for every token"
 
 # %% [markdown]
 # A key is a linear map of the normed state, $k_0 = W_K \,\mathrm{RMSNorm}(x_0)$. So one
@@ -92,36 +103,43 @@ def without_norm(state):
 
 
 # %%
-names = ("with RMSNorm", "with a constant")
-lengths, gaps = torch.zeros(2, L), torch.zeros(2, L, H)
+lengths = {"with RMSNorm": torch.zeros(L), "with a constant": torch.zeros(L)}
+gaps = {"with RMSNorm": torch.zeros(L, H), "with a constant": torch.zeros(L, H)}
 for i in range(L):
     grown = without_norm(states[i])
-    length, scores = seen[f"{i}.k"].norm(dim=-1).mean(-1), seen[f"{i}.scores"]
-    for way, by in enumerate((torch.ones_like(grown), grown)):
-        long = length * by  # (N, T)
-        lengths[way, i] = (long[:, 0] / long[:, 1:].median(1).values).mean()
-        gaps[way, i] = probe.lock_gap(scores * by[:, None, None], 0)
+    factors = {"with RMSNorm": torch.ones_like(grown), "with a constant": grown}
+    for name, factor in factors.items():
+        length = seen[f"{i}.k"].norm(dim=-1).mean(-1) * factor  # (N, T)
+        lengths[name][i] = probe.over_median(length, 0).mean()
+        scores = seen[f"{i}.scores"] * factor[:, None, None]
+        gaps[name][i] = probe.lock_gap(scores, 0)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.6))
-look = dict(hot=names[:1], legend={"loc": "upper left"}, yscale="log")
-figures.by_layer(left, dict(zip(names, lengths)), "RMSNorm keeps key 0 short",
-                 **look, ylim=(0.1, 500), ylabel="length of key 0 / median key (log)")
-figures.by_layer(right, dict(zip(names, gaps)), "and its logit near ten nats",
-                 **look, ylim=(0.5, 5000), ylabel="largest lock gap, nats (log)")
+look = dict(hot=["with RMSNorm"], legend={"loc": "upper left"}, yscale="log")
+figures.by_layer(left, lengths, "RMSNorm keeps key 0 short", **look,
+                 ylim=(0.1, 500), ylabel="length of key 0 / median key (log)")
+figures.by_layer(right, gaps, "and its logit near ten nats", **look,
+                 ylim=(0.5, 5000), ylabel="largest lock gap, nats (log)")
 show(figure, "05_without", "Left: length of key 0 by layer, below 1 with RMSNorm, far "
      "above with a constant. Right: its logit, about 10 nats, and hundreds without.")
-largest = gaps.amax(2)
-grows, grows_alone = largest[:, two].mean(1) / largest[:, one].mean(1)
-print(f"largest gap, second wave over first: {grows:.1f} with RMSNorm, "
-      f"{grows_alone:.1f} with a constant")
-assert 0.3 < grows < 3 < grows_alone, "the norm hides the length, a constant does not"
-assert lengths[0, two].max() < 1 < lengths[1, two].min(), "and keeps the key short"
+
+# %%
+growth = {}
+for name, gap in gaps.items():
+    largest = gap.amax(1)  # (L,)
+    growth[name] = largest[second_wave].mean() / largest[first_wave].mean()
+print(f"largest gap, second wave over first: {growth['with RMSNorm']:.1f} with RMSNorm,"
+      f" {growth['with a constant']:.1f} with a constant")
+assert 0.3 < growth["with RMSNorm"] < 3, "the norm hides the length"
+assert growth["with a constant"] > 3, "a constant does not"
+assert lengths["with RMSNorm"][second_wave].max() < 1, "the norm keeps the key short"
+assert lengths["with a constant"][second_wave].min() > 1, "a constant does not"
 
 # %% [markdown]
 # In the second wave of chapter 04 the state is many times as long as in the first. With
-# the norm the logits do not know. With a constant they grow with it, and a softmax with
-# a gap of hundreds of nats is a switch: it puts everything on key 0 or nothing.
+# the norm, the logits do not change. With a constant they grow with it, and a softmax
+# with a gap of hundreds of nats is a switch: it puts everything on key 0 or nothing.
 #
 # Now let the model *run* with such keys, and leave all else as it is. Predict (exercise
 # 1): does the mean attention to token 0 of layers 12 to 27 "fall", "stay" or "rise"?
@@ -136,28 +154,32 @@ def constant_scale():
     grown = {}
 
     def tap(name, value):
-        layer, _, what = name.rpartition(".")
-        if what == "resid_pre":
+        layer, _, kind = name.rpartition(".")
+        if kind == "resid_pre":
             grown[layer] = without_norm(value)[..., None, None]
-        return value * grown[layer] if what == "k" and layer != "0" else value
+        if kind == "k" and layer != "0":
+            return value * grown[layer]
+        return value
     return tap
 
 
-wanted = [probe.metric("sink")]
+# %%
+taps = {"with RMSNorm": None, "with a constant": constant_scale()}
 attention, loss = {}, {}
 text, target = english(4)
-for name, tap in zip(names, (None, constant_scale())):
-    found = probe.layers(model, x[:4], tap, wanted=wanted)[0][0]["sink"]
-    attention[name] = found[two].mean().item()
+for name, tap in taps.items():
+    (found,), _ = probe.layers(model, x[:4], tap, wanted=[probe.metric("sink")])
+    attention[name] = found["sink"][second_wave].mean().item()
     with torch.no_grad():
         loss[name] = model(text, target, tap)[1].item()
     print(f"{name}: attention {attention[name]:.3f}, loss {loss[name]:.2f} nats")
 
 # %%
 check("05.prediction", prediction)
-usual, switched = attention.values()
-good, bad = loss.values()
-assert switched > 0.95 > usual + 0.2 and bad > good + 1, "a switch that cannot read"
+good, bad = loss["with RMSNorm"], loss["with a constant"]
+assert attention["with RMSNorm"] < 0.75, "heads rest as much as they want"
+assert attention["with a constant"] > 0.95, "a switch"
+assert bad > good + 1, "that cannot read"
 
 # %% [markdown]
 # So RMSNorm does two things for a sink. It makes the direction of a long state the
@@ -179,10 +201,14 @@ lock, positive, sink = [], [], []
 for i in range(1, L):
     key = seen[f"{i}.k"][:, 0].repeat_interleave(H // K, 1)  # of every query head
     lock.append(probe.lock_cos(seen[f"{i}.q"], key, 0))
-    positive.append((seen[f"{i}.scores"][:, :, 1:, 0] > 0).float().mean((0, 2)))
+    likes = seen[f"{i}.scores"][:, :, 1:, 0] > 0  # (N, H, T - 1)
+    positive.append(likes.float().mean((0, 2)))
     sink.append(probe.sink_score(seen[f"{i}.pattern"], 0).mean(0))
-lock, positive, sink = (torch.cat(v) for v in (lock, positive, sink))  # (heads,)
-locked, has_sink = positive > 0.95, sink > probe.SINK
+lock = torch.cat(lock)  # of all heads after layer 0
+positive = torch.cat(positive)
+sink = torch.cat(sink)
+locked = positive > 0.95
+has_sink = sink > probe.SINK
 
 # %%
 figure, axis = plt.subplots(figsize=(8.8, 3.9))
@@ -195,13 +221,17 @@ figures.dress(axis, "A sink only where nearly all queries are on the side of key
               ylabel="attention to token 0", ylim=(0, 1.15))
 show(figure, "05_heads", "Scatter of 261 heads. Those with nearly all queries on the "
      "side of key 0 lie mostly above the sink threshold, the others below it.")
+
+# %%
 both = (locked & has_sink).sum()
+tau = probe.kendall_tau(lock, sink)
 print(f"{len(sink)} heads: {has_sink.sum()} with a sink, {locked.sum()} locked, {both} "
-      f"both; Kendall tau of the two axes {probe.kendall_tau(lock, sink):.2f}")
-share = locked.view(-1, H).float().mean(1)  # of each layer from 1 on
-print("layers with few locked:", (share < 0.5).nonzero()[:, 0].add(1).tolist())
-unlocked = has_sink[~locked].float().mean()
-assert both / has_sink.sum() > 0.9 and unlocked < 0.3, "a sink only with the lock"
+      f"both; Kendall tau of the two axes {tau:.2f}")
+locked_share = locked.view(L - 1, H).float().mean(1)  # of each layer from 1 on
+few = 1 + (locked_share < 0.5).nonzero()[:, 0]
+print("layers with few locked:", few.tolist())
+assert both / has_sink.sum() > 0.9, "a sink only with the lock"
+assert has_sink[~locked].float().mean() < 0.3, "without it seldom one"
 
 # %% [markdown]
 # The crosses are mostly heads of layers in which the dimension is not there: before it
@@ -213,32 +243,39 @@ assert both / has_sink.sum() > 0.9 and unlocked < 0.3, "a sink only with the loc
 
 
 # %%
-def after_first(net, tokens, what):
-    """`what` of every head after layer 0, (N, heads, T, T)."""
-    names = [f"{i}.{what}" for i in range(1, net.cfg.num_hidden_layers)]
-    return torch.cat(list(record(net, tokens, names)[1].values()), 1)
+def after_first(net, tokens, kind):
+    """The scores or the pattern of every head after layer 0, (N, heads, T, T)."""
+    names = [f"{i}.{kind}" for i in range(1, net.cfg.num_hidden_layers)]
+    _, seen = record(net, tokens, names)
+    return torch.cat(list(seen.values()), 1)
 
 
 inputs = {"tiny-softmax": windows("bos")[0], "softmax": windows("rest")[0]}
 key_0, others = {}, {}
-for name, net in models(*inputs).items():
-    scores, pattern = (after_first(net, inputs[name], w) for w in ("scores", "pattern"))
+for name, net in models("tiny-softmax", "softmax").items():
+    scores = after_first(net, inputs[name], "scores")
+    pattern = after_first(net, inputs[name], "pattern")
     attends = probe.sink_score(pattern, 0).mean(0)
     head = attends.argmax()
-    key_0[name] = scores[:, head, 1:, 0].mean().item()
-    others[name] = key_0[name] - probe.lock_gap(scores, 0)[head].item()
-    liked = (scores[:, head, 1:, 0] > 0).float().mean()
+    logits = scores[:, head, 1:, 0]
+    gap = probe.lock_gap(scores, 0)[head]
+    key_0[name] = logits.mean().item()
+    others[name] = key_0[name] - gap.item()
+    liked = (logits > 0).float().mean()
     print(f"{name}: sink {attends[head]:.2f}, logit of key 0 {key_0[name]:.1f}, "
           f"above 0 for {liked:.0%} of queries; of the others {others[name]:.1f}")
-assert key_0["tiny-softmax"] > 3 > abs(others["tiny-softmax"]), "key 0 is liked"
+
+# %%
+assert key_0["tiny-softmax"] > 3, "key 0 is liked"
+assert abs(others["tiny-softmax"]) < 3, "the others are neither liked nor disliked"
 assert others["softmax"] < -2 < key_0["softmax"], "all other keys are disliked"
 
 # %% [markdown]
-# `tiny-softmax` locks as SmolLM2 does: queries like key 0, and the other keys leave
-# them cold. In `softmax`, where nothing is to be copied, the larger part of the gap is
-# that queries dislike all *others*. Softmax sees only *differences*: a key that every
-# query likes by 0 is a sink if every other key is disliked. "On the side of the
-# queries" is the paper's count; "above the others" is what attention needs.
+# `tiny-softmax` locks as SmolLM2 does: queries like key 0, and the other keys score
+# about zero. In `softmax`, where nothing is to be copied, the larger part of the gap is
+# that queries dislike all *others*. Softmax sees only *differences*: a key with logit 0
+# is a sink if every other key is disliked. "On the side of the queries" is the paper's
+# count; "above the others" is what attention needs.
 #
 # ## Beside the paper
 
@@ -247,7 +284,7 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
        ("q.k_0 > 0 in heads that lock", "nearly 100 %",
         f"{positive[has_sink].mean():.1%} in heads with a sink"),
        ("normed x_0 on its axis", "about sqrt(C) gamma_c",
-        f"{near[two].mean():.1%} of it"),
+        f"{near[second_wave].mean():.1%} of it"),
        ("without RMSNorm in the keys", "not reported",
         f"loss {good:.1f} to {bad:.1f} nats"))
 

@@ -17,6 +17,8 @@
 # trained (two minutes more).
 
 # %%
+from functools import partial
+
 from lesson import beside, check, figures, models, plt
 from lesson import random_tokens, real, show, windows
 
@@ -27,7 +29,9 @@ from model import make_tap, record
 
 model, _ = real()
 x, y = random_tokens(4)
-T, L, k = x.shape[1], model.cfg.num_hidden_layers, 10
+T = x.shape[1]
+L = model.cfg.num_hidden_layers
+k = 10
 
 # %% [markdown]
 # ## The logic
@@ -61,23 +65,33 @@ prediction = [...]
 # %% [markdown]
 # ## One cut and one forgery, seen
 #
-# `probe.known` reads from the untouched model which neurons write most at token 0.
+# `probe.targets` reads from the untouched model which neurons write most at token 0.
 # `make_tap` changes activations while the model runs; a mask says who may look where.
 
 # %%
-edits = {}
-for i, ids in enumerate(probe.targets(model, x)[0].neurons):
-    quiet = lambda post, ids=ids: post[:, 0].index_fill(-1, ids, 0)
-    edits[f"{i}.mlp_post"] = probe.at_token(0, quiet)
-alone = torch.ones(T, T, dtype=torch.bool)  # True where a query may look
-alone[k] = torch.arange(T) == k
+target, _ = probe.targets(model, x)
 
-layer, patterns = 16, {}
+
+def silence(neurons):
+    """An edit: these neurons answer nothing at token 0."""
+    def silent(post):
+        return post[:, 0].index_fill(-1, neurons, 0)
+    return probe.at_token(0, silent)
+
+
+edits = {f"{i}.mlp_post": silence(target.neurons[i]) for i in range(L)}
+alone = torch.ones(T, T, dtype=torch.bool)  # True where a query may look
+alone[k] = torch.arange(T) == k  # token k sees only itself
+
+# %%
 cases = {"as it is": {},
          "five neurons a layer silent": {"tap": make_tap(model.cfg, edits)},
          "token 10 sees only itself": {"mask": alone}}
+layer = 16
+patterns = {}
 for name, how in cases.items():
-    pattern = record(model, x, [f"{layer}.pattern"], **how)[1][f"{layer}.pattern"]
+    _, seen = record(model, x, [f"{layer}.pattern"], **how)
+    pattern = seen[f"{layer}.pattern"]
     patterns[name] = pattern.mean((0, 1))  # over windows and heads
 
 # %%
@@ -86,8 +100,13 @@ figure = figures.maps(patterns, ((0,), (0,), (0, k)), "A sink taken away, and on
 show(figure, "06_maps", "Three attention maps: a column at token 0; the same column "
      "gone when five neurons a layer are silent; a second one at token 10, which sees "
      "only itself.")
-was, silent, forged = (p[k + 1:].mean(0) for p in patterns.values())
-assert silent[0] < was[0] / 3 and forged[k] > 10 * was[k], "one taken, one made"
+
+# %%
+untouched = patterns["as it is"][k + 1:].mean(0)  # (T,): what each token is given
+silent = patterns["five neurons a layer silent"][k + 1:].mean(0)
+forged = patterns["token 10 sees only itself"][k + 1:].mean(0)
+assert silent[0] < untouched[0] / 3, "one taken"
+assert forged[k] > 10 * untouched[k], "one made"
 
 # %% [markdown]
 # In the middle map tokens 1 to 4 take over a part: nothing is silent there, and of all
@@ -110,21 +129,25 @@ assert silent[0] < was[0] / 3 and forged[k] > 10 * was[k], "one taken, one made"
 # %%
 table = probe.cuts(model, x, y, k)
 verdicts = probe.verdicts([table], T)
-share = {f"{v['kind']} {v['link']}": v["share"] for v in verdicts}
-holds = {f"{v['kind']} {v['link']}" for v in verdicts if v["word"] == "holds"}
+share, word = {}, {}
+for verdict in verdicts:
+    name = f"{verdict['kind']} {verdict['link']}"  # "cut lock"
+    share[name] = verdict["share"]
+    word[name] = verdict["word"]
 
 # %%
-figure = figures.cut({"SmolLM2": verdicts})
+figure = figures.cut({"SmolLM2": verdicts}, probe.WHOLE)
 show(figure, "06_shares", "Bars: cutting variance, neurons, direction and lock takes "
      "most of the sink, cutting W_O nothing; forgeries make one; controls are short.")
 check("06.prediction", prediction)
 for link in ("neurons", "direction", "lock"):
-    assert {f"cut {link}", f"forge {link}"} <= holds, f"{link} does not carry the sink"
+    assert word[f"cut {link}"] == "holds", f"{link} is not needed"
+    assert word[f"forge {link}"] == "holds", f"{link} is not enough"
 assert share["cut W_O"] < 0.25, "the length of z_0 carries the sink"
 
 # %% [markdown]
 # Cutting *variance* does more than its name says: a $z_0$ that is the mean of the
-# others has lost its variance, and everything else by which it was its own. Cutting
+# others has lost its variance, and everything else that made it distinct. Cutting
 # *W_O* takes its length only, and moves little. What separates the two is that $z_0$
 # is *unmixed*.
 #
@@ -140,40 +163,45 @@ assert share["cut W_O"] < 0.25, "the length of z_0 carries the sink"
 # alone. All act in every layer.
 
 # %%
-wanted = [probe.metric("sink")]
-
-
 def attention(tap=None):
     """(L - 1, H) to token 0 and to token k, in layers after the first."""
-    both = probe.layers(model, x, tap, ks=(0, k), wanted=wanted)[0]
-    return [probe.later(found["sink"]) for found in both]
+    wanted = [probe.metric("sink")]
+    (first, tenth), _ = probe.layers(model, x, tap, ks=(0, k), wanted=wanted)
+    return probe.later(first["sink"]), probe.later(tenth["sink"])
 
 
-free = attention()
-resting = free[0] > probe.SINK
+free_0, free_k = attention()
+resting = free_0 > probe.SINK  # the heads that have a sink
 
 
 def forged_share(tap):
-    first, tenth = (a[resting].mean().item() for a in attention(tap))
-    gain = max(tenth - free[1][resting].mean().item(), 0)
-    return gain / (gain + max(first - probe.uniform_sink(T), 0))
-
-
-def at_k(name, change, layers=range(L), axis=1):
-    """A tap that gives an activation of these layers to `change`, at token k."""
-    edit = probe.at_token(k, lambda z: change(z, k, None, None), axis)
-    return make_tap(model.cfg, {f"{i}.{name}": edit for i in layers})
+    """The share of the two sinks that token k has, by the formula above."""
+    to_0, to_k = attention(tap)
+    gained = to_k[resting].mean().item() - free_k[resting].mean().item()
+    kept = to_0[resting].mean().item() - probe.uniform_sink(T)
+    gained, kept = max(gained, 0), max(kept, 0)
+    return gained / (gained + kept)
 
 
 # %%
+def at_k(name, change, layers=range(L), axis=1):
+    """A tap that gives an activation of these layers to `change`, at token k."""
+    def changed(activation):
+        return change(activation, k, None, None)
+    edit = probe.at_token(k, changed, axis)
+    return make_tap(model.cfg, {f"{i}.{name}": edit for i in layers})
+
+
 ways = {"amplify": probe.amplify, "scale": probe.scale, "shift": probe.shift}
-factors, curves = (2, 5, 10), {name: [] for name in ways}
+factors = (2, 5, 10)
+curves = {name: [] for name in ways}
 for name, change in ways.items():
-    for by in factors:
-        tap = at_k("z", lambda *where: change(*where, factor=float(by)))
+    for factor in factors:
+        tap = at_k("z", partial(change, factor=float(factor)))
         curves[name].append(forged_share(tap))
 assert abs(curves["amplify"][1] - share["forge W_O"]) < 1e-3, "probe says otherwise"
 
+# %%
 figure, axis = plt.subplots(figsize=(6.4, 3))
 figures.lines(axis, curves, factors, hot=["amplify"])
 axis.set(xscale="log", ylim=(0, 0.6))
@@ -182,8 +210,9 @@ figures.dress(axis, "Amplified variance makes a sink, length alone does not", {}
 axis.set_xticks(factors, factors)
 show(figure, "06_lambda", "Share of the forged sink over lambda: amplified deviations "
      "come near a half, scaling and a constant shift stay far below.")
-strongest = max(*curves["scale"], *curves["shift"])
-assert curves["amplify"][2] > 2 * strongest, "variance does more than length"
+amplified = curves["amplify"][-1]
+assert amplified > 2 * max(curves["scale"]), "amplifying does more than scaling"
+assert amplified > 2 * max(curves["shift"]), "variance does more than length"
 
 # %% [markdown]
 # This is the paper's finding, with a stricter control. Beyond 10 more does not help
@@ -196,16 +225,21 @@ assert curves["amplify"][2] > 2 * strongest, "variance does more than length"
 # %%
 depths = {"all": range(L), "only 0": [0], "0 to 3": range(4), "0 to 11": range(12),
           "12 to 29": range(12, L)}
-made = {name: forged_share(at_k("scores", probe.see_only_itself, layers, axis=2))
-        for name, layers in depths.items()}
+made = {}
+for name, layers in depths.items():
+    tap = at_k("scores", probe.see_only_itself, layers, axis=2)
+    made[name] = forged_share(tap)
+
+# %%
 figure, axis = plt.subplots(figsize=(6.4, 2.8))
 figures.bars(axis, {"share": made}, "The mask must last until the state is long",
              hot=["share"], xlabel="layers in which token 10 sees only itself",
              ylabel="share of the two sinks")
 show(figure, "06_layers", "Share of the forged sink by masked layers: all layers and "
      "the first twelve give a half, the first alone and those after layer 11 nothing.")
-enough, too_few = made["0 to 11"], max(made["only 0"], made["12 to 29"])
-assert enough > 0.8 * made["all"] and too_few < 0.1, "the first waves decide"
+assert made["0 to 11"] > 0.8 * made["all"], "the first waves decide"
+assert made["only 0"] < 0.1, "one layer is not enough"
+assert made["12 to 29"] < 0.1, "after the first waves it is too late"
 
 # %% [markdown]
 # One layer is not enough, though the *variance* at its output is then all there. And
@@ -218,13 +252,18 @@ assert enough > 0.8 * made["all"] and too_few < 0.1, "the first waves decide"
 # with nothing to copy.
 
 # %%
-small, (rest, targets) = models("softmax")["softmax"], windows("rest", 16)
+small = models("softmax")["softmax"]
+rest, next_tokens = windows("rest", 16)
+small_table = probe.cuts(small, rest, next_tokens, k)
 toy = {}
-for v in probe.verdicts([probe.cuts(small, rest, targets, k)], T):
-    name, strongest = f"{v['kind']} {v['link']}", max(v["controls"])[0]
-    toy[name] = v["share"]
-    print(f"{name:16} {toy[name]:4.0%}   strongest control {max(strongest, 0):4.0%}")
-assert toy["forge variance"] > 0.25 and toy["cut direction"] > 0.5, "as in SmolLM2"
+for verdict in probe.verdicts([small_table], T):
+    name = f"{verdict['kind']} {verdict['link']}"
+    toy[name] = verdict["share"]
+    controls = [mean for mean, std in verdict["controls"]]
+    strongest = max(0, *controls)
+    print(f"{name:16} {toy[name]:4.0%}   strongest control {strongest:4.0%}")
+assert toy["forge variance"] > 0.25, "as in SmolLM2"
+assert toy["cut direction"] > 0.5, "as in SmolLM2"
 assert toy["cut lock"] < 0.25, "here the leading query does not carry the sink"
 
 # %% [markdown]
@@ -241,10 +280,9 @@ assert toy["cut lock"] < 0.25, "here the leading query does not carry the sink"
 
 # %%
 beside(("token 10 sees only itself: a sink", "yes", share["forge variance"]),
-       ("amplified variance, lambda 10", "yes, rising with lambda",
-        curves["amplify"][2]),
-       ("  scaled", "none", curves["scale"][2]),
-       ("  a shift to the same length", "not tried", curves["shift"][2]),
+       ("amplified variance, lambda 10", "yes, rising with lambda", amplified),
+       ("  scaled", "none", curves["scale"][-1]),
+       ("  a shift to the same length", "not tried", curves["shift"][-1]),
        ("super neurons silent: sink lost", "not tried", share["cut neurons"]))
 
 # %% [markdown]
@@ -302,6 +340,7 @@ check("06.first_layer", first_layer)
 # the mean of all heads that had a sink before: a cut can spare one of them.
 
 # %%
-figure = figures.matrix([table])
+rows = list(probe.matrix([table]))
+figure = figures.matrix(rows, probe.headline_keys())
 show(figure, "06_matrix", "Every edit and control by every link: the numbers after it, "
      "darker where they changed more.")

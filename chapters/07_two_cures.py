@@ -17,7 +17,6 @@
 # are trained (about 8 minutes on two cores; they stay in `out/`).
 
 # %%
-import json
 from statistics import fmean, stdev
 
 from lesson import ROOT, beside, check, figures, models, plt, show, untrained, windows
@@ -25,6 +24,7 @@ from lesson import ROOT, beside, check, figures, models, plt, show, untrained, w
 import torch
 
 import probe
+from data.common import read_json
 from model import make_tap, record
 
 ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
@@ -45,7 +45,8 @@ ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
 #
 # - Softmax weights add up to 1: a head that wants nothing must still look somewhere.
 # - **Sigmoid** weights do not compete: all may close. $n$ is the training length.
-# - **Headnorm**, the paper's: what a head finds has one length; $\lambda$ is learned.
+# - **Headnorm**, the paper's: it rescales each head's output to a fixed length;
+#   $\lambda$ is learned.
 # - **Gated** (arXiv 2505.06708) is known to work: our *positive control*.
 #
 # ### Predict first (exercise 1)
@@ -57,9 +58,11 @@ ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
 prediction = [...]  # names out of ATTENTIONS
 
 # %%
-names = [*ATTENTIONS, *(f"tiny-{attn}" for attn in ATTENTIONS)]
-trained = models(*names)  # what is missing is trained now: a minute or two each
-rest, copy, text = windows("rest")[0], windows("copy"), windows("bos")
+tiny = [f"tiny-{attn}" for attn in ATTENTIONS]
+trained = models(*ATTENTIONS, *tiny)  # what is missing is trained: a minute or two each
+rest, _ = windows("rest")
+copy = windows("copy")
+text = windows("bos")
 
 # %% [markdown]
 # ## What a cure is meant to change
@@ -70,14 +73,14 @@ rest, copy, text = windows("rest")[0], windows("copy"), windows("bos")
 # V_t = \frac{(t + 1)\,\sigma^2}{(n + 1)^2} \ \text{(sigmoid)}, \qquad
 # V_t \approx 1 \ \text{(headnorm)}.$$
 #
-# So softmax makes the first token an outlier, sigmoid turns that *round*, and headnorm
+# So softmax makes the first token an outlier, sigmoid *reverses* this, and headnorm
 # nearly levels it: *parity*. A gate near one half changes nothing.
 
 # %%
 curves, gap = {}, {}
 for attn in ATTENTIONS:
-    z = record(untrained(attn), rest, ["0.z"])[1]["0.z"]
-    curves[attn] = probe.variance(z).detach()
+    _, seen = record(untrained(attn), rest, ["0.z"])
+    curves[attn] = probe.variance(seen["0.z"]).detach()
     gap[attn] = probe.over_median(curves[attn], 0).item()
 
 figure, axis = plt.subplots(figsize=(6.4, 3))
@@ -85,8 +88,10 @@ figures.by_position(axis, curves, "Before training: outlier, reverse, near parit
                     ylabel="variance of z (log)")
 show(figure, "07_variance", "Variance by position before training: softmax and gated "
      "fall, sigmoid rises, headnorm is nearly level.")
-level = gap["headnorm"] < gap["softmax"] / 5
-assert level and min(gap["softmax"], gap["gated"]) > 5 > 0.3 > gap["sigmoid"], str(gap)
+assert gap["softmax"] > 5, "no outlier under softmax"
+assert gap["gated"] > 5, "no outlier under gated"
+assert gap["sigmoid"] < 0.3, "not reversed under sigmoid"
+assert gap["headnorm"] < gap["softmax"] / 5, "not level under headnorm"
 
 # %% [markdown]
 # ## Where the first token is ordinary
@@ -98,23 +103,31 @@ assert level and min(gap["softmax"], gap["gated"]) > 5 > 0.3 > gap["sigmoid"], s
 @torch.no_grad()
 def measured(name, quiet, x, y):
     """The chain of a model in the windows `quiet`; also printed: its loss on x, y."""
-    c = probe.chain(trained[name], quiet)
-    loss = trained[name](x, y)[1].item()
-    print(f"{name:14}sink {c['sink']:.2f}, first state x {c['norm_ratio']:.2f}, "
-          f"DomRatio {c['dominance']:4.1f}, value x {c['drain']:.2f}, loss {loss:.2f}")
-    return c
+    found = probe.chain(trained[name], quiet)
+    _, loss = trained[name](x, y)
+    print(f"{name:14}sink {found['sink']:.2f}, "
+          f"first state x {found['norm_ratio']:.2f}, "
+          f"DomRatio {found['dominance']:4.1f}, "
+          f"value x {found['drain']:.2f}, loss {loss.item():.2f}")
+    return found
 
 
-copying = {attn: measured(attn, rest, *copy) for attn in ATTENTIONS}
+copying = {}
+for attn in ATTENTIONS:
+    copying[attn] = measured(attn, rest, *copy)
 check("07.prediction", prediction)
 
-patterns = {attn: figures.portrait(trained[attn], rest)["map"] for attn in ATTENTIONS}
+# %%
+patterns = {}
+for attn in ATTENTIONS:
+    patterns[attn] = probe.portrait(trained[attn], rest)["map"]
 figure = figures.maps(patterns, [(0,)] * 4, "Nothing to copy: three of four look at "
                       "token 0 (seed 0)")
 show(figure, "07_maps", "Maps of the strongest head of each attention where nothing "
      "can be copied: a column at token 0 in all but sigmoid.")
-sinks = {attn for attn in ATTENTIONS if copying[attn]["sink"] > probe.SINK}
-assert sinks == {"softmax", "headnorm", "gated"}, f"sinks in {sinks}"
+for attn in ("softmax", "headnorm", "gated"):
+    assert copying[attn]["sink"] > probe.SINK, f"{attn} has no sink"
+assert copying["sigmoid"]["sink"] <= probe.SINK, "sigmoid has a sink"
 
 # %% [markdown]
 # Headnorm keeps its sink, and so does gated. A test that a good cure fails is no test.
@@ -135,49 +148,58 @@ def passage_ends(model, x, hidden=None, tap=None):
     mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
     if hidden is not None:
         mask[hidden + 1:, hidden] = False
-    p = model(x, tap=tap, mask=mask)[0].softmax(-1)
-    return p[..., 16:32].sum(-1).mean(0)  # the upper case
+    logits, _ = model(x, tap=tap, mask=mask)
+    upper_case = logits.softmax(-1)[..., 16:32]
+    return upper_case.sum(-1).mean(0)
 
 
-hide = {"untouched": None, "token 5 hidden": 5, "token 0 hidden": 0}
 copier = trained["softmax"]
-u = {name: passage_ends(copier, rest, t) for name, t in hide.items()}
+untouched = passage_ends(copier, rest)
+without_5 = passage_ends(copier, rest, hidden=5)
+without_0 = passage_ends(copier, rest, hidden=0)
 
 # %%
+curves = {"untouched": untouched[:32], "token 5 hidden": without_5[:32],
+          "token 0 hidden": without_0[:32]}
 figure, axis = plt.subplots(figsize=(6.4, 3))
-figures.lines(axis, {name: curve[:32] for name, curve in u.items()},
-              hot=("token 0 hidden",))
+figures.lines(axis, curves, hot=["token 0 hidden"])
 figures.dress(axis, "Without token 0 the model is one place behind", {},
               xlabel="position t", ylabel="u: the passage ends")
 show(figure, "07_ruler", "The probability that the passage ends, by position. With "
      "token 0 hidden the curve is the same, one place to the right.")
-free, other, without = u.values()
-moved, control = ((v - free)[1:].abs().mean() for v in (without, other))
-after_shift = (without[1:] - free[:-1])[1:].abs().mean()
+moved = (without_0 - untouched)[1:].abs().mean()
+after_shift = (without_0[1:] - untouched[:-1])[1:].abs().mean()
+control = (without_5 - untouched)[1:].abs().mean()
 print(f"token 0 hidden changes u by {moved:.4f} on average, compared one place "
       f"later by {after_shift:.4f}; token 5 hidden: {control:.4f}")
-assert max(after_shift, control) < moved / 3, "token 0 is no ruler"
+assert after_shift < moved / 3, "token 0 is no ruler"
+assert control < moved / 3, "token 5 does a third as much"
 
 # %% [markdown]
 # It counts from token 1, and is wrong by one. Is that the head with the sink? Hide
 # token 0 from one head at a time.
 
 # %%
-def blind(layer, head):  # a tap: this head may not look at token 0
+def blind(layer, head):
+    """A tap: this head may not look at token 0."""
     def hide(scores):
         scores[:, head, 1:, 0] = -torch.inf
         return scores
     return make_tap(copier.cfg, {f"{layer}.scores": hide})
 
 
-attends = probe.layers(copier, rest)[0][0]["sink"]  # (L, H)
-off = torch.zeros_like(attends)
-for at in torch.ones_like(off).nonzero().tolist():
-    blinded = passage_ends(copier, rest, tap=blind(*at))
-    off[tuple(at)] = (blinded - free)[1:].abs().mean()
+(found,), _ = probe.layers(copier, rest)
+attends = found["sink"]  # (L, H)
+L, H = attends.shape
+off = torch.zeros(L, H)
+for layer in range(L):
+    for head in range(H):
+        blinded = passage_ends(copier, rest, tap=blind(layer, head))
+        off[layer, head] = (blinded - untouched)[1:].abs().mean()
 most, second = off.flatten().topk(2).values
 print(f"hidden from one head: most {most:.4f}, second {second:.4f}")
-assert off.argmax() == attends.argmax() and most > 2 * second, "another head measures"
+assert off.argmax() == attends.argmax(), "another head measures"
+assert most > 2 * second, "several heads measure"
 
 # %% [markdown]
 # That head reads there how far the model has come. If each letter ends its passage with
@@ -188,12 +210,19 @@ assert off.argmax() == attends.argmax() and most > 2 * second, "another head mea
 # `<|bos|>` has an embedding of its own: a head finds it *by name*, and needs no chain.
 
 # %%
-named = {attn: measured(f"tiny-{attn}", text[0], *text) for attn in ATTENTIONS}
-sinks = {attn for attn in ATTENTIONS if named[attn]["sink"] > probe.SINK}
-assert sinks == {*ATTENTIONS} - {"sigmoid"}, f"sinks on <|bos|> in {sinks}"
-soft, head = named["softmax"], named["headnorm"]
-less = max(head[key] / soft[key] for key in ("norm_ratio", "dominance"))
-assert less < 0.8 and soft["drain"] < 0.5 and head["drain"] > 1, "no less of an outlier"
+named = {}
+for attn in ATTENTIONS:
+    named[attn] = measured(f"tiny-{attn}", text[0], *text)
+for attn in ("softmax", "headnorm", "gated"):
+    assert named[attn]["sink"] > probe.SINK, f"{attn} has no sink on <|bos|>"
+assert named["sigmoid"]["sink"] <= probe.SINK, "sigmoid has a sink on <|bos|>"
+
+# %%
+softmax, headnorm = named["softmax"], named["headnorm"]
+assert headnorm["norm_ratio"] < 0.8 * softmax["norm_ratio"], "no shorter state"
+assert headnorm["dominance"] < 0.8 * softmax["dominance"], "no lower DomRatio"
+assert softmax["drain"] < 0.5, "softmax does not drain v_0"
+assert headnorm["drain"] > 1, "headnorm does not make v_0 long"
 
 # %% [markdown]
 # Headnorm does change the outlier: a shorter first state and a lower DomRatio, as the
@@ -202,29 +231,33 @@ assert less < 0.8 and soft["drain"] < 0.5 and head["drain"] > 1, "no less of an 
 # angle to it: $\lVert z \rVert^2 = a^2 d^2 + (1 - a)^2$. With softmax, $d \to 0$ and
 # $a \to 1$ make $z$ vanish. Headnorm divides by $\lVert z \rVert$: the nearest thing to
 # nothing is a *constant*, which later layers can subtract, and a long $v_0$ buys one
-# with less attention. So the cure is parity of variance, or the loss of a no-op.
+# with less attention. Two explanations remain: equal variance, or that a head can no
+# longer output nothing.
 #
 # ## Five seeds, several learning rates
 #
 # `python -m tests.cures` has trained these, with equal data, order and first weights.
 
 # %%
-results = json.loads((ROOT / "tests/results/cures.json").read_text())
-grid = results["grid"]
+grid = read_json(ROOT / "tests/results/cures.json")["grid"]
 RATES = sorted(grid["softmax"], key=float)
 
 
 def seeds(attn, rate, key):
     """Of each seed its sink, rank, or excess: loss over that of a perfect predictor."""
-    runs = [run for _, run in sorted(grid[attn][rate].items())]
-    return [(run["chain"] | run)[key] for run in runs]
+    values = []
+    for seed, run in sorted(grid[attn][rate].items()):
+        numbers = run["chain"] | run
+        values.append(numbers[key])
+    return values
 
 
 # %%
 figure, axes = plt.subplots(1, len(RATES), figsize=(8.8, 2.9), sharey=True)
 for axis, rate in zip(axes, RATES):
     for place, attn in enumerate(ATTENTIONS):
-        sinks, losses = seeds(attn, rate, "sink"), seeds(attn, rate, "excess")
+        sinks = seeds(attn, rate, "sink")
+        losses = seeds(attn, rate, "excess")
         color = figures.ACCENT if attn == "softmax" else "black"
         axis.plot([place] * len(sinks), sinks, "o", color=color, mfc="none", ms=7)
         print(f"{rate:>6} {attn:9} sink {fmean(sinks):.2f} ± {stdev(sinks):.2f}, "
@@ -237,23 +270,31 @@ show(figure, "07_seeds", "The sink of each attention, a dot a seed, a panel a le
      "rate: sigmoid stays below 0.3, headnorm is as high as softmax.")
 
 # %%
-means = {attn: fmean(seeds(attn, "0.005", "sink")) for attn in ATTENTIONS}
-price = {attn: fmean(seeds(attn, "0.005", "excess")) for attn in ATTENTIONS}
-none = max(seeds("sigmoid", "0.005", "sink")) < probe.SINK
-assert none and price["sigmoid"] == max(price.values()), "sigmoid: no sink, at a price"
-assert means["headnorm"] > 0.8 * means["softmax"] > means["gated"], "not as claimed"
+means, price = {}, {}
+for attn in ATTENTIONS:
+    means[attn] = fmean(seeds(attn, "0.005", "sink"))
+    price[attn] = fmean(seeds(attn, "0.005", "excess"))
+assert max(seeds("sigmoid", "0.005", "sink")) < probe.SINK, "a seed of sigmoid has one"
+assert price["sigmoid"] == max(price.values()), "sigmoid's loss is not the highest"
+assert means["headnorm"] > 0.8 * means["softmax"], "headnorm lowers the sink"
+assert means["gated"] < 0.8 * means["softmax"], "gated does not lower the sink"
 
+# %%
 loss, rank = {}, {}
 for attn in ("softmax", "headnorm"):  # each at its best learning rate
-    best = min(RATES, key=lambda rate: fmean(seeds(attn, rate, "excess")))
-    loss[attn], rank[attn] = (seeds(attn, best, key) for key in ("excess", "rank"))
-gaps = [a - b for a, b in zip(loss["headnorm"], loss["softmax"])]
+    excess = {rate: fmean(seeds(attn, rate, "excess")) for rate in RATES}
+    best = min(RATES, key=excess.get)
+    loss[attn] = seeds(attn, best, "excess")
+    rank[attn] = fmean(seeds(attn, best, "rank"))
+pairs = zip(loss["headnorm"], loss["softmax"])  # of each seed
+gaps = [with_norm - without for with_norm, without in pairs]
 assert fmean(gaps) < 0, "headnorm's loss is not lower"
 
 # %% [markdown]
 # At 0.005, the rate of `train.py`, sigmoid has no sink in any seed, and the highest
 # loss. Gated lowers the sink, headnorm does not. Each at its best rate headnorm's loss
-# is lower, and at 0.02 it learns where softmax is lost: training can gain uncured.
+# is lower, and at 0.02 it learns where softmax is lost: training can improve although
+# the sink stays.
 #
 # ## Built into SmolLM2, and beside the paper
 #
@@ -263,11 +304,14 @@ assert fmean(gaps) < 0, "headnorm's loss is not lower"
 # headnorm too, with other batches: `tests/results/cures.md`.)
 
 # %%
-built = json.loads((ROOT / "tests/results/retrofit.json").read_text())
-left = {name: fmean(chain["sink_rate"] for chain in run["end"]["random"])
-        for name, run in built.items()}
-assert left["headnorm"] < left["softmax"] / 5 and left["scaled"] > 0.5, "no cure there"
+left = {}  # share of heads with a sink, after training on
+for name, run in read_json(ROOT / "tests/results/retrofit.json").items():
+    rates = [chain["sink_rate"] for chain in run["end"]["random"]]
+    left[name] = fmean(rates)
+assert left["headnorm"] < left["softmax"] / 5, "no cure there"
+assert left["scaled"] > 0.5, "the control is a cure as well"
 
+# %%
 beside(("weights, tokens seen", "152M, 20B", "0.2M, 4M"),
        ("sink under headnorm", "none", means["headnorm"]),
        ("sink under gated (2505.06708)", "0.47 to 0.07",
@@ -277,9 +321,9 @@ beside(("weights, tokens seen", "152M, 20B", "0.2M, 4M"),
        ("loss, headnorm minus softmax", "-0.0391",
         f"{fmean(gaps):+.3f} ± {stdev(gaps):.3f}"),
        ("DomRatio, headnorm / softmax", "0.41",
-        f"text {head['dominance'] / soft['dominance']:.2f}"),
+        f"text {headnorm['dominance'] / softmax['dominance']:.2f}"),
        ("effective rank, headnorm / softmax", f"{446.0 / 343.7:.2f}",
-        fmean(rank["headnorm"]) / fmean(rank["softmax"])))
+        rank["headnorm"] / rank["softmax"]))
 
 # %% [markdown]
 # ## What would falsify this
