@@ -241,8 +241,9 @@ def ruler_table(found) -> str:
             changes = [1000 * c["ruler"][key] for c in cells(found, attn, 5e-3)]
             row.append(mean_std_words(changes))
         rows.append(row)
-    return runner.markdown(("attention", "token 0 hidden",
-                            "token 0 hidden, curve moved back by one place", "token 5 hidden"), rows)
+    head = ("attention", "token 0 hidden", "token 0 hidden, curve moved back by one place",
+            "token 5 hidden")
+    return runner.markdown(head, rows)
 
 
 def long_table(found) -> str:
