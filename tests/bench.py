@@ -1,23 +1,15 @@
-"""How fast is a training step, against what, and what makes it faster?
+"""How fast is a training step, beside two others of the same width, depth and number of heads?
 
-    python -m tests.bench               # widths 64, 128, 256 on one thread: about 15 minutes
-    python -m tests.bench --threads 2   # the same on two, beside what is there
-    python -m tests.bench --render      # only the tables of tests/results/speed.md, from the JSON
+    python -m tests.bench            # about 15 minutes; what is in bench.json is not measured again
+    python -m tests.bench --render   # only the table of tests/results/speed.md
 
-Every case is trained by `train.train_step` on the same random tokens; only the model differs. The
-cases take turns, a quarter of a second each, and a ratio compares neighbours in time: medians over
-rounds stand in the tables, with quartiles. On one thread the clock is that of the processor, which
-other programs do not move. It tests nothing.
+Every model is trained by `train.train_step` on the same random tokens. They take turns, SLICE
+seconds each. One thread is timed by the processor's clock, which other programs do not move.
 """
-import argparse
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from statistics import median
 
 import torch
 import torch.nn as nn
@@ -25,43 +17,39 @@ import torch.nn.functional as F
 
 import train
 from data import Corpus
-from data.common import bar, environment, multiplies_bf16, read_json, write_json
-from model import ATTENTIONS, GPT, RMSNorm
-from tests.pages import fill_page, markdown
+from data.common import environment, multiplies_bf16, program
+from model import ATTENTIONS, GPT
+from tests import runner
 
-RESULTS = Path(__file__).parent / "results" / "bench.json"
-PAGE = RESULTS.with_name("speed.md")
-CPU, SLICE, N = torch.device("cpu"), 0.25, 1024  # seconds; of the matrices that set the peak
+FILE = Path(__file__).parent / "results" / "bench.json"
+PAGE = FILE.with_name("speed.md")
+CPU, SLICE, ROUNDS = torch.device("cpu"), 0.25, 12
+LARGER = {"num_hidden_layers": 4, "vocab_size": 1024, "seq_len": 128}
 SHAPES = {
-    64: {"size": "tiny"},
-    128: {"size": "tiny", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4,
-          "vocab_size": 1024, "seq_len": 128},
-    256: {"size": "tiny", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
-          "num_attention_heads": 4, "vocab_size": 1024, "seq_len": 128},
+    64: {},
+    128: {"hidden_size": 128, "intermediate_size": 344, **LARGER},
+    256: {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, **LARGER},
 }
 
 
-# ---------------------------------------------------------------- what others write
+# ---------------------------------------------------------------- the other two
 
-class Rival(nn.Module):
-    """The frame of the two plain models; `positions` are learned where a block does not rotate."""
+class NanoGPT(nn.Module):
+    """GPT-2 in the style of nanoGPT: LayerNorm, GELU, learned positions."""
 
-    def __init__(self, cfg, block, norm, positions):
+    def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
-        C, V = cfg.hidden_size, cfg.vocab_size
-        self.tokens = nn.Embedding(V, C)
-        self.positions = nn.Embedding(cfg.max_position_embeddings, C) if positions else None
-        self.layers = nn.ModuleList(block(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm, self.lm_head = norm(C), nn.Linear(C, V, bias=False)
+        self.cfg, C = cfg, cfg.hidden_size
+        self.tokens = nn.Embedding(cfg.vocab_size, C)
+        self.positions = nn.Embedding(cfg.max_position_embeddings, C)
+        self.layers = nn.ModuleList(NanoBlock(cfg) for _ in range(cfg.num_hidden_layers))
+        self.norm, self.lm_head = nn.LayerNorm(C), nn.Linear(C, cfg.vocab_size, bias=False)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, idx, targets):
-        x = self.tokens(idx)
-        if self.positions:
-            x = x + self.positions(torch.arange(idx.shape[1]))
+        x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1]))
         for layer in self.layers:
             x = layer(x)
         return self.unembed(x, targets)
@@ -71,64 +59,38 @@ class Rival(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-class PlainBlock(nn.Module):
-    """Llama as most people write it: rotation of even and odd halves, four small products each."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        C, F_, self.H = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads
-        self.norm_1, self.norm_2 = RMSNorm(C, 1e-5), RMSNorm(C, 1e-5)
-        self.wq, self.wk, self.wv, self.wo = (nn.Linear(C, C, bias=False) for _ in range(4))
-        self.w1, self.w3 = nn.Linear(C, F_, bias=False), nn.Linear(C, F_, bias=False)
-        self.w2 = nn.Linear(F_, C, bias=False)
-        D = C // self.H
-        frequency = 10000.0 ** (-torch.arange(0, D, 2) / D)
-        angle = torch.outer(torch.arange(cfg.max_position_embeddings), frequency)[:, None]
-        self.register_buffer("cos", angle.cos())  # (T, 1, D/2)
-        self.register_buffer("sin", angle.sin())
-
-    def rotate(self, x):
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = even * self.cos - odd * self.sin, even * self.sin + odd * self.cos
-        return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
-
-    def forward(self, x):
-        h = self.norm_1(x)
-        q, k, v = (w(h).unflatten(-1, (self.H, -1)) for w in (self.wq, self.wk, self.wv))
-        q, k, v = (t.transpose(1, 2) for t in (self.rotate(q), self.rotate(k), v))
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.wo(z.transpose(1, 2).flatten(-2))
-        h = self.norm_2(x)
-        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
-
-
-class GPT2Block(nn.Module):
-    """GPT-2 as most people write it: LayerNorm, one matrix for q k v, GELU at 4 C, biases."""
+class NanoBlock(nn.Module):
+    """One matrix for q, k and v; a hidden layer of 4 C; biases."""
 
     def __init__(self, cfg):
         super().__init__()
         C, self.H = cfg.hidden_size, cfg.num_attention_heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.up, self.down = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+        self.norm_1 = nn.LayerNorm(C)
+        self.qkv = nn.Linear(C, 3 * C)
+        self.out = nn.Linear(C, C)
+        self.norm_2 = nn.LayerNorm(C)
+        self.up = nn.Linear(C, 4 * C)
+        self.down = nn.Linear(4 * C, C)
 
     def forward(self, x):
         heads = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.H, -1))
         q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))  # (B, H, T, D)
         z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(z.transpose(1, 2).flatten(-2))
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+        hidden = F.gelu(self.up(self.norm_2(x)))
+        return x + self.down(hidden)
 
 
 class HuggingFace(nn.Module):
-    """LlamaForCausalLM of transformers, of the same shape."""
+    """LlamaForCausalLM of transformers."""
 
     def __init__(self, cfg):
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
         same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                 "num_attention_heads", "max_position_embeddings")
-        self.cfg, shape = cfg, {name: getattr(cfg, name) for name in same}
+        shape = {name: getattr(cfg, name) for name in same}
+        self.cfg = cfg
         self.llama = LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
         self.layers = self.llama.model.layers
 
@@ -140,169 +102,87 @@ class HuggingFace(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-RIVALS = {"LlamaForCausalLM": HuggingFace,
-          "plain Llama": lambda cfg: Rival(cfg, PlainBlock, lambda C: RMSNorm(C, 1e-5), False),
-          "nanoGPT-style": lambda cfg: Rival(cfg, GPT2Block, nn.LayerNorm, True)}
+OTHERS = {"LlamaForCausalLM": HuggingFace, "nanoGPT-style": NanoGPT}
 
 
 # ---------------------------------------------------------------- measuring
 
-def settings(width, attn="softmax"):
-    """The run, a corpus of random tokens, and the shape of its model."""
-    run = train.resolve(train.Run(attn=attn, **SHAPES[width]))
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(run.vocab_size - 1, (10**6,), generator=generator).to(torch.int16)
-    corpus = Corpus("random", run.vocab_size, run.vocab_size - 1, train=tokens, val=tokens)
-    return run, corpus, train.model_config(run, corpus)
-
-
-def stepper(width, attn="softmax", rival=None, compiled=False, bf16=False, kernel=False):
-    """A function that makes one training step, of our model or of a rival's. `kernel`: attention by
-    torch's kernel when compiled too, as rivals do."""
-    run, corpus, cfg = settings(width, attn)
-    model = RIVALS[rival](cfg) if rival else GPT(cfg)
-    train.compile_model(model, compiled, CPU)
-    model.fused = kernel or not compiled
-    state = SimpleNamespace(run=run, corpus=corpus, model=model, device=CPU, step=0,
-                            optimizer=train.make_optimizer(model, run, CPU),
-                            batches=torch.Generator().manual_seed(1))
-    cast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+def stepper(width, build, attn="softmax", compiled=False):
+    """A function that makes one training step of the model build(cfg)."""
+    run = train.resolve(train.Run(attn=attn, size="tiny", **SHAPES[width]))
+    bos = run.vocab_size - 1
+    tokens = torch.randint(bos, (10**6,), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(torch.int16)
+    corpus = Corpus("random", run.vocab_size, bos, train=tokens, val=tokens)
+    model = build(train.model_config(run, corpus))
+    cast = train.compile_model(model, compiled, CPU)
+    state = runner.training(run, model, corpus, seed=1)
     return lambda: train.train_step(state, cast)
 
 
 def fastest() -> str:
-    """What train.py chooses with --compile."""
+    """What `train.py --compile` chooses on a CPU."""
     return "compiled, bf16" if multiplies_bf16(CPU) else "compiled"
 
 
-def cases(width):
-    """{name: a function that does it once}"""
-    found = {attn: stepper(width, attn) for attn in ATTENTIONS}
-    found["compiled"] = stepper(width, compiled=True)
-    if multiplies_bf16(CPU):  # without, it is a hundred times slower
-        found["bf16"] = stepper(width, bf16=True)
-        found["compiled, bf16"] = stepper(width, compiled=True, bf16=True)
-    fast = fastest()
-    found[f"{fast}, kernel"] = stepper(width, compiled=True, bf16="bf16" in fast, kernel=True)
-    for rival in RIVALS:
-        found[rival] = stepper(width, rival=rival)
-        found[f"{rival}, {fast}"] = stepper(width, "softmax", rival, True, "bf16" in fast)
-    a, b = torch.randn(2, N, N)
-    found["peak"] = lambda: a @ b
+def cases(width) -> dict:
+    """{name: a function that makes one step}"""
+    found = {attn: stepper(width, GPT, attn) for attn in ATTENTIONS}
+    found[fastest()] = stepper(width, GPT, compiled=True)
+    for name, build in OTHERS.items():
+        found[name] = stepper(width, build)
+        found[f"{name}, {fastest()}"] = stepper(width, build, compiled=True)
     return found
 
 
-def rates(width, rounds, clock):
-    """{case: how often a second, in each round}"""
+def measure(width, threads) -> dict:
+    """Steps a second of each case, in each round."""
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+    clock = time.process_time if threads == 1 else time.perf_counter
     steps = cases(width)
-    for step in bar(steps.values(), f"width {width}, first steps"):
-        step()
-    found = {name: [] for name in steps}
-    for _ in bar(range(rounds), f"width {width}, rounds"):
+    rates = {name: [] for name in steps}
+    for _ in range(ROUNDS):
         for name, step in steps.items():
-            step()  # brings its numbers back into the cache
+            step()  # compiles in the first round; later it brings the weights into the cache
             count, begin = 0, clock()
             while clock() < begin + SLICE:
                 step()
                 count += 1
-            found[name].append(round(count / (clock() - begin), 4))
-    return found
+            rates[name].append(round(count / (clock() - begin), 4))
+    run = train.resolve(train.Run(size="tiny", **SHAPES[width]))
+    return {"width": width, "T": run.seq_len, "B": run.batch_size, "fastest": fastest(),
+            "environment": environment(CPU, threads), "rates": rates}
 
 
-def first_step(width) -> float:
-    """Seconds of the processor, those of the compiler included, of a first compiled step."""
-    step = stepper(width, compiled=True, bf16="bf16" in fastest())
-    begin = sum(os.times()[:4])
-    step()
-    return sum(os.times()[:4]) - begin
+PLAN = {("shapes", f"width {width}, threads {threads}"): (measure, width, threads)
+        for threads in (1, 2) for width in SHAPES}
 
 
-def compile_times(width) -> dict:
-    """`first_step` in a process of its own, twice: when nothing is kept yet, and when all is."""
-    words = [sys.executable, "-m", "tests.bench", "--first-step", str(width)]
-    with tempfile.TemporaryDirectory() as kept:
-        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": kept, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        cold, warm = (float(subprocess.check_output(words, env=env)) for _ in range(2))
-    return {"cold": round(cold, 1), "warm": round(warm, 1)}
+# ---------------------------------------------------------------- table
 
-
-def measure(width, threads, rounds) -> dict:
-    torch._dynamo.reset()
-    run, _, cfg = settings(width)
-    L, C, T, V = cfg.num_hidden_layers, cfg.hidden_size, run.seq_len, cfg.vocab_size
-    weights = L * (4 * C * C + 3 * C * cfg.intermediate_size) + C * V  # without the embedding
-    clock = time.process_time if threads == 1 else time.perf_counter
-    return {"width": C, "layers": L, "vocabulary": V, "T": T, "B": run.batch_size,
-            "flops_per_token": 6 * weights + 6 * L * C * T, "fastest": fastest(),
-            "compile": compile_times(width), "environment": environment(CPU, threads),
-            "rates": rates(width, rounds, clock)}
-
-
-# ---------------------------------------------------------------- tables
-
-def against(found, a, b):
-    """Quartiles of the speed of case a over that of case b, compared within each round."""
-    ratios = [x / y for x, y in zip(found["rates"][a], found["rates"][b])]
-    return statistics.quantiles(ratios, n=4, method="inclusive")
-
-
-def table(found):
-    """The measurements of one width as Markdown: what was asked for, and every case."""
-    rates_, fast, threads = found["rates"], found["fastest"], found["environment"]["threads"]
-    tokens = found["T"] * found["B"]
-    peak = 2 * N**3 * statistics.median(rates_["peak"])
-    title = (
-        f"**Width {found['width']}**, {found['layers']} layers, V {found['vocabulary']}, "
-        f"T {found['T']}, B {found['B']}; {threads} thread{'s' * (threads > 1)}, "
-        f"{len(rates_['softmax'])} rounds. Peak: {peak / 1e9:.0f} GFLOP/s in fp32. First compiled "
-        f"step: {found['compile']['cold']:.0f} s, then {found['compile']['warm']:.0f} s.")
-    whole = 1.6 if found["width"] > 128 else 1.25
-    asked = [(fast, "LlamaForCausalLM", whole), (fast, "plain Llama", whole),
-             (fast, "nanoGPT-style", 1.0), ("headnorm", "softmax", 1 / 1.05),
-             ("sigmoid", "softmax", 1 / 1.1)]
-    same = (f"{fast}, kernel", *(f"{rival}, {fast}" for rival in RIVALS))
-    asked += [(fast, other, None) for other in same]
-    goals = [(a, b, f"{least:.2f}" if least else "-", f"{against(found, a, b)[1]:.2f}")
-             for a, b, least in asked]
+def tables(found) -> dict[str, str]:
+    """Thousands of tokens a second, a column for each shape: medians over rounds."""
+    shapes = list(found["shapes"].values())
+    head = ["thousand tokens a second"]
+    for shape in shapes:
+        threads = shape["environment"]["threads"]
+        head.append(f"C {shape['width']}, {threads} thread{'s' * (threads > 1)}")
     rows = []
-    for name in rates_:
-        if name != "peak":
-            speed = tokens * statistics.median(rates_[name])
-            low, middle, high = against(found, name, "softmax")
-            share = found["flops_per_token"] * speed / peak
-            rows.append((name, f"{speed:,.0f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}",
-                         "-" if "GPT" in name else f"{share:.0%}"))
-    head = ("case", "tokens/s", "speed over softmax", "quartiles", "share of the peak")
-    return "\n\n".join((
-        title, markdown(("speed of", "over that of", "asked for", "found"), goals),
-        markdown(head, rows)))
+    for name in shapes[0]["rates"]:
+        speeds = [s["T"] * s["B"] * median(s["rates"][name]) / 1000 for s in shapes]
+        label = name if name.startswith(tuple(OTHERS)) else f"ours, {name}"
+        rows.append([label, *(f"{speed:.1f}" for speed in speeds)])
+    return {"speed": runner.markdown(head, rows)}
 
 
-def render():
-    """Put the tables into speed.md."""
-    found = read_json(RESULTS)["shapes"].values()
-    fill_page(PAGE, {"speed": "\n\n".join(map(table, found))})
+def render(found) -> None:
+    runner.fill_page(PAGE, tables(found))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1, help="(1)")
-    parser.add_argument("--rounds", type=int, default=15, help="of all cases (15)")
-    parser.add_argument("--render", action="store_true", help="only the tables, from the JSON")
-    parser.add_argument("--first-step", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.first_step:
-        print(first_step(args.first_step))
-        return
-    if not args.render:
-        found = read_json(RESULTS) if RESULTS.exists() else {"shapes": {}}
-        for width in SHAPES:
-            shape = measure(width, args.threads, args.rounds)
-            found["shapes"][f"width {width}, threads {args.threads}"] = shape
-            write_json(RESULTS, found)
-    render()
+    return runner.run(FILE, PLAN, render, runner.parser("bench", __doc__, jobs=1).parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program("bench", main))

@@ -6,9 +6,9 @@
 
 The docstring of a measurement is its hypothesis with its margins. They were written before the
 first run; the JSON says which held (`held`). Windows are 8 x 64 random tokens, whose first token
-has no meaning (the paper's control), and English text where it says so. What is counted is what
-probe.py counts: attention to a token of the heads that have a sink (> 0.3) at token 0 in the
-untouched model, layers after 0, and a forged sink's share of two sinks.
+has no meaning (the paper's control), and English text where it says so. Measured is what probe.py
+measures: attention to a token of the heads that have a sink (> 0.3) at token 0 in the untouched
+model, layers after 0, and a forged sink's share of two sinks.
 
 Spread is the standard deviation over disjoint batches of windows: one model has no seeds.
 """
@@ -19,22 +19,23 @@ import statistics
 import sys
 import textwrap
 import time
-from argparse import RawDescriptionHelpFormatter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from matplotlib.ticker import PercentFormatter
+from tqdm.auto import tqdm
 
+import probe
 from chapters import figures
 from chapters.figures import ACCENT
 from data import smollm2
-from data.common import Parser, bar, program, read_json, say, write_json
+from data.common import program
 from data.windows import english, random_windows, text_windows
 from model import GPT, make_tap, record
-from probe import (SINK, TOP, amplify, at_token, average, energy, later, layers, metric,
-                   scale, see_only_itself, share, shift, similar, sink_score, strongest, targets,
-                   uniform_sink, weight_score, with_sink)
+from probe import TOP, at_token, later, sink_score
+from tests import runner
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES, N, T = 8, 8, 64
@@ -42,53 +43,58 @@ TOKENS = (5, 10, 20, 40)  # where a sink is forged; the paper has 10
 FACTORS = (2, 4, 8, 16, 32)
 
 
-# ---------------------------------------------------------------- one pass, and what is kept
+# ---------------------------------------------------------------- one pass, and its numbers
 
-def run(model, x, y, tap, ks):
+def look(model, x, y, tap, ks):
     """One pass over windows x (N, T): for each token of ks its sink (L, H) and norm ratio (L,);
     and the loss."""
-    wanted = [metric("sink"), metric("norm_ratio")]
-    found, loss = layers(model, x, tap, ks, y, wanted)
+    wanted = [probe.metric("sink"), probe.metric("norm_ratio")]
+    found, loss = probe.layers(model, x, tap, ks, y, wanted)
     return dict(zip(ks, found)) | {"loss": loss}
 
 
 def effect(kind, free, found, k):
-    """What a "cut" or "forge" at token k did, from passes of the untouched model and with it: its
-    share, as probe.py judges it; attention to tokens 0 and k; the longest state of token k; for a
-    cut the loss and the mean sink of each layer."""
-    heads = with_sink(free[0]["sink"])
-    before, after = ([later(seen[token]["sink"])[heads].mean().item() for token in (0, k)]
-                     for seen in (free, found))
+    """The effect of a "cut" or "forge" at token k, from `look` at the untouched model and with it:
+    its share by probe.RULE; attention to tokens 0 and k; the longest state of token k; for a cut
+    the loss and the mean sink of each layer."""
+    heads = probe.with_sink(free[0]["sink"])
+
+    def attention(seen):
+        return [later(seen[token]["sink"])[heads].mean().item() for token in (0, k)]
+
+    before, after = attention(free), attention(found)
     row = {"kind": kind, "before": [{"resting": a} for a in before],
            "after": [{"resting": a} for a in after]}
-    values = {"share": share(row, T), "first": after[0], "resting": after[1],
+    values = {"share": probe.share(row, T), "first": after[0], "resting": after[1],
               "untouched_first": before[0], "untouched": before[1],
               "norm": found[k]["norm_ratio"].max().item(),
               "untouched_norm": free[k]["norm_ratio"].max().item()}
     if kind == "cut":
         values["loss"] = found["loss"]
-        values |= {f"sink {i}": v for i, v in enumerate(found[0]["sink"].mean(1).tolist())}
+        for i, sink in enumerate(found[0]["sink"].mean(1).tolist()):
+            values[f"sink {i}"] = sink
     return values
 
 
-def measured(name, kind, model, windows, plan):
+def measured(kind, model, windows, plan):
     """Every intervention of the plan, [(label, tap)], at the token k of its label: a row with the
     mean and the standard deviation of its effect over the batches of windows."""
-    every = []
-    for b, (x, y) in enumerate(windows):
-        free = run(model, x, y, None, (0, *TOKENS))
-        every.append([effect(kind, free, run(model, x, y, tap, (0, label["k"])), label["k"])
-                      for label, tap in bar(plan, f"{name} {b + 1}/{len(windows)}")])
+    effects = [[] for _ in plan]
+    for x, y in tqdm(windows, "batches", disable=None, leave=False):
+        free = look(model, x, y, None, (0, *TOKENS))
+        for (label, tap), seen in zip(plan, effects):
+            found = look(model, x, y, tap, (0, label["k"]))
+            seen.append(effect(kind, free, found, label["k"]))
     rows = []
-    for (label, _), *same in zip(plan, *every):
-        mean, std = average(same)
-        rows.append(label | {"batches": len(same), "mean": mean, "std": std})
+    for (label, _), seen in zip(plan, effects):
+        mean, std = probe.average(seen)
+        rows.append(label | {"batches": len(seen), "mean": mean, "std": std})
     return rows
 
 
 def pick(rows, **label):
     """The rows of `measured` that have these labels."""
-    return [row for row in rows if all(row.get(key) == v for key, v in label.items())]
+    return [row for row in rows if label.items() <= row.items()]
 
 
 def means(rows, key="share"):
@@ -100,7 +106,7 @@ def stds(rows, key="share"):
 
 
 # ---------------------------------------------------------------- the measurements
-# (model, batches) -> what goes into the JSON. batches.random and batches.text are lists of (x, y).
+# (model, batches) -> the JSON. batches.random and batches.text are lists of (x, y).
 
 def maps(model, batches):
     """One head three times, mean over 8 windows of random tokens: the strongest of the untouched
@@ -110,19 +116,22 @@ def maps(model, batches):
     1. Silent everywhere, the head gives no token more than 0.2. 2. Token 10 gets over 0.25.
     """
     x, L = batches.random[0][0], len(model.layers)
-    ids = [[i, n] for i, top in enumerate(targets(model, x)[0].neurons) for n in top.tolist()]
-    taps = {"as it is": None, "neurons silent": silent(model, ids, "all"),
-            "silent at token 0": silent(model, ids, "first"),
+    neurons = []
+    for i, top in enumerate(probe.targets(model, x)[0].neurons):
+        neurons += [[i, n] for n in top.tolist()]
+    taps = {"as it is": None, "neurons silent": silent(model, neurons, "all"),
+            "silent at token 0": silent(model, neurons, "first"),
             "token 10 alone": masked(model, 10, range(L))}
     found = {"maps": {}, "attention": {}}
     for name, tap in taps.items():
         patterns = record(model, x, [f"{i}.pattern" for i in range(L)], tap)[1]
         if tap is None:
-            sink = torch.stack([sink_score(p, 0).mean(0) for p in patterns.values()])
-            layer, head = strongest(sink)
+            sinks = [sink_score(p, 0).mean(0) for p in patterns.values()]
+            layer, head = probe.strongest(torch.stack(sinks))
         pattern = patterns[f"{layer}.pattern"][:, head]
-        to = [sink_score(pattern[:, None], t).mean().item() for t in range(T - 1)]
-        found["maps"][name], found["attention"][name] = pattern.mean(0).tolist(), to
+        found["maps"][name] = pattern.mean(0).tolist()
+        scores = [sink_score(pattern[:, None], t).mean().item() for t in range(T - 1)]
+        found["attention"][name] = scores
     without, alone = (found["attention"][name] for name in ("neurons silent", "token 10 alone"))
     held = [max(without[:T // 2]) < 0.2, alone[10] > 0.25]
     return found | {"layer": layer, "head": head, "held": held}
@@ -130,7 +139,7 @@ def maps(model, batches):
 
 def masked(model, k, which):
     """A tap: in these layers token k sees only itself."""
-    edit = at_token(k, lambda scores: see_only_itself(scores, k, None, None), axis=2)
+    edit = at_token(k, lambda scores: probe.see_only_itself(scores, k, None, None), axis=2)
     return make_tap(model.cfg, {f"{i}.scores": edit for i in which})
 
 
@@ -143,18 +152,38 @@ def mask(model, batches):
     3. What is masked after the layer that writes the large state changes nothing more: masks from
        layer 12 on give less than 12.5 %, masks from 0 to 11 at least 25 %.
     """
-    L = len(model.layers)
-    plan = [({"layers": "all", "k": k}, masked(model, k, range(L))) for k in TOKENS]
+    L, plan = len(model.layers), []
+    for k in TOKENS:
+        plan.append(({"layers": "all", "k": k}, masked(model, k, range(L))))
     for i in range(L):
         for name, which in (("only", [i]), ("to", range(i + 1)), ("from", range(i, L))):
-            plan.append(({"layers": name, "layer": i, "k": 10}, masked(model, 10, which)))
-    rows = measured("mask", "forge", model, batches.random, plan)
+            label = {"layers": name, "layer": i, "k": 10}
+            plan.append((label, masked(model, 10, which)))
+    rows = measured("forge", model, batches.random, plan)
     only, to, after = (means(pick(rows, layers=name)) for name in ("only", "to", "from"))
     whole = [row["mean"] for row in pick(rows, layers="all")]
-    return {"rows": rows, "held": {
-        "1 share": all(row["share"] >= 0.25 for row in whole),
-        "1 norm": all(row["norm"] >= 10 * row["untouched_norm"] for row in whole),
-        "2": max(only) < 0.125, "3": after[12] < 0.125 and to[11] >= 0.25}}
+    held = {"1 share": all(row["share"] >= 0.25 for row in whole),
+            "1 norm": all(row["norm"] >= 10 * row["untouched_norm"] for row in whole),
+            "2": max(only) < 0.125,
+            "3": after[12] < 0.125 and to[11] >= 0.25}
+    return {"rows": rows, "held": held}
+
+
+KINDS = {"amplify": probe.amplify, "scale": probe.scale, "shift": probe.shift}
+
+
+def stronger(model, name, which, k):
+    """The plan of `variance` for token k in the layers `which`."""
+    found = []
+    for kind, change in KINDS.items():
+        for by in FACTORS:
+            def stronger_z(z, change=change, by=by):
+                return change(z, k, None, None, by)
+
+            edit = at_token(k, stronger_z)
+            label = {"layers": name, "k": k, "kind": kind, "factor": by}
+            found.append((label, make_tap(model.cfg, {f"{i}.z": edit for i in which})))
+    return found
 
 
 def variance(model, batches):
@@ -170,33 +199,24 @@ def variance(model, batches):
 
     k = 10 in 8 batches; the other tokens in the first 4, all layers only.
     """
-    every = range(len(model.layers))
-
-    def plan(name, which, k):
-        found = []
-        for kind, change in {"amplify": amplify, "scale": scale, "shift": shift}.items():
-            for by in FACTORS:
-                edit = at_token(k, lambda z, change=change, by=by: change(z, k, None, None, by))
-                tap = make_tap(model.cfg, {f"{i}.z": edit for i in which})
-                found.append(({"layers": name, "k": k, "kind": kind, "factor": by}, tap))
-        return found
-
-    at_10 = plan("0", [0], 10) + plan("0-3", range(4), 10) + plan("all", every, 10)
-    rows = measured("variance", "forge", model, batches.random, at_10)
-    others = plan("all", every, 5) + plan("all", every, 20) + plan("all", every, 40)
-    rows += measured("variance, other k", "forge", model, batches.random[:4], others)
-    grows, wins, long = [], [], []
+    every, first = range(len(model.layers)), [0]
+    plan = [*stronger(model, "0", first, 10), *stronger(model, "0-3", range(4), 10),
+            *stronger(model, "all", every, 10)]
+    rows = measured("forge", model, batches.random, plan)
+    for k in (5, 20, 40):
+        rows += measured("forge", model, batches.random[:4], stronger(model, "all", every, k))
+    held = {"1": True, "2": True, "3": True}
     for k in TOKENS:
         amplified, scaled, shifted = (means(pick(rows, layers="all", k=k, kind=kind))
-                                      for kind in ("amplify", "scale", "shift"))
+                                      for kind in KINDS)
+        most = amplified[-1]
         steps = [after - before for before, after in zip(amplified, amplified[1:])]
-        grows.append(min(steps) > -0.02 and amplified[-1] >= 0.25)
-        wins.append(2 * max(scaled[-1], shifted[-1]) < amplified[-1])
+        held["1"] &= min(steps) > -0.02 and most >= 0.25
+        held["2"] &= 2 * max(scaled[-1], shifted[-1]) < most
         last = pick(rows, layers="all", k=k, kind="amplify", factor=32)[0]["mean"]
-        long.append(last["norm"] >= 10 * last["untouched_norm"])
+        held["3"] &= last["norm"] >= 10 * last["untouched_norm"]
     alone = means(pick(rows, layers="0", kind="amplify"))
-    return {"rows": rows, "held": {"1": all(grows), "2": all(wins), "3": all(long),
-                                   "4": max(alone) < 0.125}}
+    return {"rows": rows, "held": held | {"4": max(alone) < 0.125}}
 
 
 def neurons(model, batches):
@@ -225,7 +245,7 @@ def neurons(model, batches):
        a mean sink above 0.3, which they have not otherwise.
     """
     random, text = batches.random[:4], batches.text[:4]
-    score = torch.stack([weight_score(block) for block in model.layers])  # (L, F)
+    score = torch.stack([probe.weight_score(block) for block in model.layers])  # (L, F)
     value, writes, activity, usual = waves(model, torch.cat([x for x, _ in random]))
     sets, main = choose(value, writes, score)
     overlap = []
@@ -237,38 +257,48 @@ def neurons(model, batches):
         label = {"set": name, "neurons": ids, "tokens": tokens, "value": value, "k": 0}
         plan.append((label, silent(model, ids, tokens, to)))
 
-    for name, ids in [*sets.items(), *(("one", [writer]) for writer in sets["writers"])]:
+    single = [("one", [writer]) for writer in sets["writers"]]
+    for name, ids in [*sets.items(), *single]:
         add(name, ids, "first")
         add(name, ids, "all")
-    in_text = measured("neurons, English", "cut", model, text, plan)
+    in_text = measured("cut", model, text, plan)
     add("writers", sets["writers"], "first", "mean", usual)
-    rows = measured("neurons, random tokens", "cut", model, random, plan)
-
-    untouched, by_mean = rows[0]["mean"], rows[-1]["mean"]
-    without = {row["set"]: row["mean"] for row in pick(rows, tokens="first", value="zero")}
-    taken = {name: mean["share"] for name, mean in without.items()}
-    loss = {row["set"]: row["mean"]["loss"] for row in pick(in_text, tokens="first", value="zero")}
-    usual = in_text[0]["mean"]["loss"]
-    single = means(pick(rows, set="one"))
+    rows = measured("cut", model, random, plan)
     writing = {layer for layer, _ in sets["writers"]}
+    return {"overlap": overlap, "random": rows, "text": in_text,
+            "held": neurons_held(rows, in_text, overlap, writing, main)}
+
+
+def neurons_held(rows, in_text, overlap, writing, main):
+    """Which hypotheses of `neurons` hold. `writing`: the layers that write; `main`: the one that
+    adds most."""
+    def at_token_0(rows, key):
+        cut = pick(rows, tokens="first", value="zero")
+        return {row["set"]: row["mean"][key] for row in cut}
+
+    taken, norm = at_token_0(rows, "share"), at_token_0(rows, "norm")
+    loss, usual = at_token_0(in_text, "loss"), in_text[0]["mean"]["loss"]
+    by_mean, single = rows[-1]["mean"]["share"], means(pick(rows, set="one"))
     elsewhere = [n for i, n in enumerate(overlap) if i not in writing]
-    early, late = without["erasers, early"], (f"sink {main - 1}", f"sink {main}")
-    return {"overlap": overlap, "random": rows, "text": in_text, "held": {
-        "1": (taken["writers"] >= 0.5 and without["writers"]["norm"] < 10
-              and abs(taken["writers"] - by_mean["share"]) < 0.1),
-        "2": taken["like"] < taken["writers"] / 2,
-        "3": taken["wave two"] >= 0.5 > taken["wave one"] and max(single) < 0.5,
-        "4": loss["writers"] - usual >= 0.1 and abs(loss["like"] - usual) < 0.02,
-        "5": min(overlap[i] for i in writing) >= 1 and statistics.fmean(elsewhere) < 1,
-        "6": min(early[k] for k in late) > SINK > max(untouched[k] for k in late)}}
+    layers = (f"sink {main - 1}", f"sink {main}")
+    kept = [at_token_0(rows, key)["erasers, early"] for key in layers]
+    before = [rows[0]["mean"][key] for key in layers]
+    return {"1": (taken["writers"] >= 0.5 and norm["writers"] < 10
+                  and abs(taken["writers"] - by_mean) < 0.1),
+            "2": taken["like"] < taken["writers"] / 2,
+            "3": taken["wave two"] >= 0.5 > taken["wave one"] and max(single) < 0.5,
+            "4": loss["writers"] - usual >= 0.1 and abs(loss["like"] - usual) < 0.02,
+            "5": min(overlap[i] for i in writing) >= 1 and statistics.fmean(elsewhere) < 1,
+            "6": min(kept) > probe.SINK > max(before)}
 
 
 @torch.no_grad()
 def waves(model, x):
-    """By layer: what stands in dimension c of token 0 (L,), what each neuron adds to it at every
-    token (L, T, F), its energy at token 0 and its answer to others (L, F); means over windows. c is
-    the dimension in which token 0 is largest anywhere; adding is away from zero."""
-    L, writes, active, usual = len(model.layers), [], [], []
+    """By layer: dimension c of token 0 (L,), the part that each neuron adds to it at every token
+    (L, T, F), its energy at token 0 and its answer to others (L, F); means over windows. c is the
+    dimension in which token 0 is largest anywhere; adding is away from zero."""
+    L = len(model.layers)
+    writes, active, usual = [], [], []
     names = [f"{i}.{name}" for i in range(L) for name in ("resid_pre", "mlp_post")]
     kept = record(model, x, names)[1]
     first = torch.stack([kept[f"{i}.resid_pre"][:, 0].mean(0) for i in range(L)])
@@ -277,7 +307,7 @@ def waves(model, x):
     for i, block in enumerate(model.layers):
         post, down = kept[f"{i}.mlp_post"], block.mlp.down_proj.weight
         writes.append(sign * post.mean(0) * down[c])
-        active.append(energy(post[:, 0], down).mean(0))
+        active.append(probe.energy(post[:, 0], down).mean(0))
         usual.append(post[:, 1:].mean((0, 1)))
     return sign * first[:, c], *map(torch.stack, (writes, active, usual))
 
@@ -285,18 +315,22 @@ def waves(model, x):
 def choose(value, writes, score):
     """The sets of `neurons`, {name: [[layer, neuron], ...]}, and the layer that adds most, from
     `waves` and the weight scores (L, F)."""
-    adds, rest = writes[:, 0].sum(-1), writes[:, 1:].sum(-1).mean(1)  # (L,)
+    at_0, elsewhere = writes[:, 0], writes[:, 1:]
+    adds = at_0.sum(-1)  # (L,)
+    rest = elsewhere.sum(-1).mean(1)
     main = adds.argmax().item()
     writing = (adds > value.abs()) & (adds > 10 * rest.abs())
-    big = writing[:, None] & (writes[:, 0] >= adds[:, None] / 10)
+    big = writing[:, None] & (at_0 >= adds[:, None] / 10)
     there = value > value.max() / 1000
-    takes = there[:, None] & (writes[:, 0] <= -value[:, None] / 10)
-    writers, erasers = big.nonzero().tolist(), takes.nonzero().tolist()
+    takes = there[:, None] & (at_0 <= -value[:, None] / 10)
+    writers = big.nonzero().tolist()
+    erasers = takes.nonzero().tolist()
     relative = score / score.median(1, keepdim=True).values
     heavy = relative.flatten().topk(len(writers)).indices.tolist()
     like = []
     for i in writing.nonzero()[:, 0].tolist():
-        like += [[i, n] for n in similar(score[i], big[i].nonzero()[:, 0]).tolist()]
+        mine = big[i].nonzero()[:, 0]
+        like += [[i, n] for n in probe.similar(score[i], mine).tolist()]
     return {"writers": writers,
             "wave one": [w for w in writers if w[0] != main],
             "wave two": [w for w in writers if w[0] == main],
@@ -306,7 +340,7 @@ def choose(value, writes, score):
 
 
 def silent(model, ids, tokens, to=None):
-    """A tap: the neurons `ids`, [[layer, neuron], ...], answer zero, or what stands in `to` (L, F),
+    """A tap: the neurons `ids`, [[layer, neuron], ...], answer zero, or their value in `to` (L, F),
     at token "first" or at "all"."""
     edits = {}
     for layer in {layer for layer, _ in ids}:
@@ -314,7 +348,8 @@ def silent(model, ids, tokens, to=None):
 
         def edit(post, mine=mine, values=0 if to is None else to[layer, mine]):
             post = post.clone()
-            (post[:, :1] if tokens == "first" else post)[..., mine] = values
+            changed = post[:, :1] if tokens == "first" else post
+            changed[..., mine] = values
             return post
 
         edits[f"{layer}.mlp_post"] = edit
@@ -322,7 +357,7 @@ def silent(model, ids, tokens, to=None):
 
 
 # ---------------------------------------------------------------- the figures
-# (what stands in the JSON) -> Figure. The accent is token 0, or the sink that was forged.
+# (the JSON) -> Figure. The accent is token 0, or the sink that was forged.
 
 DOTTED = {"color": "black", "ls": ":", "lw": 0.9}  # chance, or a threshold
 
@@ -334,6 +369,11 @@ def spreads(labels, rows, key="share"):
 
 def curve(ax, x, rows, key="share", **style):
     ax.errorbar(x, means(rows, key), stds(rows, key), elinewidth=0.8, **style)
+
+
+def in_percent(ax, threshold):
+    ax.axhline(threshold, label="from here on it holds", **DOTTED)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 def draw_maps(found):
@@ -355,13 +395,12 @@ def draw_mask(found):
               "token k, sees only itself": spreads(labels, whole, "resting")}
     figures.bars(left, groups, "A token that sees only itself becomes a second sink",
                  ["token k, sees only itself"], below, ylabel="attention of the heads with a sink")
-    for name, label, color, ls in (("only", "only layer l", "0.45", "--"),
-                                   ("to", "layers 0 to l", ACCENT, "-"),
-                                   ("from", "layers l to the last", "black", "-.")):
+    styles = {"only": ("only layer l", "0.45", "--"), "to": ("layers 0 to l", ACCENT, "-"),
+              "from": ("layers l to the last", "black", "-.")}
+    for name, (label, color, ls) in styles.items():
         rows = pick(found["rows"], layers=name)
         curve(right, range(len(rows)), rows, color=color, ls=ls, label=label)
-    right.axhline(0.25, label="from here on it holds", **DOTTED)
-    right.yaxis.set_major_formatter(PercentFormatter(1))
+    in_percent(right, 0.25)
     figures.dress(right, "Masked up to layer 2 it has half of that sink, up to 10 all; one layer "
                   "is not enough", below, xlabel="l", ylabel="share of the two sinks, k = 10")
     return figure
@@ -370,29 +409,29 @@ def draw_mask(found):
 @figures.styled
 def draw_variance(found):
     figure, axes = figures.new(5.4, 2, 4, sharex=True, sharey="row")
-    kinds = {"amplify": ("μ + λ (z − μ)", {"color": ACCENT, "ls": "-"}),
-             "scale": ("λ z, the paper's control", {"color": "0.3", "ls": "--"}),
-             "shift": ("shifted to the same length", {"color": "0.55", "ls": "-."})}
+    styles = {"amplify": {"color": ACCENT, "ls": "-"}, "scale": {"color": "0.3", "ls": "--"},
+              "shift": {"color": "0.55", "ls": "-."}}
     columns = {"layer 0": ("0", [10]), "layers 0 to 3": ("0-3", [10]), "all layers": ("all", [10]),
                "all, k = 5, 20, 40": ("all", [5, 20, 40])}
     for (title, (which, tokens)), (top, bottom) in zip(columns.items(), axes.T):
-        for kind, (_, style) in kinds.items():
+        for kind, style in styles.items():
             for k in tokens:
                 rows = pick(found["rows"], layers=which, k=k, kind=kind)
                 curve(top, FACTORS, rows, "share", **style)
                 curve(bottom, FACTORS, rows, "norm", **style)
-        top.axhline(0.25, **DOTTED)
+        in_percent(top, 0.25)
         top.set_title(title)
         bottom.set_xscale("log", base=2)
         bottom.set_xticks(FACTORS, FACTORS)
         bottom.set_xlabel("λ")
-    top.yaxis.set_major_formatter(PercentFormatter(1))
     bottom.set(yscale="log", ylim=(0.8, None))
     axes[0, 0].set_ylabel("share of the two sinks")
     axes[1, 0].set_ylabel("longest state over the median")
     figure.suptitle("Amplified variance forges a sink, most at λ = 8; scaling and shift stay "
                     "behind")
-    figures.below(figure, dict(kinds.values()) | {"from here on it holds": DOTTED}, ncols=4)
+    legend = {"μ + λ (z − μ)": styles["amplify"], "λ z, the paper's control": styles["scale"],
+              "shifted to the same length": styles["shift"], "from here on it holds": DOTTED}
+    figures.below(figure, legend, ncols=4)
     return figure
 
 
@@ -402,37 +441,44 @@ def draw_neurons(found):
     at_0 = pick(found["random"], tokens="first", value="zero")
     in_text, everywhere = (pick(found["text"], tokens=tokens, value="zero")
                            for tokens in ("first", "all"))
-    labels = []
-    for row in at_0:
-        layer, neuron = row["neurons"][0]
-        says = f"{row['set']} ({len(row['neurons'])})"
-        if row["set"] == "one":
-            says = f"{neuron} of layer {layer}"
-        labels.append(textwrap.fill(says, 7, break_long_words=False))
+    labels = [set_name(row) for row in at_0]
     shares = {"random tokens": spreads(labels, at_0), "English": spreads(labels, in_text)}
     figures.bars(sink, shares, "Five neurons write the sink; no single one carries it",
                  ["random tokens"], {}, ylabel="share of the sink taken")
     sink.tick_params(labelbottom=False)
-    sink.axhline(0.5, **DOTTED)
-    sink.yaxis.set_major_formatter(PercentFormatter(1))
+    in_percent(sink, 0.5)
     losses = {"silent at token 0": spreads(labels, in_text, "loss"),
               "silent at all tokens": spreads(labels, everywhere, "loss")}
     figures.bars(loss, losses, "What text loses without them (dotted: untouched)", (), {},
                  ylabel="loss on English, nats")
     loss.axhline(found["text"][0]["mean"]["loss"], **DOTTED)
+    draw_sinks(by_layer, [found["random"][0], *at_0])
+    return figure
+
+
+def set_name(row):
+    """The name of a set of neurons, in narrow lines."""
+    layer, neuron = row["neurons"][0]
+    says = f"{row['set']} ({len(row['neurons'])})"
+    if row["set"] == "one":
+        says = f"{neuron} of layer {layer}"
+    return textwrap.fill(says, 7, break_long_words=False)
+
+
+def draw_sinks(ax, rows):
+    """Attention to token 0 by layer, without some of the sets."""
     styles = {"untouched": (ACCENT, "-"), "writers": ("black", "-"), "wave one": ("0.45", "--"),
               "wave two": ("0.45", ":"), "erasers, early": ("0.3", "-.")}
     for name, (color, ls) in styles.items():
-        row = pick([found["random"][0], *at_0], set=name)[0]
+        row = pick(rows, set=name)[0]
         keys = [key for key in row["mean"] if key.startswith("sink ")]
         mean, std = ([row[of][key] for key in keys] for of in ("mean", "std"))
-        by_layer.errorbar(range(len(keys)), mean, std, elinewidth=0.8, color=color, ls=ls,
-                          label=name if name == "untouched" else f"without {name}")
-    by_layer.axhline(uniform_sink(T), **DOTTED)
-    figures.dress(by_layer, "Wave one carries the sinks of layers 2 to 10, wave two most of those "
-                  "from 12 on", {"loc": "upper center", "ncols": 5, "columnspacing": 1},
+        label = name if name == "untouched" else f"without {name}"
+        ax.errorbar(range(len(keys)), mean, std, elinewidth=0.8, color=color, ls=ls, label=label)
+    ax.axhline(probe.uniform_sink(T), **DOTTED)
+    figures.dress(ax, "Wave one carries the sinks of layers 2 to 10, wave two most of those from "
+                  "12 on", {"loc": "upper center", "ncols": 5, "columnspacing": 1},
                   xlabel="layer", ylabel="attention to token 0", ylim=(0, 1))
-    return figure
 
 
 # ---------------------------------------------------------------- command line
@@ -454,8 +500,9 @@ def path(name, kind="json"):
     return RESULTS / f"smollm2_{name}.{kind}"
 
 
-def result(measure) -> dict:
-    """What goes into the JSON. Four digits are enough."""
+def result(name) -> dict:
+    """The JSON of a measurement. Four digits are enough."""
+    measure, _ = MEASUREMENTS[name]
     begin = time.process_time()
     found = measure(*smollm2_and_windows())
     found |= {"model": smollm2.PACKAGE, "file": smollm2.GGUF, "windows": N, "tokens": T,
@@ -466,19 +513,17 @@ def result(measure) -> dict:
     return json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
-def main(argv=None):
-    p = Parser("-m tests.measure", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("which", nargs="+", choices=[*MEASUREMENTS, "all"])
-    p.add_argument("--render", action="store_true", help="measure nothing, draw the figures")
-    args = p.parse_args(argv)
-    torch.set_num_threads(1)
-    for name in MEASUREMENTS if "all" in args.which else args.which:
-        measure, draw = MEASUREMENTS[name]
-        if not args.render and not path(name).exists():
-            found = result(measure)
-            write_json(path(name), found)
-            say(f"{name}: held: {found['held']}")
-        figures.save(path(name, "png"), draw(read_json(path(name))))
+def render(name, found) -> None:
+    figures.save(path(name, "png"), MEASUREMENTS[name][1](found))
+
+
+def main(words=None):
+    parser = runner.parser("measure", __doc__)
+    parser.add_argument("which", nargs="+", choices=[*MEASUREMENTS, "all"])
+    args = parser.parse_args(words)
+    for name in MEASUREMENTS:
+        if name in args.which or "all" in args.which:
+            runner.run(path(name), {(): (result, name)}, partial(render, name), args)
     return 0
 
 

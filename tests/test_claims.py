@@ -1,68 +1,50 @@
 """The claims: the rule that judges, the committed numbers, and a real Llama measured afresh."""
 
-import math
-
 import pytest
-import torch
 
 import probe
 from data.common import read_json
 from data.windows import random_windows
 from model import GPT
 from tests import claims, real
-from tests.tiny import tiny_model
-
-FOUND = read_json(claims.FILE)
 
 
-def test_verdicts_follow_the_rule():
-    assert claims.judge([3, 4, 5], 3, None) == (3, "shown")
-    assert claims.judge([3, 1, 5], 3, None) == (2, "partly")
-    assert claims.judge([0.1, 0.4, float("nan")], None, 0.2) == (1, "not here")
-    words = [{"word": w} for w in ("shown", "partly", "not here")]
-    assert [claims.word_of(w) for w in (words[:1], words[1:], words[2:])] == [
-        "shown", "partly", "not here"]
-    assert {claim for claim, *_ in claims.CLAIMS} == set(claims.SAYS)
+@pytest.mark.parametrize("values, kind, margin, verdict", [
+    ([3, 4, 5], "at least", 3, (3, "shown")),
+    ([3, 1, 5], "at least", 3, (2, "partly")),
+    ([0.1, 0.4, float("nan")], "at most", 0.2, (1, "not here"))])
+def test_verdict_of_a_row(values, kind, margin, verdict):
+    assert claims.judge(values, kind, margin) == verdict
+
+
+@pytest.mark.parametrize("words, verdict", [
+    (["shown", "shown"], "shown"), (["shown", "not here"], "partly"),
+    (["partly", "not here"], "partly"), (["not here", "not here"], "not here")])
+def test_verdict_of_a_claim(words, verdict):
+    assert claims.word_of([{"word": word} for word in words]) == verdict
+
+
+def test_value_at():
+    unit = {"softmax": {"a": {"b": [1, 6]}, "c": 4}, "sigmoid": {"c": 2}}
+    assert claims.value_at(unit, "a.b.1 over sigmoid.c") == 3
+    assert claims.value_at(unit, "c minus sigmoid.c") == 2
 
 
 def test_every_unit_is_there():
-    for lane, count in claims.UNITS.items():
-        units = claims.units(FOUND, lane)
-        assert len(units) == count
-        attentions = {"softmax"} if lane == "SmolLM2" else set(claims.ATTENTIONS)
-        assert all(set(unit) == attentions for unit in units)
-    for row in claims.tests_of(FOUND):
-        assert len(row["values"]) == claims.UNITS[row["lane"]], row["what"]
-
-
-def test_agreement_keeps_mean_and_variance():
-    """Both forms of Q7 have one mean and variance, head by head; only one keeps heads together."""
-    x = torch.randint(50, (64, 16), generator=torch.Generator().manual_seed(0))
-    seen = {}
-    model = tiny_model().eval()
-    make_tap = probe.make_tap
-
-    def spy(cfg, edits):
-        seen[len(seen)] = edits["0.z"](torch.zeros(64, 16, 4, 8))[:, 10]
-        return make_tap(cfg, edits)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "make_tap", spy)
-        found = claims.agreement(model, x)
-    one, apart = seen.values()
-    assert torch.allclose(one.mean(0), apart.mean(0), atol=1e-5)
-    assert torch.allclose(one.var(0), apart.var(0), atol=1e-4) and not torch.equal(one, apart)
-    assert all(math.isfinite(v) for v in found.values())
+    for row in claims.tests_of(read_json(claims.FILE)):
+        assert len(row["values"]) == claims.LANES[row["lane"]], row["measure"]
 
 
 @pytest.mark.slow
 def test_smollm2_on_fresh_windows():
     """The core of the chain, on windows that no committed number rests on."""
     model = GPT.from_llama(real.folder()).eval()
-    x, y = random_windows(8, claims.T, model.cfg.vocab_size, seed=1000)
-    numbers = claims.numbers(model, x, y)["first"]
-    assert numbers["sink"] > 0.8 and numbers["sink_rate"] > 0.5 and numbers["norm_ratio"] > 100
+    windows = random_windows(8, claims.T, model.cfg.vocab_size, seed=1000)
+    first = claims.numbers(model, *windows)["first"]
+    assert first["sink"] > 0.8
+    assert first["sink_rate"] > 0.5
+    assert first["norm_ratio"] > 100
     names = ("cut neurons", "cut lock", "forge variance", "forge W_O")
-    found = claims.effects(model, x, y, names=names)
-    for name in names:
-        whole = 0.5 if name.startswith("cut") else 0.25
-        assert found[name]["share"] > whole > 2 * max(found[name]["controls"]), (name, found[name])
+    for name, effect in claims.effects(model, *windows, names=names).items():
+        whole = probe.WHOLE[name.split()[0]]
+        assert effect["share"] > whole > 2 * max(effect["controls"]), (name, effect)

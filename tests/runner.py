@@ -1,0 +1,109 @@
+"""How every program of results works: what is missing in its JSON is measured, then its page made.
+
+A program gives a plan, {path of keys into the JSON: (function, *arguments)}. What stands in the
+JSON already is never measured again: delete an entry to have it measured anew. An empty path is the
+whole file.
+"""
+
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm.auto import tqdm
+
+import train
+from data.common import Parser, read_json, write_atomically, write_json
+from probe import mean_std
+
+
+def parser(name: str, description: str, jobs: int = 2) -> Parser:
+    """The flags of the program tests/<name>.py."""
+    p = Parser(f"-m tests.{name}", description=description.split("\n")[0])
+    p.add_argument("--render", action="store_true", help="measure nothing: only pages and figures")
+    p.add_argument("--jobs", type=int, default=jobs, help=f"measurements at a time ({jobs})")
+    return p
+
+
+def run(file: Path, plan: dict, render, args) -> int:
+    """Measure what is missing in the JSON file, unless args.render; then render(what it holds)."""
+    if not args.render:
+        measure(file, plan, args.jobs)
+    render(read_json(file))
+    return 0
+
+
+def measure(file: Path, plan: dict, jobs: int) -> None:
+    """`jobs` processes at a time, of one thread each; the file is written after each result."""
+    found = read_json(file) if file.exists() else {}
+    missing = {path: job for path, job in plan.items() if not holds(found, path)}
+    with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = {pool.submit(*job): path for path, job in missing.items()}
+        for done in tqdm(as_completed(waiting), file.name, len(waiting), disable=None):
+            found = put(found, waiting[done], done.result())
+            write_json(file, found)
+
+
+def holds(found: dict, path: tuple) -> bool:
+    """Whether there is something in the JSON at a path of keys."""
+    for key in path:
+        if key not in found:
+            return False
+        found = found[key]
+    return bool(found)
+
+
+def put(found: dict, path: tuple, value) -> dict:
+    """The JSON with the value at a path of keys."""
+    if not path:
+        return value
+    key, *rest = path
+    return found | {key: put(found.get(key, {}), tuple(rest), value)}
+
+
+def training(run, model, corpus, seed: int) -> SimpleNamespace:
+    """The state that `train.train_step` needs, for a model of any kind, on a CPU."""
+    cpu = torch.device("cpu")
+    return SimpleNamespace(run=run, model=model, corpus=corpus, device=cpu, step=0,
+                           optimizer=train.make_optimizer(model, run, cpu),
+                           batches=torch.Generator().manual_seed(seed))
+
+
+def listed(words) -> str:
+    """a, b and c"""
+    *most, last = words
+    return f"{', '.join(most)} and {last}"
+
+
+# ---------------------------------------------------------------- pages
+
+def fill(text: str, blocks: dict) -> str:
+    """The text with everything between `<!-- name -->` and `<!-- end -->` replaced by a block."""
+    for name, block in blocks.items():
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        if start in text:
+            head, rest = text.split(start, 1)
+            text = f"{head}{start}{block}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+def fill_page(path, blocks: dict) -> None:
+    """`fill`, for the text in a file."""
+    text = fill(Path(path).read_text(encoding="utf-8"), blocks)
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def markdown(head, rows) -> str:
+    """A table in Markdown, from cells of text."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join(lines)
+
+
+def mean_std_words(values) -> str:
+    """Mean ± standard deviation: two decimals below 10, one below 100, none above."""
+    mean, std = mean_std(values)
+    size = max(abs(mean), std)
+    decimals = 2 if size < 10 else 1 if size < 100 else 0
+    mean = round(mean, decimals) + 0.0  # no -0.00
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"

@@ -1,0 +1,21 @@
+"""tests/runner.py: only missing results are measured."""
+
+from types import SimpleNamespace
+
+from data.common import read_json, write_json
+from tests import runner
+
+
+def square(number):
+    return {"square": number**2}
+
+
+def test_only_missing_results_are_measured(tmp_path):
+    file, seen = tmp_path / "found.json", []
+    write_json(file, {"a": {"2": "kept"}})
+    plan = {("a", "2"): (square, 2), ("a", "3"): (square, 3), ("b",): (square, 4)}
+    runner.run(file, plan, seen.append, SimpleNamespace(render=True, jobs=1))
+    assert seen == [{"a": {"2": "kept"}}]
+    runner.run(file, plan, seen.append, SimpleNamespace(render=False, jobs=1))
+    assert seen[1] == {"a": {"2": "kept", "3": {"square": 9}}, "b": {"square": 16}}
+    assert read_json(file) == seen[1]
