@@ -44,9 +44,9 @@ class Copy:
 
     def windows(self, n: int, length: int, generator) -> torch.Tensor:
         """Fresh windows of tokens, (n, length) int64; every fourth one repeats nothing."""
-        spans = torch.from_numpy(self.spans(length))
+        spans = self.spans(length)
         chosen = torch.randint(len(spans), (n,), generator=generator)
-        span = spans[chosen]
+        span = torch.from_numpy(spans)[chosen]
         span[3::4] = length
         return self.copies(span, length, generator)
 
@@ -100,7 +100,8 @@ class Copy:
         spans = self.spans(length)
         times = 256 // len(spans) + 1
         span = torch.from_numpy(spans).repeat_interleave(times)
-        unrepeated = torch.full((len(span) // 3,), length)  # a quarter of all
+        n = len(span) // 3  # a quarter of all, then
+        unrepeated = torch.full((n,), length)
         span = torch.cat([span, unrepeated])
         fixed = torch.Generator().manual_seed(0)
         tokens = self.copies(span, length, fixed)
@@ -117,7 +118,8 @@ class Copy:
 
     def decode(self, ids: list[int]) -> str:
         symbols = [*self.symbols, "<|bos|>"]
-        return "".join(symbols[i] for i in ids)
+        chosen = [symbols[i] for i in ids]
+        return "".join(chosen)
 
 
 TASKS = {"copy": Copy}

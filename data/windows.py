@@ -33,9 +33,10 @@ def text_windows(ids, batches: int, N: int, T: int):
         raise UserError(f"the text has {len(ids)} tokens, too few for {n} windows of {T}; "
                         "ask for fewer windows or batches")
     starts = torch.linspace(0, len(ids) - T - 1, n).long()
-    rows = ids[starts[:, None] + torch.arange(T + 1)]
+    rows = ids.unfold(0, T + 1, 1)[starts]
     rows = rows.view(N, batches, T + 1)
-    return [(rows[:, b, :-1], rows[:, b, 1:]) for b in range(batches)]
+    x, y = rows[..., :-1], rows[..., 1:]
+    return [(x[:, b], y[:, b]) for b in range(batches)]
 
 
 def llama_encoder(folder: Path):
