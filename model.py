@@ -269,8 +269,8 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.fused = True  # use torch's kernel for attention where there is no tap and no mask
-        # empty, as it is drawn below: torch's own draw takes a second on the meta device
         V, C = cfg.vocab_size, cfg.hidden_size
+        # empty, as it is drawn below: torch's own draw takes a second on the meta device
         self.embed_tokens = nn.Embedding(V, C, _weight=torch.empty(V, C))
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(C, cfg.rms_norm_eps)
@@ -411,7 +411,7 @@ def tap_names(cfg: Config) -> list[str]:
 
     The names follow TransformerLens with shorter paths: `i.q` is `blocks.i.attn.hook_q` there,
     `i.mlp_pre` is `blocks.i.mlp.hook_pre`, `i.resid_pre` is `blocks.i.hook_resid_pre`. Three
-    differ. `scores` are taken before bias and mask, `hook_attn_scores` after them. `final` (the
+    names differ. `scores` are taken before bias and mask, `hook_attn_scores` after them. `final` (the
     last norm's output, gain included) and `z_raw` are ours; TransformerLens has no such hooks.
     """
     raw = ["z_raw"] if cfg.attn in ("headnorm", "gated") else []
@@ -436,7 +436,7 @@ def untapped(name, x):
 
 
 def tap_of_layer(tap: Tap | None, i) -> Tap:
-    """The tap for layer i, which knows its activations by their names without `i.`"""
+    """The tap for layer i: it puts the number of the layer before each name."""
     if tap is None:
         return untapped
 

@@ -9,8 +9,11 @@ from model import GPT, HF_SIZES, Config
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
 SHAPES = {  # settings that each change another part of the forward pass
-    "plain": {}, "wide heads": dict(head_dim=12), "tied": dict(tie_word_embeddings=True),
-    "grouped": dict(num_key_value_heads=2), "one key head": dict(num_key_value_heads=1),
+    "plain": {},
+    "wide heads": dict(head_dim=12),
+    "tied": dict(tie_word_embeddings=True),
+    "grouped": dict(num_key_value_heads=2),
+    "one key head": dict(num_key_value_heads=1),
     "llama3 rope": dict(num_key_value_heads=2, rope_theta=50.0, rope_scaling=LLAMA3),
 }
 
