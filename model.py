@@ -1,4 +1,4 @@
-"""A Llama-style decoder in one file, with four ways to attend.
+"""A Llama-style decoder in one file, with five ways to attend.
 
     x = embed(tokens)
     for each layer:   x = x + attention(rms(x));   x = x + mlp(rms(x))
@@ -11,7 +11,8 @@ and its name, and may replace it: `tap_names` lists all names and shapes.
 
 Letters in shapes: B batch, T position, H query head, K key/value head, D head width, C model
 width, F FFN width, V vocabulary. Modules and settings have the names of Hugging Face's Llama
-(z_norm and z_gate are ours). A UserError says in one line what was wrong and what to do.
+(z_norm and z_gate are ours, `sinks` is gpt-oss's). A UserError says in one line what was wrong and
+what to do.
 """
 
 import math
@@ -25,7 +26,8 @@ import torch.nn.functional as F
 
 from data.common import UserError, read_json, reason
 
-ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
+ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated", "logit")
+READOUTS = ("final", "attn_out")
 Tap = Callable[[str, torch.Tensor], torch.Tensor]
 
 
@@ -65,6 +67,9 @@ class Config:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02  # std of every initial weight matrix
     attn: str = "softmax"
+    # attn_out: the logits read what the last layer's heads deliver, and nothing else. Then a head
+    # that has nothing to say must be silent, because nothing behind it can ignore what it says.
+    readout: str = "final"
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
@@ -75,6 +80,8 @@ class Config:
                 raise UserError(f"{name} must be above 0, not {value}")
         if self.attn not in ATTENTIONS:
             raise UserError(f"attn must be one of {', '.join(ATTENTIONS)}, not {self.attn!r}")
+        if self.readout not in READOUTS:
+            raise UserError(f"readout must be one of {', '.join(READOUTS)}, not {self.readout!r}")
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if H % K != 0:
             raise UserError(f"num_key_value_heads must divide num_attention_heads {H}, not {K}")
@@ -183,6 +190,8 @@ class Attention(nn.Module):
             self.z_norm = RMSNorm(D, cfg.rms_norm_eps)
         if cfg.attn == "gated":  # one gate a head
             self.z_gate = nn.Linear(C, H, bias=False)
+        if cfg.attn == "logit":  # one logit a head, of a key that is not there
+            self.sinks = nn.Parameter(torch.zeros(H))
 
     def forward(self, x, rope, bias, tap):
         B, T, _ = x.shape
@@ -206,10 +215,12 @@ class Attention(nn.Module):
             sigmoid    z = sigmoid(q k' / sqrt(D) + bias) v            bias: -log(length) or -inf
             headnorm   z = RMSNorm(softmax(q k' / sqrt(D) + bias) v)   each head by itself
             gated      z = sigmoid(x W_g) softmax(q k' / sqrt(D) + bias) v   one gate a head
+            logit      z = softmax([q k' / sqrt(D) + bias, b]) [v, 0]        one logit b a head
 
         x (B, T, C) is the input of the layer, normed. `bias` None means causal and nothing else,
         for the fused kernel. Sigmoid: Ramapuram et al. 2024, arXiv 2409.04431; length is that of
         training. Headnorm: arXiv 2605.06611. Gated: Qiu et al. 2025, arXiv 2505.06708, head-wise.
+        Logit: that of gpt-oss (OpenAI 2025, arXiv 2508.10925): the weights may sum to less than 1.
         """
         if bias is None:
             z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -217,6 +228,10 @@ class Attention(nn.Module):
             scores = tap("scores", q @ k.transpose(-2, -1) / math.sqrt(self.D)) + bias
             if self.attn == "sigmoid":
                 pattern = torch.sigmoid(scores)
+            elif self.attn == "logit":
+                nowhere = self.sinks.view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+                both = torch.cat((scores, nowhere), dim=-1)
+                pattern = torch.softmax(both, dim=-1, dtype=torch.float32)[..., :-1]
             else:
                 pattern = torch.softmax(scores, dim=-1, dtype=torch.float32)
             z = tap("pattern", pattern.type_as(v)) @ v
@@ -257,9 +272,10 @@ class Block(nn.Module):
     def forward(self, x, rope, bias, tap):
         x = tap("resid_pre", x)
         out = self.self_attn(self.input_layernorm(x), rope, bias, tap)
-        x = tap("resid_mid", x + tap("attn_out", out))
+        attn_out = tap("attn_out", out)
+        x = tap("resid_mid", x + attn_out)
         out = self.mlp(self.post_attention_layernorm(x), tap)
-        return tap("resid_post", x + tap("mlp_out", out))
+        return tap("resid_post", x + tap("mlp_out", out)), attn_out
 
 
 class GPT(nn.Module):
@@ -294,19 +310,24 @@ class GPT(nn.Module):
         """
         T = idx.shape[1]
         rope = rope_turns(self.cfg, T, idx.device)
-        plain = tap is None and mask is None and self.cfg.attn != "sigmoid"
+        kernel = self.cfg.attn not in ("sigmoid", "logit")  # torch has one for the others
+        plain = kernel and tap is None and mask is None
         bias = None if plain and self.fused else self.attention_bias(T, mask, idx.device)
 
         call = tap or untapped
         x = call("embed", self.embed_tokens(idx))
         for i, layer in enumerate(self.layers):
             inner = tap_of_layer(tap, i)
-            x = layer(x, rope, bias, inner)
+            x, attn_out = layer(x, rope, bias, inner)
+        if self.cfg.readout == "attn_out":
+            x = attn_out
         return self.unembed(x, targets, call)
 
     def unembed(self, x, targets, tap):
         """The states after the last layer (B, T, C) -> logits and loss."""
-        logits = self.lm_head(tap("final", self.norm(x)))
+        if self.cfg.readout == "final":
+            x = self.norm(x)
+        logits = self.lm_head(tap("final", x))
         if targets is None:
             return logits, None
         flat = logits.flatten(0, 1).float()
@@ -411,8 +432,9 @@ def tap_names(cfg: Config) -> list[str]:
 
     The names follow TransformerLens with shorter paths: `i.q` is `blocks.i.attn.hook_q` there,
     `i.mlp_pre` is `blocks.i.mlp.hook_pre`, `i.resid_pre` is `blocks.i.hook_resid_pre`. Three
-    names differ. `scores` are taken before bias and mask, `hook_attn_scores` after them. `final` (the
-    last norm's output, gain included) and `z_raw` are ours; TransformerLens has no such hooks.
+    names differ. `scores` are taken before bias and mask, `hook_attn_scores` after them. `final`
+    (which `lm_head` reads: the last norm's output, gain included) and `z_raw` are ours;
+    TransformerLens has no such hooks.
     """
     raw = ["z_raw"] if cfg.attn in ("headnorm", "gated") else []
     names = ["resid_pre", "q", "k", "v", "scores", "pattern", *raw, "z", "attn_out", "resid_mid",

@@ -4,6 +4,7 @@ Some queries must look back and others have nothing to look for, so that a head 
 where attention sinks grow within minutes (Guo et al. 2024, arXiv 2410.13835).
 """
 import functools
+import math
 
 import numpy as np
 import torch
@@ -122,4 +123,46 @@ class Copy:
         return "".join(chosen)
 
 
-TASKS = {"copy": Copy}
+class Rest:
+    """A head must rest: at a trigger the target is the symbol before it, elsewhere it is random.
+
+        tokens    g a D c l B h ...
+        targets   ? ? a ? ? l ? ...      (what follows is drawn anew: targets are no next tokens)
+
+    Token ids: 0 .. K-1 letters, then the triggers. Tokens are independent and uniform, so that the
+    first one is an ordinary token, its letter tells nothing and its place is of no use. (The first
+    two are letters: a trigger needs something before it.) Where the target is random the best
+    answer is a constant, and a head has nothing to look for: it must rest. The first target is
+    left out, as that query sees nothing but itself.
+
+    A query is *resting*, if its token is a letter, from a quarter of the window on: earlier ones
+    have too few keys to choose from.
+    """
+    readout = "attn_out"  # see Config
+
+    def __init__(self, letters: str = "abcdefghijkl", triggers: str = "WXYZ"):
+        self.symbols, self.K = letters + triggers, len(letters)
+
+    def batch(self, n, length, generator):
+        """Fresh windows and their targets, x and y (n, length) int64; -100: no target."""
+        x = torch.randint(len(self.symbols), (n, length), generator=generator)
+        x[:, :2] = torch.randint(self.K, (n, 2), generator=generator)
+        y = torch.randint(len(self.symbols), (n, length), generator=generator)
+        before = x.roll(1, dims=1)
+        y = torch.where(x >= self.K, before, y)
+        y[:, 0] = -100
+        return x, y
+
+    def resting(self, x):
+        """(n, length) bool: which queries rest."""
+        early = torch.arange(x.shape[1]) < x.shape[1] // 4
+        return (x < self.K) & ~early
+
+    def optimal_loss(self, length):
+        """Mean loss in nats of a perfect predictor: 0 at triggers, ln of the symbols elsewhere."""
+        V = len(self.symbols)
+        resting = 1 + (length - 2) * self.K / V  # of length - 1 targets; the second is a letter
+        return resting * math.log(V) / (length - 1)
+
+
+TASKS = {"rest": Rest, "copy": Copy}

@@ -12,6 +12,7 @@ from model import rope_frequencies
 from tests.tiny import SHAPES, llama_config, tiny_config, tiny_model, tokens
 
 T = 24
+HERE = SHAPES | {"heads alone": dict(readout="attn_out")}
 every_attention = pytest.mark.parametrize("attn", ATTENTIONS)
 
 
@@ -49,24 +50,26 @@ class Numpy:
         turned = (first + 1j * second) * self.turns
         return np.concatenate((turned.real, turned.imag), axis=1)
 
-    def pattern(self, q, k):
+    def pattern(self, q, k, extra):
+        """`extra`: the exponential of the learned logit, 0 where there is none."""
         q, k = self.rotated(q), self.rotated(k)
         scores = q @ k.T / math.sqrt(self.cfg.head_dim)
         if self.cfg.attn == "sigmoid":
             length = self.cfg.max_position_embeddings
             return self.allowed * sigmoid(scores - math.log(length))
         a = self.allowed * np.exp(scores)
-        return a / a.sum(1, keepdims=True)
+        return a / (a.sum(1, keepdims=True) + extra)
 
     def attention(self, x, layer):
         H, K = self.cfg.num_attention_heads, self.cfg.num_key_value_heads
         q = self.split(x, f"{layer}.q_proj", H)
         k = self.split(x, f"{layer}.k_proj", K)
         v = self.split(x, f"{layer}.v_proj", K)
+        extra = np.exp(self.weights.get(f"{layer}.sinks", np.full(H, -np.inf)))
         heads = []
         for h in range(H):
             g = h * K // H  # the key/value head that serves query head h
-            z = self.pattern(q[h], k[g]) @ v[g]
+            z = self.pattern(q[h], k[g], extra[h]) @ v[g]
             if self.cfg.attn == "headnorm":
                 z = self.rms(z, f"{layer}.z_norm")
             if self.cfg.attn == "gated":
@@ -84,18 +87,21 @@ class Numpy:
         for i in range(self.cfg.num_hidden_layers):
             layer = f"layers.{i}"
             y = self.rms(x, f"{layer}.input_layernorm")
-            x = x + self.attention(y, f"{layer}.self_attn")
+            delivered = self.attention(y, f"{layer}.self_attn")
+            x = x + delivered
             y = self.rms(x, f"{layer}.post_attention_layernorm")
             x = x + self.mlp(y, f"{layer}.mlp")
+        if self.cfg.readout == "attn_out":
+            return self.linear(delivered, "lm_head")
         return self.linear(self.rms(x, "norm"), "lm_head")
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", HERE)
 @every_attention
 def test_logits_and_loss_agree_with_numpy(attn, shape, masked):
     """The window is shorter than the training length, which sigmoid attention knows."""
-    n, gpt = T - 4, tiny_model(attn, **SHAPES[shape])
+    n, gpt = T - 4, tiny_model(attn, **HERE[shape])
     idx = tokens(1, n)
     mask = torch.ones(n, n).bool()
     if masked:  # at random; a part of it is in the future, which stays unseen
@@ -236,7 +242,7 @@ def test_the_variants_share_their_initial_weights(attn, tie):
     own = initial(attn, tie=tie)
     for name, p in initial(tie=tie).items():
         assert torch.equal(own.pop(name), p), name
-    extra = {"headnorm": "z_norm", "gated": "z_gate"}.get(attn)
+    extra = {"headnorm": "z_norm", "gated": "z_gate", "logit": "sinks"}.get(attn)
     assert all(extra in name for name in own)
     assert bool(own) == bool(extra)
 
