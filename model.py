@@ -411,8 +411,9 @@ def tap_names(cfg: Config) -> list[str]:
 
     The names follow TransformerLens with shorter paths: `i.q` is `blocks.i.attn.hook_q` there,
     `i.mlp_pre` is `blocks.i.mlp.hook_pre`, `i.resid_pre` is `blocks.i.hook_resid_pre`. Three
-    names differ. `scores` are taken before bias and mask, `hook_attn_scores` after them. `final` (the
-    last norm's output, gain included) and `z_raw` are ours; TransformerLens has no such hooks.
+    names differ. `scores` are taken before bias and mask, `hook_attn_scores` after them. `final`
+    (which `lm_head` reads: the last norm's output, gain included) and `z_raw` are ours;
+    TransformerLens has no such hooks.
     """
     raw = ["z_raw"] if cfg.attn in ("headnorm", "gated") else []
     names = ["resid_pre", "q", "k", "v", "scores", "pattern", *raw, "z", "attn_out", "resid_mid",

@@ -264,7 +264,7 @@ def headline(ax, models):
     if low > 1e-6 and high > max(3, 30 * low):  # below that all is rounding
         ax.set_yscale("log")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    dress(ax, tex(link["name"]), xlabel=f"layer\n({link['says']})",
+    dress(ax, tex(link["name"]), xlabel="layer",
           ylabel=tex(textwrap.fill(link["label"], 26)))
 
 
