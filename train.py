@@ -59,7 +59,6 @@ COMMON = dict(data="stdlib", bos=1.0, weight_decay=0.3)  # of each size that doe
 MINUTES = {"micro": 2, "tiny": 2}  # of a training, about, on one core of a laptop
 MACHINE = ("device", "threads", "compile")  # do not change the result, up to rounding
 LEAST = {"steps": 1, "batch_size": 1, "seq_len": 3, "lr": 0, "weight_decay": 0}
-SHARES = ("bos", "repeat")  # from 0 to 1
 WIDE = 128  # C from which on a CPU compiles by default; narrower models gain little
 SHORT = 512  # T up to which attention, compiled for a CPU, is faster written out than as a kernel
 
@@ -92,10 +91,10 @@ class Run:
     num_hidden_layers: int | None = setting(None, "layers")
     num_attention_heads: int | None = setting(None, "query heads, H")
     num_key_value_heads: int | None = setting(None, "key/value heads (default: H)")
-    initializer_range: float | None = setting(None, "std of weights (default: 1/sqrt(C), micro .08)")
+    initializer_range: float | None = setting(None, "default: 1/sqrt(C); for micro 0.08")
     evals: int = setting(16, "evaluations: half evenly spaced, half log-spaced")
     device: str = setting("auto", "auto, cpu, cuda or mps")
-    threads: int | None = setting(None, "CPU threads (default: 1 for micro and tiny, else <= 4)")
+    threads: int | None = setting(None, "CPU threads (default: 1; small and base: up to 4)")
     compile: bool | None = setting(None, f"torch.compile (default: on a CPU from width {WIDE} on)")
     out: str | None = setting(None, "folder (default: out/<attn>, with whatever else was changed)")
 
@@ -123,7 +122,7 @@ def resolve(run: Run) -> Run:
     for name, least in LEAST.items():
         if not getattr(full, name) >= least:
             raise UserError(f"{flag(name)} must be at least {least}")
-    for name in SHARES:
+    for name in ("bos", "repeat"):
         if not 0 <= getattr(full, name) <= 1:
             raise UserError(f"{flag(name)} is a share of the windows, from 0 to 1")
     for name in ("vocab_size", "repeat"):
@@ -177,10 +176,10 @@ def evaluation_steps(steps: int, evals: int) -> list[int]:
 def held_out(run: Run, corpus, device) -> tuple[tuple, dict]:
     """The windows of every evaluation, the same in every run with the same data, T and bos: (x, y)
     for the loss, and {kind: x} for the chain, for those of KINDS that the data has."""
-    fixed, T = torch.Generator().manual_seed(20260511), run.seq_len
-    few = max(8, PROBE_TOKENS // T)
-    number = max(1, EVAL_TOKENS // T)
-    x, y = corpus.batch(number, T, fixed, split="val", bos=run.bos)
+    T = run.seq_len
+    fixed = torch.Generator().manual_seed(20260511)
+    many, few = max(1, EVAL_TOKENS // T), max(8, PROBE_TOKENS // T)
+    x, y = corpus.batch(many, T, fixed, split="val", bos=run.bos)
     kinds = {}
     kinds["links"], _ = corpus.batch(few, T, fixed, split="val", bos=0.0)
     if run.bos > 0:
@@ -201,7 +200,8 @@ def evaluate(model, windows, bytes_per_token=None) -> dict:
     """val_loss in nats per token, bpb in bits per byte (of text), and for each kind of windows, as
     `held_out` gives them, the numbers of `probe.chain`."""
     (x, y), kinds = windows
-    few, total = max(1, 4096 // x.shape[1]), 0.0  # at most 4,096 tokens: logits need much memory
+    total = 0.0
+    few = max(1, 4096 // x.shape[1])  # at most 4,096 tokens a pass, to bound the logits' memory
     for a, b in zip(x.split(few), y.split(few)):
         total += model(a, b)[1].item() * b.numel()
     row = {"val_loss": total / y.numel()}
@@ -234,10 +234,10 @@ def make_optimizer(model: GPT, run: Run, device) -> torch.optim.AdamW:
 class State:
     """A training: settings, corpus, and all that changes, which model.pt and log.jsonl hold."""
 
-    def __init__(self, run: Run, corpus, device, saved: dict | None):
+    def __init__(self, run: Run, cfg: Config, corpus, device, saved: dict | None):
         self.run, self.corpus, self.device = run, corpus, device
-        self.folder, self.path = Path(run.out), Path(run.out) / "model.pt"
-        cfg = model_config(run, corpus)
+        self.folder = Path(run.out)
+        self.path = self.folder / "model.pt"
         if saved is None:
             self.model = GPT(cfg, seed=run.seed).to(device)
         else:
@@ -265,7 +265,7 @@ class State:
                 shapes = {moment["exp_avg"].shape, moment["exp_avg_sq"].shape}
                 right = right and shapes == {params[index].shape}
         if not right:
-            raise UserError(f"{self.path} is not of this run; start anew with --overwrite")
+            raise UserError(f"{self.path} does not fit its run; start anew with --overwrite")
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.batches.set_state(saved["batches"])
         self.step, self.smooth = saved["step"], saved["smooth"]
@@ -290,9 +290,9 @@ class State:
         write_atomically(self.path, lambda part: torch.save(state, part))
 
     def diverged(self) -> UserError:
-        return UserError(f"the loss is no longer finite at step {self.step}; {self.path} keeps the last good "
-                         f"state: try --overwrite with a smaller --lr (it was {self.run.lr}) or a "
-                         "longer --warmup")
+        return UserError(f"the loss is no longer finite at step {self.step}; {self.path} keeps the "
+                         "last good state: try --overwrite with a smaller --lr (it was "
+                         f"{self.run.lr}) or a longer --warmup")
 
 
 def make_header(state: State, old: dict | None) -> dict:
@@ -328,6 +328,7 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write) -> State:
         old = None
         check_folder(folder, overwrite)
         corpus = load_corpus(run)
+    cfg = model_config(run, corpus)
     settle_compile(run, device, say)
     with one_writer(folder), interrupts() as stop:
         saved = None
@@ -335,7 +336,7 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write) -> State:
             check_folder(folder, overwrite)  # another training may have ended here meanwhile
         elif (folder / "model.pt").exists():  # not if it was killed before its first save
             saved = load_checkpoint(folder / "model.pt")
-        state = State(run, corpus, device, saved)
+        state = State(run, cfg, corpus, device, saved)
         header = make_header(state, old)
         announce(state, header, old, why, say)
         if not resume:
@@ -495,7 +496,7 @@ def write_text(model: GPT, corpus, bos, prompt=None, tokens=200, temperature=0.8
         start = corpus.encode(prompt)
     else:
         T = model.cfg.max_position_embeddings
-        x, _ = corpus.batch(1, T, torch.Generator().manual_seed(seed), "val", bos=0.0)
+        x, _ = corpus.batch(1, T, torch.Generator().manual_seed(seed), split="val", bos=0.0)
         start = x[0, :T // 2].tolist()
     if bos:
         start = [corpus.bos, *start]

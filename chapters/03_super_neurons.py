@@ -324,9 +324,9 @@ check("03.twin", twin)
 
 # %% [markdown]
 # **3.** An experiment. The pair is silent, and your function is given what the MLP of
-# layer 11 then adds, `out` (N, T, C). Change no more than *one number a window*, and
-# bring the loss on English text back to within 0.3 nats of that of the untouched
-# model.
+# layer 11 then adds, `out` (N, T, C). Change no more than *one number a window*: put
+# back what the two neurons wrote there, to within a tenth. The loss on English text
+# must come back to within 0.3 nats of that of the untouched model.
 
 
 # %%

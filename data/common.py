@@ -217,5 +217,9 @@ def program(name: str, main) -> int:
         message = f"{where}{reason(error)}"
     except (MemoryError, torch.OutOfMemoryError):
         message = "not enough memory; ask for less"
+    except RuntimeError as error:  # of torch on a CPU
+        if "allocate memory" not in str(error):
+            raise
+        message = "not enough memory; ask for less"
     print(f"{name}:", " ".join(message.split()), file=sys.stderr)
     return code

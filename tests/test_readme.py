@@ -92,7 +92,7 @@ def test_first_command_in_a_fresh_folder(tmp_path):
             (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     first = ("train.py", "--attn", "headnorm", "--steps", "60", "--out", "out/headnorm")
     done = run(*first, cwd=tmp_path)
-    assert done.returncode == 0 and "a sample (in " in done.stdout, done.stderr
+    assert done.returncode == 0 and "a sample, which goes on from " in done.stdout, done.stderr
     files = {path.name for path in (tmp_path / "out/headnorm").iterdir()}
     assert files >= {"config.json", "log.jsonl", "model.pt", "curve.png"}
     following, seen = done.stdout.splitlines()[-2:]
