@@ -161,12 +161,16 @@ def lock_gap(scores, k):
     return (s[..., k] - rest).mean((0, -1))
 
 
-def sink_score(pattern, k):
-    """(N, H, T, T) -> (N, H): mean attention to k of the queries that see it (Gu et al. 2025).
-    Rows are made to sum to 1 first, which changes nothing but sigmoid attention."""
+def sink_score(pattern, k, queries=None):
+    """(N, H, T, T) -> (N, H): mean attention to k of the queries that see it (Gu et al. 2025), or
+    of those that are True in `queries` (N, T). Rows are made to sum to 1 first, which changes
+    nothing where the weights of a query do so anyway."""
     rows = pattern[:, :, k:].float()
     weight = rows[..., k] / rows.sum(-1).clamp_min(TINY)
-    return weight.mean(-1)
+    if queries is None:
+        return weight.mean(-1)
+    asked = queries[:, None, k:]
+    return (weight * asked).sum(-1) / asked.sum(-1).clamp_min(1)
 
 
 def uniform_sink(T, k=0):
@@ -194,13 +198,15 @@ def value_drain(v, k):
 # ---------------------------------------------------------------- one layer, as measures see it
 
 class Activations(dict):
-    """The activations of one layer by name, with its block, and k, the token looked at."""
+    """The activations of one layer by name, with its block, k, the token looked at, and the
+    queries (N, T) of which the sink is told (None: all)."""
 
-    def __init__(self, block, reader, seen, k):
+    def __init__(self, block, reader, seen, k, queries=None):
         super().__init__(seen)
         self.block = block
         self.reader = reader  # the norm that comes next
         self.k = k
+        self.queries = queries
 
     @property
     def normed(self):
@@ -426,10 +432,10 @@ LINKS = [
     Link(
         "sink", "attention rests on it",
         [Metric("sink", "attention to k, strongest head after layer 0",
-                lambda layer: sink_score(layer["pattern"], layer.k).mean(0),
+                lambda layer: sink_score(layer["pattern"], layer.k, layer.queries).mean(0),
                 "sink head", uniform_baseline),
          Metric("sink_rate", f"share of heads with a sink (> {SINK})",
-                lambda layer: (sink_score(layer["pattern"], layer.k) > SINK).float().mean(),
+                lambda layer: (sink_score(layer["pattern"], layer.k, layer.queries) > SINK).float().mean(),
                 "mean", 0)]),
 ]
 
@@ -458,12 +464,13 @@ def baseline(number, cfg, T, k=0):
 # ---------------------------------------------------------------- the chain
 
 @torch.no_grad()
-def layers(model, x, tap=None, ks=(0,), y=None, wanted=None):
+def layers(model, x, tap=None, ks=(0,), y=None, wanted=None, queries=None):
     """Every number of every layer for the tokens `ks` of windows x (N, T), in one forward pass
     -> [{key: (L,) or (L, H)} for each k], and the mean loss in nats for targets y (None without).
 
     A layer is measured when it ends and then forgotten, so that a large model needs little more
-    memory than its own forward pass. `tap` intervenes; `wanted` are the Metrics, all if None.
+    memory than its own forward pass. `tap` intervenes; `wanted` are the Metrics, all if None;
+    `queries` (N, T), True where a query counts for the sink, all if None.
     Raises UserError.
     """
     (N, T), wanted = x.shape, wanted or metrics()
@@ -479,7 +486,7 @@ def layers(model, x, tap=None, ks=(0,), y=None, wanted=None):
         seen[what] = value
         if what == "resid_post":
             for k, values in zip(ks, found):
-                layer = Activations(model.layers[int(i)], readers[int(i)], seen, k)
+                layer = Activations(model.layers[int(i)], readers[int(i)], seen, k, queries)
                 for n in wanted:
                     values[n.key].append(n.measure(layer).cpu())
             seen.clear()
@@ -528,9 +535,9 @@ def summary(found) -> dict[str, float]:
     return one
 
 
-def chain(model, x, tap=None, k=0, y=None) -> dict[str, float]:
+def chain(model, x, tap=None, k=0, y=None, queries=None) -> dict[str, float]:
     """One float a number of LINKS for token k of windows x (N, T); and `loss`, for targets y."""
-    (found,), loss = layers(model, x, tap, (k,), y)
+    (found,), loss = layers(model, x, tap, (k,), y, queries=queries)
     one = summary(found)
     if loss is not None:
         one["loss"] = loss

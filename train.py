@@ -44,10 +44,14 @@ SIZES = {  # model and schedule that fit together; a flag overrides any of them
         hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4,
         vocab_size=33, seq_len=64, batch_size=16, steps=4000, lr=5e-3, threads=1,
         data="copy", bos=0.0, weight_decay=0.1, initializer_range=0.08),
+    "rest": dict(  # heads that must rest; how it was found: tests/results/rest.md
+        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=17, seq_len=16, batch_size=64, steps=1500, lr=5e-3, threads=1,
+        data="rest", bos=0.0, weight_decay=0.1, initializer_range=0.08),
     "tiny": dict(  # text; its learning rates: tests/results/recipe.md
         hidden_size=64, intermediate_size=172, num_hidden_layers=6, num_attention_heads=2,
         vocab_size=257, seq_len=64, batch_size=8, steps=4000, threads=1,
-        lr=dict(softmax=2.5e-3, headnorm=2.5e-3, sigmoid=5e-3, gated=2.5e-3)),
+        lr=dict(softmax=2.5e-3, headnorm=2.5e-3, sigmoid=5e-3, gated=2.5e-3, logit=2.5e-3)),
     "small": dict(
         hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5,
         vocab_size=1024, seq_len=256, batch_size=64, steps=10000, lr=2e-3),
@@ -55,8 +59,9 @@ SIZES = {  # model and schedule that fit together; a flag overrides any of them
         hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
         vocab_size=1024, seq_len=1024, batch_size=16, steps=20000, lr=6e-4),
 }
+READOUTS = {"rest": "attn_out"}  # by data; final, if it is not named
 COMMON = dict(data="stdlib", bos=1.0, weight_decay=0.3)  # of each size that does not say otherwise
-MINUTES = {"micro": 2, "tiny": 2}  # of a training, about, on one core of a laptop
+MINUTES = {"rest": 1, "micro": 2, "tiny": 2}  # of a training, about, on one core of a laptop
 MACHINE = ("device", "threads", "compile")  # do not change the result, up to rounding
 LEAST = {"steps": 1, "batch_size": 1, "seq_len": 3, "lr": 0, "weight_decay": 0}
 WIDE = 128  # C from which on a CPU compiles by default; narrower models gain little
@@ -73,8 +78,8 @@ class Run:
     """All settings of a training. None means: what `size` or the machine suggests (`resolve`)."""
 
     attn: str = setting("softmax", "how to attend", ATTENTIONS)
-    size: str = setting("micro", "micro: copying, tiny: text after <|bos|> (each two minutes on a "
-                        "laptop); small, base: for a GPU, not measured", tuple(SIZES))
+    size: str = setting("micro", "rest: heads that must rest (a minute on a laptop); micro: "
+                        "copying; tiny: text after <|bos|> (two minutes each); small, base: for a GPU, not measured", tuple(SIZES))
     data: str | None = setting(None, f"{', '.join(data.NAMES)}, or your own text: a file or folder")
     steps: int | None = setting(None, "optimiser steps")
     batch_size: int | None = setting(None, "windows per step")
@@ -148,7 +153,9 @@ def model_config(run: Run, corpus) -> Config:
     same = ("attn", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "initializer_range")
     shape = {name: getattr(run, name) for name in same}
-    return Config(vocab_size=corpus.vocab_size, max_position_embeddings=run.seq_len, **shape)
+    readout = READOUTS.get(run.data, "final")
+    return Config(vocab_size=corpus.vocab_size, max_position_embeddings=run.seq_len,
+                  readout=readout, **shape)
 
 
 def load_corpus(run: Run) -> data.Corpus:
@@ -158,7 +165,7 @@ def load_corpus(run: Run) -> data.Corpus:
 # ---------------------------------------------------------------- measuring
 
 EVAL_TOKENS, PROBE_TOKENS = 16384, 4096  # per evaluation; fixed windows, whatever is trained
-KINDS = {"links_bos": "<|bos|>", "links_rest": "first token, nothing to copy",
+KINDS = {"links_bos": "<|bos|>", "links_rest": "first token, nothing to look for",
          "links": "first token"}  # what stands first in the windows, by key of log.jsonl
 
 
@@ -175,19 +182,21 @@ def evaluation_steps(steps: int, evals: int) -> list[int]:
 
 def held_out(run: Run, corpus, device) -> tuple[tuple, dict]:
     """The windows of every evaluation, the same in every run with the same data, T and bos: (x, y)
-    for the loss, and {kind: x} for the chain, for those of KINDS that the data has."""
+    for the loss, and for the chain {kind: (x, queries)}, for those of KINDS that the data has."""
     T = run.seq_len
     fixed = torch.Generator().manual_seed(20260511)
     many, few = max(1, EVAL_TOKENS // T), max(8, PROBE_TOKENS // T)
     x, y = corpus.batch(many, T, fixed, split="val", bos=run.bos)
+    x, y = x.to(device), y.to(device)
+    if run.data == "rest":
+        return (x, y), {"links_rest": (x[:few], corpus.task.resting(x[:few]))}
     kinds = {}
     kinds["links"], _ = corpus.batch(few, T, fixed, split="val", bos=0.0)
     if run.bos > 0:
         kinds["links_bos"], _ = corpus.batch(few, T, fixed, split="val", bos=1.0)
     if corpus.task:
         kinds["links_rest"] = corpus.task.rest(few, T, fixed)
-    kinds = {kind: windows.to(device) for kind, windows in kinds.items()}
-    return (x.to(device), y.to(device)), kinds
+    return (x, y), {kind: (windows.to(device), None) for kind, windows in kinds.items()}
 
 
 def told_kind(kinds: dict) -> str:
@@ -208,8 +217,8 @@ def evaluate(model, windows, bytes_per_token=None) -> dict:
     if bytes_per_token:
         row["bpb"] = row["val_loss"] / math.log(2) / bytes_per_token
     if math.isfinite(total):
-        for kind, idx in kinds.items():
-            row[kind] = nan_to_none(probe.chain(model, idx))
+        for kind, (idx, queries) in kinds.items():
+            row[kind] = nan_to_none(probe.chain(model, idx, queries=queries))
     return row
 
 

@@ -34,7 +34,7 @@ class Corpus:
     train: torch.Tensor | None = None  # (N,) int16 or int32; a bos stands before every document
     val: torch.Tensor | None = None  # (M,) the same, of the held-out documents
     bytes_per_token: float | None = None  # of `val` without bos: bits per byte = loss / ln 2 / this
-    task: tasks.Copy | None = None
+    task: tasks.Copy | tasks.Rest | None = None
 
     def batch(self, batch_size: int, seq_len: int, generator: torch.Generator,
               split: str = "train", bos: float = 0.5, repeat: float = 0.0):
@@ -46,6 +46,8 @@ class Corpus:
         its first 8 .. T/2 tokens over and over. Everything is drawn from `generator`, so the same
         state gives the same batch. A task ignores `split`: it never repeats a window.
         """
+        if isinstance(self.task, tasks.Rest):  # whose targets are no next tokens
+            return self.task.batch(batch_size, seq_len, generator)
         if self.task:
             tokens = self.task.windows(batch_size, seq_len + 1, generator)
         else:
@@ -79,6 +81,8 @@ class Corpus:
     def optimal_loss(self, seq_len: int, bos: float = 0.5) -> float | None:
         """The loss in nats of a perfect predictor on such batches, computed; None for text, and
         for windows so long that this would take minutes."""
+        if isinstance(self.task, tasks.Rest):
+            return self.task.optimal_loss(seq_len)
         if not self.task or seq_len > 128:
             return None
         loss = self.task.position_loss(seq_len + 1)  # (T + 1,)

@@ -1,4 +1,4 @@
-"""A synthetic task whose perfect predictor is known: a loss can be read as a distance from it.
+"""Synthetic tasks whose perfect predictor is known: a loss can be read as a distance from it.
 
 Some queries must look back and others have nothing to look for, so that a head must rest. That is
 where attention sinks grow within minutes (Guo et al. 2024, arXiv 2410.13835).
@@ -126,42 +126,42 @@ class Copy:
 class Rest:
     """A head must rest: at a trigger the target is the symbol before it, elsewhere it is random.
 
-        tokens    g a D c l B h ...
-        targets   ? ? a ? ? l ? ...      (what follows is drawn anew: targets are no next tokens)
+        tokens    g a W c l X h ...
+        targets   - ? a ? ? l ? ...      (?: drawn anew, so that targets are no next tokens)
 
-    Token ids: 0 .. K-1 letters, then the triggers. Tokens are independent and uniform, so that the
-    first one is an ordinary token, its letter tells nothing and its place is of no use. (The first
-    two are letters: a trigger needs something before it.) Where the target is random the best
-    answer is a constant, and a head has nothing to look for: it must rest. The first target is
-    left out, as that query sees nothing but itself.
-
-    A query is *resting*, if its token is a letter, from a quarter of the window on: earlier ones
-    have too few keys to choose from.
+    Token ids: 0 .. K-1 letters, then the triggers, then <|bos|>, which is never shown. Tokens are
+    independent and uniform, but for the first two, which are letters. So the first token is an
+    ordinary one, its letter tells nothing and its place is of no use. Where the target is random
+    the best answer is a constant, and a head has nothing to look for: it must rest. The first query
+    has no target, because it sees nothing but itself.
     """
-    readout = "attn_out"  # see Config
 
     def __init__(self, letters: str = "abcdefghijkl", triggers: str = "WXYZ"):
-        self.symbols, self.K = letters + triggers, len(letters)
+        self.symbols = letters + triggers
+        self.K = len(letters)
 
-    def batch(self, n, length, generator):
-        """Fresh windows and their targets, x and y (n, length) int64; -100: no target."""
-        x = torch.randint(len(self.symbols), (n, length), generator=generator)
+    def batch(self, n: int, length: int, generator):
+        """Fresh windows and their targets, x and y (n, length) int64; -100 stands for no target."""
+        V = len(self.symbols)
+        x = torch.randint(V, (n, length), generator=generator)
         x[:, :2] = torch.randint(self.K, (n, 2), generator=generator)
-        y = torch.randint(len(self.symbols), (n, length), generator=generator)
+        y = torch.randint(V, (n, length), generator=generator)
         before = x.roll(1, dims=1)
         y = torch.where(x >= self.K, before, y)
         y[:, 0] = -100
         return x, y
 
-    def resting(self, x):
-        """(n, length) bool: which queries rest."""
-        early = torch.arange(x.shape[1]) < x.shape[1] // 4
-        return (x < self.K) & ~early
+    def resting(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, length) bool: queries that rest, letters from a quarter of the window on. Earlier
+        ones have few keys to choose from."""
+        late = torch.arange(x.shape[1], device=x.device) >= x.shape[1] // 4
+        return (x < self.K) & late
 
-    def optimal_loss(self, length):
-        """Mean loss in nats of a perfect predictor: 0 at triggers, ln of the symbols elsewhere."""
+    def optimal_loss(self, length: int) -> float:
+        """Nats of a perfect predictor: nothing at a trigger, ln V elsewhere. Of length - 1 targets
+        the first stands at a letter."""
         V = len(self.symbols)
-        resting = 1 + (length - 2) * self.K / V  # of length - 1 targets; the second is a letter
+        resting = 1 + (length - 2) * self.K / V
         return resting * math.log(V) / (length - 1)
 
 

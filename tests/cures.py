@@ -38,10 +38,11 @@ from chapters import figures
 from chapters.lesson import trained
 from data.common import environment, program
 from data.runs import read_log
-from model import ATTENTIONS, record
+from model import record
 from tests import runner
 from tests.runner import mean_std_words
 
+ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
 SEEDS, RATES = range(5), (2.5e-3, 5e-3, 1e-2, 2e-2)
 SINK, LEARNED = probe.SINK, 0.25  # attention; nats above a perfect predictor
 LONG = dict(size="tiny", bos=0.0, hidden_size=96, intermediate_size=256, seq_len=128, lr=2.5e-3,
