@@ -173,6 +173,11 @@ def sink_score(pattern, k, queries=None):
     return (weight * asked).sum(-1) / asked.sum(-1).clamp_min(1)
 
 
+def share_above(scores):
+    """(N, H) of `sink_score`: the share of pairs of window and head that have a sink."""
+    return (scores > SINK).float().mean()
+
+
 def uniform_sink(T, k=0):
     """`sink_score` of uniform attention: mean of 1 / (t + 1) over t >= k. 0.07 at T = 64."""
     return sum(1 / (t + 1) for t in range(k, T)) / (T - k)
@@ -435,7 +440,7 @@ LINKS = [
                 lambda layer: sink_score(layer["pattern"], layer.k, layer.queries).mean(0),
                 "sink head", uniform_baseline),
          Metric("sink_rate", f"share of heads with a sink (> {SINK})",
-                lambda layer: (sink_score(layer["pattern"], layer.k, layer.queries) > SINK).float().mean(),
+                lambda layer: share_above(sink_score(layer["pattern"], layer.k, layer.queries)),
                 "mean", 0)]),
 ]
 
@@ -506,6 +511,23 @@ def as_rows(found) -> list[dict]:
             rows.append({"layer": layer, "head": head[0] if head else None,
                          "number": key, "value": float(value)})
     return rows
+
+
+@torch.no_grad()
+def resting_weight(model, x, queries) -> list[float]:
+    """The weight on token 0 that reaches the output, for each head of the last layer: its mean over
+    the queries that are True in `queries` (N, T). Gated: times the gate, because a head whose gate
+    is shut may look anywhere."""
+    last = len(model.layers) - 1
+    names = [f"{last}.{name}" for name in ("pattern", "z", "z_raw")]
+    if model.cfg.attn != "gated":
+        names = names[:1]
+    kept = record(model, x, names)[1]
+    weight = kept[f"{last}.pattern"][..., 0].transpose(1, 2)  # (N, T, H)
+    if model.cfg.attn == "gated":
+        gate = kept[f"{last}.z"].norm(dim=-1) / kept[f"{last}.z_raw"].norm(dim=-1)
+        weight = weight * gate
+    return weight[queries].mean(0).tolist()
 
 
 def later(v):

@@ -78,8 +78,9 @@ class Run:
     """All settings of a training. None means: what `size` or the machine suggests (`resolve`)."""
 
     attn: str = setting("softmax", "how to attend", ATTENTIONS)
-    size: str = setting("micro", "rest: heads that must rest (a minute on a laptop); micro: "
-                        "copying; tiny: text after <|bos|> (two minutes each); small, base: for a GPU, not measured", tuple(SIZES))
+    size: str = setting("micro", "rest: heads that must rest, a minute on a laptop; micro: copying,"
+                        " tiny: text after <|bos|>, two minutes each; small, base: for a GPU, not "
+                        "measured", tuple(SIZES))
     data: str | None = setting(None, f"{', '.join(data.NAMES)}, or your own text: a file or folder")
     steps: int | None = setting(None, "optimiser steps")
     batch_size: int | None = setting(None, "windows per step")

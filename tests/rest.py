@@ -59,15 +59,12 @@ def train_and_measure(attn, lr, seed) -> dict:
     out = f"out/rest/{attn}-{lr:g}-{seed}"
     run = train.Run(attn=attn, size="rest", lr=lr, seed=seed, evals=2, out=out)
     state = train.train(run, overwrite=True, say=lambda line: None)
-    return measure(state.model.eval(), state.corpus.task, run_length(run))
-
-
-def run_length(run) -> int:
-    return train.resolve(run).seq_len
+    found = measure(state.model.eval(), state.corpus.task)
+    return found | {"val_loss": state.log[-1]["val_loss"]}
 
 
 @torch.no_grad()
-def measure(model, task, T) -> dict:
+def measure(model, task, T=16) -> dict:
     """All numbers of a run, in fresh windows; `letters only` are windows without a trigger."""
     generator = torch.Generator().manual_seed(4321)
     x, y = task.batch(1024, T, generator)
@@ -96,17 +93,9 @@ def weights(model, task, x) -> dict:
     output, and its attention to token 0, to triggers, to itself, and to its largest key; and by
     position of the key, mean over heads."""
     last = len(model.layers) - 1
-    names = [f"{last}.{name}" for name in ("pattern", "z")]
-    if model.cfg.attn == "gated":
-        names.append(f"{last}.z_raw")
-    kept = record(model, x, names)[1]
-    raw = kept[f"{last}.pattern"]  # (N, H, T, T)
+    name, rests = f"{last}.pattern", task.resting(x)
+    raw = record(model, x, [name])[1][name]  # (N, H, T, T)
     attention = raw / raw.sum(-1, keepdim=True).clamp_min(1e-30)
-    reaching = raw
-    if model.cfg.attn == "gated":
-        gate = kept[f"{last}.z"].norm(dim=-1) / kept[f"{last}.z_raw"].norm(dim=-1)  # (N, T, H)
-        reaching = raw * gate.transpose(1, 2)[..., None]
-    rests = task.resting(x)
 
     def by_head(values):
         """(N, H, T) -> mean over resting queries, a number for each head."""
@@ -114,7 +103,7 @@ def weights(model, task, x) -> dict:
 
     trigger = (x >= task.K)[:, None, None].float()
     keys = attention.mean(1)[rests].mean(0)  # (T,)
-    return {"reaching": by_head(reaching[..., 0]),
+    return {"reaching": probe.resting_weight(model, x, rests),
             "token 0": by_head(attention[..., 0]),
             "triggers": by_head((attention * trigger).sum(-1)),
             "itself": by_head(attention.diagonal(dim1=-2, dim2=-1)),
