@@ -184,12 +184,20 @@ def uniform_sink(T, k=0):
 
 
 def uniform_baseline(cfg, T, k):
-    return uniform_sink(T, k)
+    """In task rest (readout attn_out) queries count from a quarter of the window on."""
+    first = T // 4 if cfg.readout == "attn_out" else k
+    return statistics.fmean(1 / (t + 1) for t in range(max(first, k), T))
 
 
 def noise_dominance(cfg, T, k):
     """DomRatio of Gaussian noise (our approximation of the expected maximum)."""
     return math.sqrt(math.pi * math.log(cfg.hidden_size))
+
+
+def uniform_weight(queries) -> float:
+    """Uniform attention to token 0, mean over the queries that are True in `queries` (N, T)."""
+    seen = torch.arange(1, queries.shape[1] + 1, device=queries.device)  # keys of each query
+    return (1 / seen).expand(queries.shape)[queries].mean().item()
 
 
 def value_drain(v, k):
@@ -673,14 +681,15 @@ def with_sink(sink):
     return sink >= min(SINK, sink.max())
 
 
-def cuts(model, x, y, k=10, seed=0, names=(), step=lambda: None) -> list[dict]:
+def cuts(model, x, y, k=10, seed=0, names=(), step=lambda: None, queries=None) -> list[dict]:
     """Every edit of LINKS (or of `names`) and its controls on windows x, y (N, T), one dict each:
 
         link, kind, control (bool), says, token    what is done, and where
         before, after                              [numbers of token 0, numbers of token k]
 
     The numbers are the headlines of LINKS, the loss, and `resting`: attention to that token of the
-    heads that have a sink in the untouched model. `step()` is called after each. Raises UserError.
+    heads that have a sink in the untouched model. `step()` is called after each; `queries` as in
+    `layers`. Raises UserError.
     """
     T = x.shape[1]
     if not 0 < k < T - 1 or k == T // 2:
@@ -688,11 +697,11 @@ def cuts(model, x, y, k=10, seed=0, names=(), step=lambda: None) -> list[dict]:
                         f"(the middle one, {T // 2}, is a control)")
     target, matched = targets(model, x, seed)
     wanted = [link.numbers[0] for link in LINKS]
-    untouched, _ = layers(model, x, None, (0, k), y, wanted)
+    untouched, _ = layers(model, x, None, (0, k), y, wanted, queries)
     heads = with_sink(untouched[0]["sink"])
 
     def measure(tap):
-        both, loss = layers(model, x, tap, (0, k), y, wanted)
+        both, loss = layers(model, x, tap, (0, k), y, wanted, queries)
         numbers = []
         for found in both:
             resting = later(found["sink"])[heads].mean().item()
@@ -704,6 +713,8 @@ def cuts(model, x, y, k=10, seed=0, names=(), step=lambda: None) -> list[dict]:
         after = measure(intervene(model, edit, target, matched, k, T))
         rows.append({"link": link.name, "kind": kind, "control": control, "says": edit.says,
                      "token": 0 if kind == "cut" else k, "before": before, "after": after})
+        if queries is not None:
+            rows[-1]["uniform"] = uniform_weight(queries)
         step()
     return rows
 
@@ -720,7 +731,7 @@ WHOLE = {"cut": 0.5, "forge": 0.25}  # of RULE
 def share(row, T) -> float:
     """The effect of one row of `cuts`, in the terms of RULE."""
     (first, k), (first_after, k_after) = row["before"], row["after"]
-    whole = first["resting"] - uniform_sink(T)
+    whole = first["resting"] - row.get("uniform", uniform_sink(T))
     change = first_after["resting"] - first["resting"]
     if row["kind"] == "cut":
         return -change / max(whole, TINY)
@@ -799,12 +810,12 @@ OF_ONE = re.compile(", (first layer|strongest head after layer 0|head of the sin
 
 
 @torch.no_grad()
-def portrait(model, x) -> dict:
+def portrait(model, x, queries=None) -> dict:
     """What `figures.chain` draws of one model on windows x (N, T): the headline of each link by
     layer for token 0 and token T / 2, with the layer where the table reads it, and the mean
     attention (T, T) of the strongest head after layer 0, rows made to sum to 1."""
     T = x.shape[1]
-    (first, ordinary), _ = layers(model, x, ks=(0, T // 2))
+    (first, ordinary), _ = layers(model, x, ks=(0, T // 2), queries=queries)
     layer, head = strongest(first["sink"])
     name = f"{layer}.pattern"
     rows = record(model, x, [name])[1][name][:, head].float()
@@ -929,6 +940,11 @@ class Opened(NamedTuple):
     model: GPT
     kinds: dict             # kind of windows -> [(x, y) of each batch]
     untrained: GPT | None   # of a run
+    resting: Callable | None = None  # of task rest: which queries count
+
+    def asked(self, x):
+        """The queries of windows x of which the sink is told; None: all."""
+        return self.resting(x) if self.resting else None
 
 
 def open_llama(look) -> dict[str, Opened]:
@@ -963,7 +979,8 @@ def open_runs(look) -> dict[str, Opened]:
                             f"{look.runs[0]}; probe them one by one")
         model = GPT.from_run(folder).eval()
         untrained = GPT(model.cfg, seed=run["seed"]).eval()
-        found[name] = Opened(model, held_out(corpus, run, look), untrained)
+        resting = getattr(corpus.task, "resting", None)
+        found[name] = Opened(model, held_out(corpus, run, look), untrained, resting)
     return found
 
 
@@ -975,7 +992,7 @@ def held_out(corpus, run, look) -> dict:
             return torch.Generator().manual_seed(seed)
 
         drawn = {}
-        if corpus.task:  # nothing to copy, so that every query rests
+        if corpus.name == "copy":  # nothing to copy, so that every query rests
             drawn["nothing to copy"] = corpus.rest(N, T, generator())
         elif run["bos"] > 0:
             drawn["after <|bos|>"] = corpus.batch(N, T, generator(), "val", 1.0)
@@ -991,8 +1008,9 @@ def measure(name, opened, kind):
     batches = opened.kinds[kind]
     middle = batches[0][0].shape[1] // 2
     bar = tqdm(batches, f"{name}, {kind}", disable=None, leave=False)
-    results = [layers(opened.model, x, ks=(0, middle), y=y) for x, y in bar]
-    columns, by_layer = {}, {}
+    columns, by_layer, results = {}, {}, []
+    for x, y in bar:
+        results.append(layers(opened.model, x, None, (0, middle), y, queries=opened.asked(x)))
     for i, token in enumerate(("token 0", f"token {middle}")):
         column = name if i == 0 else f"{name}, {token}"
         columns[column] = average([summary(both[i]) | {"loss": loss} for both, loss in results])
@@ -1001,7 +1019,7 @@ def measure(name, opened, kind):
             values = torch.stack([both[i][key] for both, _ in results])
             by_layer[token][key] = values.mean(0).tolist()
     if opened.untrained is not None:
-        chains = [chain(opened.untrained, x, y=y) for x, y in batches]
+        chains = [chain(opened.untrained, x, y=y, queries=opened.asked(x)) for x, y in batches]
         columns[f"{name}, untrained"] = average(chains)
     return columns, by_layer
 
@@ -1021,13 +1039,14 @@ def show_chains(models, look):
         for name in models:
             sink = columns[name][0]["sink"]
             word = "a sink" if sink > SINK else "no sink"
+            even = baseline(metric("sink"), models[name].model.cfg, T)
             print(f"{name}: {word}; its strongest head gives token 0 {sink:.2f} of its attention "
-                  f"(uniform: {uniform_sink(T):.2f})")
+                  f"(uniform: {even:.2f})")
         saved[kind] = {name: {"mean": mean, "std": std} for name, (mean, std) in columns.items()}
     portraits = {}
     for name, opened in list(models.items())[:3]:  # the figure has room for three
         x, _ = opened.kinds[kinds[0]][0]
-        portraits[name] = portrait(opened.model, x)
+        portraits[name] = portrait(opened.model, x, opened.asked(x))
     return {"chain": saved, "by layer": by_layer}, (portraits, kinds[0])
 
 
@@ -1039,7 +1058,8 @@ def show_cuts(models, look):
         total, tables = len(list(planned())) * len(batches), []
         with tqdm(total=total, desc=name, disable=None, leave=False) as bar:
             for x, y in batches:
-                tables.append(cuts(opened.model, x, y, look.position, look.seed, step=bar.update))
+                tables.append(cuts(opened.model, x, y, look.position, look.seed,
+                                   step=bar.update, queries=opened.asked(x)))
         drawn[name] = verdicts(tables, batches[0][0].shape[1])
         print(f"\n{name}, {kind}")
         print_cuts(drawn[name])

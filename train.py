@@ -18,6 +18,7 @@ import json
 import math
 import re
 import shlex
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -32,7 +33,8 @@ from tqdm.auto import tqdm
 import data
 import probe
 from data.common import (Parser, UserError, environment, interrupts, multiplies_bf16, nan_to_none,
-                         one_writer, pick_device, program, reason, write_atomically, write_json)
+                         one_writer, pick_device, program, read_json, reason, write_atomically,
+                         write_json)
 from data.runs import (FILES, MEASURED, check_folder, corpus_of, load_checkpoint, read_config,
                        read_log)
 from model import ATTENTIONS, GPT, Config
@@ -59,7 +61,8 @@ SIZES = {  # model and schedule that fit together; a flag overrides any of them
         hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
         vocab_size=1024, seq_len=1024, batch_size=16, steps=20000, lr=6e-4),
 }
-READOUTS = {"rest": "attn_out"}  # by data; final, if it is not named
+SIZE_OF = {None: "rest", "rest": "rest", "copy": "micro"}  # by data; tiny for a text
+READOUTS = {"rest": "attn_out"}  # by data; final for all other
 COMMON = dict(data="stdlib", bos=1.0, weight_decay=0.3)  # of each size that does not say otherwise
 MINUTES = {"rest": 1, "micro": 2, "tiny": 2}  # of a training, about, on one core of a laptop
 MACHINE = ("device", "threads", "compile")  # do not change the result, up to rounding
@@ -78,9 +81,10 @@ class Run:
     """All settings of a training. None means: what `size` or the machine suggests (`resolve`)."""
 
     attn: str = setting("softmax", "how to attend", ATTENTIONS)
-    size: str = setting("micro", "rest: heads that must rest, a minute on a laptop; micro: copying,"
-                        " tiny: text after <|bos|>, two minutes each; small, base: for a GPU, not "
-                        "measured", tuple(SIZES))
+    size: str | None = setting(None, "rest: heads that must rest, a minute on a laptop; micro: "
+                               "copying, tiny: text after <|bos|>, two minutes each; small, base: "
+                               "for a GPU, not measured (default: what fits --data, or rest)",
+                               tuple(SIZES))
     data: str | None = setting(None, f"{', '.join(data.NAMES)}, or your own text: a file or folder")
     steps: int | None = setting(None, "optimiser steps")
     batch_size: int | None = setting(None, "windows per step")
@@ -111,6 +115,7 @@ def flag(name: str) -> str:
 
 def resolve(run: Run) -> Run:
     """Fill in what depends on the size, and check the numbers. Raises UserError."""
+    run = replace(run, size=run.size or SIZE_OF.get(run.data, "tiny"))
     usual = {f.name: f.default for f in fields(Run)} | COMMON | SIZES[run.size]
     if isinstance(usual["lr"], dict):  # tuned for each attention
         usual["lr"] = usual["lr"][run.attn]
@@ -139,7 +144,7 @@ def resolve(run: Run) -> Run:
 
 def usual_folder(run: Run, usual: dict) -> str:
     """out/<attn>, with the size and whatever else was changed."""
-    name = run.attn if run.size == "micro" else f"{run.size}-{run.attn}"
+    name = run.attn if run.size == "rest" else f"{run.size}-{run.attn}"
     for key, value in asdict(run).items():
         if key in ("attn", "size", *MACHINE) or value in (None, usual[key]):
             continue
@@ -309,13 +314,17 @@ def make_header(state: State, old: dict | None) -> dict:
     """config.json. "earlier" has the machines on which a resumed run was trained before."""
     run, corpus, earlier = state.run, state.corpus, []
     now = environment(state.device, run.threads)
+    optimal = corpus.optimal_loss(run.seq_len, run.bos)
+    if run.data == "rest":  # exact, on the very windows of the evaluations
+        (x, _), _ = held_out(run, corpus, "cpu")
+        optimal = corpus.task.optimal_loss(x)
     if old:
         before = [*old.get("earlier", []), old["environment"]]
         earlier = [machine for machine in before if machine != now]
     return {"run": asdict(run), "model": asdict(state.model.cfg),
             "parameters": sum(p.numel() for p in state.model.parameters()),
             "corpus": corpus.fingerprint(),
-            "optimal_loss": corpus.optimal_loss(run.seq_len, run.bos),
+            "optimal_loss": optimal,
             "environment": now, "earlier": earlier}
 
 
@@ -518,6 +527,21 @@ def write_text(model: GPT, corpus, bos, prompt=None, tokens=200, temperature=0.8
 def story(state: State) -> str:
     """What a training has shown, in plain sentences."""
     run, last = state.run, state.log[-1]
+    if run.data == "rest":
+        told, verdict = rest_story(state)
+    else:
+        told, verdict = sink_story(state)
+    return f"""
+validation loss {last['val_loss']:.4f} nats per token; files in {run.out}/
+{told}
+
+next: python probe.py {shlex.quote(run.out)}
+{run.attn} {verdict}"""
+
+
+def sink_story(state: State) -> tuple[str, str]:
+    """What was seen, and the verdict: has the model a sink?"""
+    run, last = state.run, state.log[-1]
     kind = told_kind(last)
     sink = last[kind]["sink"] or 0.0
     verdict = "has a sink" if sink > probe.SINK else f"has no sink (none above {probe.SINK})"
@@ -525,15 +549,36 @@ def story(state: State) -> str:
         verdict += "; but heads recognise <|bos|>, so this is no test of a cure (chapter 07)"
     elif run.attn != "softmax":
         verdict += "; what the cures do in five seeds: tests/results/cures.md"
-    return f"""
-validation loss {last['val_loss']:.4f} nats per token; files in {run.out}/
-attention of the strongest head ({KINDS[kind]}): {sink:.2f} \
+    told = f"""attention of the strongest head ({KINDS[kind]}): {sink:.2f} \
 (uniform attention: {probe.uniform_sink(run.seq_len):.2f})
 a sample, which goes on from {run.seq_len // 2} tokens of held-out data:
-{write_text(state.model, state.corpus, run.bos, tokens=run.seq_len)}
+{write_text(state.model, state.corpus, run.bos, tokens=run.seq_len)}"""
+    return told, verdict
 
-next: python probe.py {shlex.quote(run.out)}
-{run.attn} {verdict}"""
+
+SOFTMAX = Path(__file__).parent / "tests" / "results" / "rest.json"  # five seeds to compare with
+
+
+def rest_story(state: State) -> tuple[str, str]:
+    """What was seen, and the verdict: how much of softmax's sink does the attention take?"""
+    run = state.run
+    x, queries = held_out(run, state.corpus, state.device)[1]["links_rest"]
+    heads = probe.resting_weight(state.model, x, queries)
+    here, uniform = statistics.fmean(heads), probe.uniform_weight(queries)
+    seeds = read_json(SOFTMAX)["grid"]["softmax"]["0.005"].values()
+    mean, std = probe.mean_std([statistics.fmean(seed["weights"]["reaching"]) for seed in seeds])
+    loss = statistics.fmean(seed["val_loss"] for seed in seeds)
+    by_head = " ".join(f"{head:.2f}" for head in heads)
+    told = f"""where there is nothing to look for, a head of the last layer gives the first token
+  {mean:.2f}   under softmax (mean of five seeds, standard deviation {std:.2f})
+  {here:.2f}   under {run.attn}, here (head by head: {by_head})
+  {uniform:.2f}   if it looks everywhere alike"""
+    gap = state.log[-1]["val_loss"] - loss
+    if run.attn == "softmax":
+        return told, f"rests on the first token with {here:.0%} of its attention: a sink"
+    taken = (mean - here) / (mean - uniform)
+    return told, (f"takes {taken:.0%} of softmax's sink; its loss is {abs(gap):.4f} nats "
+                  f"{'higher' if gap > 0 else 'lower'}")
 
 
 # ---------------------------------------------------------------- the command line

@@ -70,7 +70,7 @@ plt.rcParams.update(figures.STYLE)
 # Each is trained once and kept in out/. The first is what `python train.py` trains.
 RUNS = {}
 for attn in ("softmax", "sigmoid", "headnorm", "gated"):
-    RUNS[attn] = train.Run(attn=attn)
+    RUNS[attn] = train.Run(attn=attn, size="micro")
     RUNS[f"tiny-{attn}"] = train.Run(attn=attn, size="tiny")
 
 

@@ -128,10 +128,11 @@ def learned(cell) -> bool:
 
 
 def best_rate(found, attn) -> float:
-    """The learning rate of the lowest mean loss."""
+    """The learning rate of the lowest mean loss, of those that all seeds were trained at."""
     def loss(lr):
         return fmean(sum(cell["loss"].values()) for cell in cells(found, attn, lr))
-    return min(RATES, key=loss)
+    whole = [lr for lr in RATES if len(cells(found, attn, lr)) == len(SEEDS)]
+    return min(whole, key=loss)
 
 
 def uniform(T=16) -> float:
@@ -139,10 +140,10 @@ def uniform(T=16) -> float:
     return fmean(1 / (t + 1) for t in range(T // 4, T))
 
 
-def interval(values) -> str:
+def interval(values, decimals=2) -> str:
     """Mean and 95 % interval over seeds."""
     half = T95[len(values)] * stdev(values) / len(values) ** 0.5
-    return f"{fmean(values):.2f} ± {half:.2f}"
+    return f"{fmean(values):.{decimals}f} ± {half:.{decimals}f}"
 
 
 def verdict(found, attn) -> str:
@@ -163,9 +164,65 @@ def verdict(found, attn) -> str:
     return "does not take it" if min(taken) < 0.2 else "takes a part"
 
 
+# ---------------------------------------------------------------- the page
+
+def comparison(found) -> str:
+    """Every attention at its best rate: mean and 95 % interval over seeds."""
+    head = ("", "rate", "learned", "weight on token 0", "in windows of letters only",
+            "strongest head", "largest key of a query", "on triggers", "verdict")
+    rows = []
+    for attn in found["grid"]:
+        lr = best_rate(found, attn)
+        seeds = cells(found, attn, lr)
+        able = sum(map(learned, seeds))
+        weights = [seed["weights"] for seed in seeds]
+        rows.append((
+            attn, f"{lr:g}", f"{able} of {len(seeds)}",
+            interval([weight(seed) for seed in seeds]),
+            interval([weight(seed, "letters only") for seed in seeds]),
+            interval([max(w["reaching"]) for w in weights]),
+            interval([fmean(w["largest"]) for w in weights]),
+            interval([fmean(w["triggers"]) for w in weights]),
+            "-" if attn == "softmax" else verdict(found, attn)))
+    return runner.markdown(head, rows)
+
+
+def chain_table(found) -> str:
+    """What else there is to see in the same runs."""
+    shown = {"norm_ratio": "norm over the median", "dominance": "DomRatio",
+             "direction": "cosine between windows", "drain": "length of its value"}
+    head = ("", *shown.values(), "effective rank", "loss at rest, nats above perfect",
+            "at triggers")
+    rows = []
+    for attn in found["grid"]:
+        seeds = cells(found, attn, best_rate(found, attn))
+        chain = [interval([seed["chain"][key] for seed in seeds]) for key in shown]
+        loss = [interval([seed["loss"][key] for seed in seeds], 4) for key in ("rest", "trigger")]
+        rows.append((attn, *chain, interval([seed["rank"] for seed in seeds]), *loss))
+    return runner.markdown(head, rows)
+
+
+def grid_table(found) -> str:
+    """The weight on token 0 at every rate, and how many seeds have learned."""
+    rows = []
+    for attn in found["grid"]:
+        row = [attn]
+        for lr in RATES:
+            seeds = cells(found, attn, lr)
+            able = sum(map(learned, seeds))
+            words = f"{interval([weight(s) for s in seeds])}; {able} of {len(seeds)}"
+            row.append(words if len(seeds) > 1 else "-")
+        rows.append(row)
+    return runner.markdown(("", *(f"{lr:g}" for lr in RATES)), rows)
+
+
+def tables(found) -> dict[str, str]:
+    return {"rest": comparison(found), "chain": chain_table(found), "grid": grid_table(found)}
+
+
 def main():
     args = runner.parser("rest", __doc__).parse_args()
-    return runner.run(FILE, plan(), lambda found: None, args)
+    return runner.run(FILE, plan(), lambda found: runner.fill_page(PAGE, tables(found)), args)
 
 
 if __name__ == "__main__":
