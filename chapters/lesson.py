@@ -67,7 +67,7 @@ from model import GPT  # noqa: E402
 torch.set_num_threads(min(torch.get_num_threads(), 4))
 plt.rcParams.update(figures.STYLE)
 
-# Each is trained once and kept in out/. The first is what `python train.py` trains.
+# Each is trained once and kept in out/: the copying task, and text after <|bos|>.
 RUNS = {}
 for attn in ("softmax", "sigmoid", "headnorm", "gated"):
     RUNS[attn] = train.Run(attn=attn, size="micro")

@@ -237,3 +237,34 @@ def test_the_task_encodes_its_symbols():
     assert corpus.decode([32, 0, 17]) == "<|bos|>aB"
     with pytest.raises(UserError, match="'é' is not a symbol"):
         corpus.encode("aé")
+
+
+# ---------------------------------------------------------------- the task in which heads rest
+
+def test_what_the_targets_of_rest_are():
+    task = data.load("rest").task
+    x, y = task.batch(400, 16, generator(3))
+    trigger = x >= task.K
+    assert not trigger[:, :2].any()
+    assert trigger[:, 2:].float().mean() == pytest.approx(0.25, abs=0.03)
+    assert (y[:, 0] == -100).all()
+    assert torch.equal(y[:, 1:][trigger[:, 1:]], x[:, :-1][trigger[:, 1:]])
+    drawn = torch.bincount(y[:, 1:][~trigger[:, 1:]]) / (~trigger[:, 1:]).sum()
+    assert drawn.tolist() == pytest.approx([1 / 16] * 16, abs=0.015)  # whatever stands there
+
+
+def test_resting_queries_are_late_letters():
+    task = data.load("rest").task
+    x = torch.zeros(1, 8, dtype=torch.long)
+    x[0, 5] = task.K
+    assert task.resting(x)[0].tolist() == [False, False, True, True, True, False, True, True]
+
+
+def test_the_optimum_of_rest_is_that_of_who_knows_the_task():
+    task = data.load("rest").task
+    x, y = task.batch(50, 16, generator(4))
+    p = torch.full((*x.shape, 16), 1 / 16)
+    before = torch.nn.functional.one_hot(x.roll(1, 1), 16).float()
+    p = torch.where((x >= task.K)[..., None], before, p)
+    nats = torch.nn.functional.nll_loss(p.log().flatten(0, 1), y.flatten(), ignore_index=-100)
+    assert task.optimal_loss(x) == pytest.approx(nats.item(), abs=1e-5)

@@ -112,6 +112,26 @@ def test_direction_cos():
     assert near(probe.direction_cos(x), 1 / 3)  # pairs: 1, 0, 0
 
 
+def test_a_sink_is_told_of_the_queries_asked_for():
+    pattern = torch.zeros(1, 1, 4, 4)
+    pattern[0, 0, :, 0] = torch.tensor([1.0, 0.5, 0.25, 0.0])
+    pattern[0, 0, :, 3] = 1 - pattern[0, 0, :, 0]
+    asked = torch.tensor([[False, True, True, False]])
+    assert near(probe.sink_score(pattern, 0, asked), 0.375)
+    assert near(probe.uniform_weight(asked), (1 / 2 + 1 / 3) / 2)
+
+
+def test_the_weight_behind_a_gate_counts_as_much_as_the_gate_is_open():
+    model = tiny_model("gated")
+    x, asked = tokens(3), torch.rand(3, 24) < 0.5
+    kept = record(model, x, ["1.pattern", "1.resid_pre"])[1]
+    gate = torch.sigmoid(model.layers[1].self_attn.z_gate(
+        model.layers[1].input_layernorm(kept["1.resid_pre"])))  # (N, T, H)
+    for head, found in enumerate(probe.resting_weight(model, x, asked)):
+        weight = kept["1.pattern"][:, head, :, 0] * gate[..., head]
+        assert near(weight[asked].mean(), found)
+
+
 def test_leading_query_and_lock_cos():
     q = randn(4, 6, 2, 3) * 0.01
     q[:, :, 0, 1] += 2
