@@ -36,6 +36,7 @@ Tap = Callable[[str, torch.Tensor], torch.Tensor]
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
 HF_SIZES = (*SIZES, "head_dim")  # what we read from a config.json, besides rope and tied weights
+HF_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}  # where a key is missing
 # Keys that change the forward pass, and the one value of each that we compute. The other keys of a
 # config.json (token ids, dtype, cache, dropout, versions) change nothing and are dropped.
 HF_FIXED = {
@@ -104,9 +105,12 @@ class Config:
             found = rope.get(key, raw.get(key))
             if found not in (None, ours):
                 raise UserError(f"config.json: {key} must be {ours!r}, not {found!r:.60}")
-        sizes = {key: raw.get(key) for key in HF_SIZES}
+        sizes = {key: raw.get(key, HF_DEFAULTS.get(key)) for key in HF_SIZES}
         theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         rope.pop("partial_rotary_factor", None)  # checked above
+        original = "original_max_position_embeddings"
+        if rope.get("rope_type", rope.get("type")) == "llama3":  # the top level wins
+            rope[original] = raw.get(original, rope.get(original, sizes["max_position_embeddings"]))
         tie = raw.get("tie_word_embeddings", False)
         return cls(**sizes, rope_theta=theta, rope_scaling=rope or None, tie_word_embeddings=tie)
 

@@ -35,7 +35,7 @@ from data.common import environment, program, read_json
 from data.runs import read_log
 from data.windows import english, random_windows, text_windows
 from model import GPT, record
-from tests import cures, retrofit, runner
+from tests import cures, rest, retrofit, runner
 
 RESULTS = Path(__file__).parent / "results"
 FILE, HYPOTHESES = RESULTS / "claims.json", RESULTS / "claims.csv"
@@ -349,18 +349,19 @@ FOUND = """
 direction or its key takes {cut variance.share %}, {cut neurons.share %}, {cut direction.share %}
 and {cut lock.share %} of the sink; the controls take next to nothing.
 
-**A handful of neurons carries it**, which the paper did not test: with five of 1,536 a layer silent
-at that one token it has no sink (the next tokens take it over; with the five silent everywhere
-there is none), and five others of like weight take nothing ({cut neurons.controls.0 %}). Nor is it
-missed for good: the model trained on with these five drawn anew has {healed}. Let it write without
-two of them: [chapter 03](chapters/book/03.md).
+**A handful of neurons carries it**, which the paper did not test (others silenced the whole first
+MLP at that token: arXiv 2510.06477): with five of 1,536 a layer silent at that one token it has no
+sink (the next tokens take it over; with the five silent everywhere there is none), and five others
+of like weight take nothing ({cut neurons.controls.0 %}). Nor is it missed for good: the model
+trained on with these five drawn anew has {healed}. Let it write without two of them: [chapter
+03](chapters/book/03.md).
 
 **Variance forges a sink, length does not.** A token that sees only itself gets {forge
 variance.share %} of the two sinks; one whose variance is amplified {forge W_O.share %}, shifted to
-the same length {forge W_O.controls.0 %}, scaled {forge W_O.controls.1 %}. In the model that `python
-train.py` trains (the {sinks} of 5 seeds that have a sink) it is {micro: forge variance.share %} and
-{micro: forge W_O.share %}, by the shift {micro: forge W_O.controls.0 %}; there scaling does it too
-({micro: forge W_O.controls.1 %}).
+the same length {forge W_O.controls.0 %}, scaled {forge W_O.controls.1 %}. In the copying model
+(`train.py --size micro`, the {sinks} of 5 seeds that have a sink) it is {micro: forge
+variance.share %} and {micro: forge W_O.share %}, by the shift {micro: forge W_O.controls.0 %};
+there scaling does it too ({micro: forge W_O.controls.1 %}).
 
 **Not everything holds.** In SmolLM2 the columns of W_O do not favour the dimensions of high
 variance (Kendall tau {first.wo_tau}, the paper 0.32), nor do long rows write into dimensions of the
@@ -371,21 +372,24 @@ W_O takes only {cut W_O.share %} of the sink. A fixed direction and a large DomR
 alone: it has {first.direction} and {first.dominance}, an ordinary token {ordinary.direction} and
 {ordinary.dominance}.
 
-**Sigmoid ends the sink, headnorm in half a setting of three, and a small sink has its uses.** With
-ordinary first tokens (`python train.py`, five seeds, one learning rate) the strongest head gives
-token 0 {micro: softmax.first.sink} (softmax), {micro: headnorm.first.sink} (headnorm), {micro:
-gated.first.sink} (gated, a known cure) and {micro: sigmoid.first.sink} (sigmoid). But this sink is
-*of use*: these models measure their place from token 0, the default one by the head that has the
-sink ([chapter 07](chapters/book/07.md)). So a sink that stays here refutes no cure. After
-`<|bos|>`, which a head knows by name, it is {text: softmax.first.sink}, {text:
-headnorm.first.sink}, {text: gated.first.sink} and {text: sigmoid.first.sink}. In copying headnorm
-has the lower loss all the same: {loss} nats against softmax, each at its best learning rate (95 %
-interval; the paper: -0.039); after `<|bos|>` there is no difference ({text: headnorm.val_loss minus
-softmax.val_loss}). In text without `<|bos|>`, trained for an hour (one seed), the sink is {long},
-and headnorm's loss is lower again ({long loss}). Built into SmolLM2 and trained on, headnorm
-ends most of it on random tokens: heads with a sink are then {retrofit}, where *scaled* brings
-heads, but not tokens, to one length, so that the sink has to come back; in text it does so with one
-order of batches of two. More: [the cures](tests/results/cures.md).
+**A cure can be judged in a minute.** Where heads have nothing to look for and must be silent
+(`python train.py`; five seeds, each attention at its best learning rate), a head of the last layer
+gives the ordinary first token {rest}; uniform attention gives 0.11. {rest price} [Heads that must
+rest](tests/results/rest.md).
+
+**A sink may be of use, and then no cure takes it.** In copying (`--size micro`, five seeds, one
+learning rate) the strongest head gives token 0 {micro: softmax.first.sink} (softmax), {micro:
+headnorm.first.sink} (headnorm), {micro: gated.first.sink} (gated) and {micro: sigmoid.first.sink}
+(sigmoid, which has not learned the task in any seed). These models measure their place from token
+0 ([chapter 07](chapters/book/07.md)). Headnorm's loss is lower all the same: {loss} nats against
+softmax, each at its best learning rate (95 % interval; the paper: -0.039). In text without
+`<|bos|>`, trained for an hour (one seed), the sink is {long}, and headnorm's loss is lower again
+({long loss}).
+
+**Built into SmolLM2, headnorm ends most of the sink on random tokens, and costs {price} nats.**
+After 500 steps {retrofit} of the heads have a sink, where *scaled* brings heads, but not tokens, to
+one length, so that the sink has to come back; in text it does so under headnorm with one order of
+batches of two. More: [the cures](tests/results/cures.md).
 """  # what stands in braces is a `value_at`, of SmolLM2 where it names no lane
 
 
@@ -397,10 +401,13 @@ def findings(found) -> str:
         return f"{mean:.0%}" if as_percent else probe.digits(mean)
 
     of_cures, rebuilt = read_json(cures.FILE), read_json(retrofit.FILE)
+    of_rest = read_json(rest.FILE)
+    losses = [retrofit.loss_of(rebuilt[name]["end"]) for name in ("headnorm", "softmax")]
     sinks = with_sink_only(values_of(found, "micro", "cut lock.share"))
     words = {"sinks": str(len(sinks)), "retrofit": retrofit.shares_in_words(rebuilt),
              "healed": retrofit.healed(rebuilt), "loss": cures.gain(of_cures),
-             "long": cures.long_sinks(of_cures),
+             "long": cures.long_sinks(of_cures), "price": f"{losses[0] - losses[1]:+.2f}",
+             "rest": rest.in_words(of_rest), "rest price": rest.price(of_rest),
              "long loss": cures.long_gap(of_cures, "headnorm")}
     lines = []
     for text in FOUND.strip().split("\n\n"):

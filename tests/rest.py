@@ -164,6 +164,24 @@ def verdict(found, attn) -> str:
     return "does not take it" if min(taken) < 0.2 else "takes a part"
 
 
+def in_words(found) -> str:
+    """The weight on token 0 of every attention, mean over seeds and 95 % interval."""
+    said = []
+    for attn in found["grid"]:
+        seeds = cells(found, attn, best_rate(found, attn))
+        said.append(f"{interval([weight(seed) for seed in seeds])} ({attn})")
+    return f"{runner.listed(said)} of its attention"
+
+
+def price(found) -> str:
+    """What headnorm's loss is beside softmax's, each at its best rate, in a sentence."""
+    ours, softmax = (cells(found, attn, best_rate(found, attn)) for attn in ("headnorm", "softmax"))
+    gaps = [a["val_loss"] - b["val_loss"] for a, b in zip(ours, softmax)]
+    verdicts = [f"{attn} {verdict(found, attn)}" for attn in found["grid"] if attn != "softmax"]
+    return (f"By criteria written before, {runner.listed(verdicts)}; headnorm's loss is "
+            f"{interval(gaps, 4)} nats above softmax's.")
+
+
 # ---------------------------------------------------------------- the page
 
 def comparison(found) -> str:

@@ -96,6 +96,27 @@ def write_weights(folder, **change):
     safetensors.torch.save_file({**ALL, **change}, folder / WEIGHTS)
 
 
+LLAMA3 = SHAPES["llama3 rope"]["rope_scaling"]
+BARE = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+SPELLINGS = {  # keys of config.json that are changed; None: the key is left out
+    "original length beside the rope": {"rope_scaling": LLAMA3,
+                                        "original_max_position_embeddings": 8},
+    "original length nowhere": {"rope_scaling": BARE},
+    "no eps": {"rms_norm_eps": None},
+    "no length": {"max_position_embeddings": None},
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_config_means_what_it_means_to_transformers(tmp_path, spelling):
+    folder = tiny_llama_folder(tmp_path)
+    raw = json.loads((folder / "config.json").read_text()) | SPELLINGS[spelling]
+    raw = {key: value for key, value in raw.items() if key == "rope_scaling" or value is not None}
+    (folder / "config.json").write_text(json.dumps(raw))
+    wanted = open_reference(folder)(tokens(1, 10)).logits
+    assert (logits(GPT.from_llama(folder)) - wanted).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("shape", [SHAPES["llama3 rope"], {"rope_theta": 50.0}])
 def test_what_transformers_saves_in_shards_opens(tmp_path, shape):
     """Its config.json has the new spelling of rope."""
@@ -148,6 +169,10 @@ def cut_short(folder):
     os.truncate(folder / WEIGHTS, 9999)
 
 
+def pointer(folder):
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+
+
 def not_finite(folder):
     write_weights(folder, **{NORM: torch.full((32,), float("nan"))})
 
@@ -158,6 +183,7 @@ def not_finite(folder):
     (another_width, "size mismatch for lm_head.weight"),
     (no_weights, "neither model.safetensors nor model-*"),
     (cut_short, WEIGHTS),
+    (pointer, "run git lfs pull"),
     (not_finite, "'norm.weight' holds numbers that are not finite"),
 ])
 def test_a_broken_folder_is_told_in_one_line(tmp_path, damage, named):
@@ -168,6 +194,42 @@ def test_a_broken_folder_is_told_in_one_line(tmp_path, damage, named):
     assert named in line
     assert "\n" not in line
     assert len(line) < 600
+
+
+def in_shards(folder):
+    """The folder with its weights in two shards of odd names and an index."""
+    parts = {"weights-a.safetensors": {}, "weights-b.safetensors": {HEAD: ALL[HEAD]}}
+    parts["weights-a.safetensors"] = {name: w for name, w in ALL.items() if name != HEAD}
+    weight_map = {}
+    for file, part in parts.items():
+        safetensors.torch.save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / WEIGHTS).unlink()
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_the_index_says_which_files_are_read(tmp_path):
+    """Whatever their names, and whatever else an earlier save has left."""
+    in_shards(tiny_llama_folder(tmp_path))
+    stale = {HEAD: torch.zeros_like(ALL[HEAD])}
+    safetensors.torch.save_file(stale, tmp_path / "model-00009-of-00009.safetensors")
+    assert torch.equal(logits(GPT.from_llama(tmp_path)), logits(tiny_model()))
+
+
+def test_an_absent_shard_is_named(tmp_path):
+    """And the head, which it holds, is not taken for a tied one."""
+    in_shards(tiny_llama_folder(tmp_path))
+    (tmp_path / "weights-b.safetensors").unlink()
+    with pytest.raises(UserError, match="weights-b.safetensors is not there, but"):
+        GPT.from_llama(tmp_path)
+
+
+def test_without_an_index_no_tensor_may_stand_twice(tmp_path):
+    folder = tiny_llama_folder(tmp_path)
+    (folder / WEIGHTS).rename(folder / "model-1.safetensors")
+    safetensors.torch.save_file({HEAD: ALL[HEAD]}, folder / "model-2.safetensors")
+    with pytest.raises(UserError, match="there twice"):
+        GPT.from_llama(folder)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "model-1.safetensors", "pytorch_model.bin"])
