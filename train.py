@@ -556,7 +556,7 @@ a sample, which goes on from {run.seq_len // 2} tokens of held-out data:
     return told, verdict
 
 
-SOFTMAX = Path(__file__).parent / "tests" / "results" / "rest.json"  # five seeds to compare with
+SOFTMAX = Path(__file__).parent / "tests" / "results" / "rest.json"  # seeds to compare with
 
 
 def rest_story(state: State) -> tuple[str, str]:
@@ -570,7 +570,7 @@ def rest_story(state: State) -> tuple[str, str]:
     loss = statistics.fmean(seed["val_loss"] for seed in seeds)
     by_head = " ".join(f"{head:.2f}" for head in heads)
     told = f"""where there is nothing to look for, a head of the last layer gives the first token
-  {mean:.2f}   under softmax (mean of five seeds, standard deviation {std:.2f})
+  {mean:.2f}   under softmax (mean of {len(seeds)} seeds, standard deviation {std:.2f})
   {here:.2f}   under {run.attn}, here (head by head: {by_head})
   {uniform:.2f}   if it looks everywhere alike"""
     gap = state.log[-1]["val_loss"] - loss

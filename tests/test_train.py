@@ -267,11 +267,11 @@ def test_the_line_of_an_evaluation():
 
 @pytest.mark.parametrize("attn, word", [("softmax", "rests on"), ("headnorm", "takes")])
 def test_a_run_of_rest_ends_beside_softmax(tmp_path, capsys, attn, word):
-    """By default heads must rest, and five committed seeds of softmax stand beside the run."""
+    """By default heads must rest, and committed seeds of softmax stand beside the run."""
     assert train.main([f"--attn={attn}", "--steps=2", "--evals=1", f"--out={tmp_path}"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1].startswith(f"{attn} {word}")
-    assert any("under softmax (mean of five seeds" in line for line in said)
+    assert any("under softmax (mean of " in line for line in said)
 
 
 def test_the_last_line_is_the_verdict(tmp_path, capsys, tiny_run):
