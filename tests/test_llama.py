@@ -25,7 +25,8 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_published_config_gives_the_published_size_and_angles(name):
     """Rope mistakes do not show at short context: compare far positions, too."""
-    raw = json.loads((Path(__file__).parent / "llama_configs" / f"{name}.json").read_text())
+    path = Path(__file__).parent / "llama_configs" / f"{name}.json"
+    raw = json.loads(path.read_text())
     cfg = Config.from_hf(raw)
     with torch.device("meta"):
         gpt = GPT(cfg)
@@ -44,42 +45,41 @@ def open_reference(folder):
     return transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
 
-SAME = {  # our activation: the module of a layer of transformers that takes it or gives it
-    "resid_pre": ("input_layernorm", "takes"), "q": ("self_attn.q_proj", "gives"),
-    "k": ("self_attn.k_proj", "gives"), "v": ("self_attn.v_proj", "gives"),
-    "z": ("self_attn.o_proj", "takes"), "attn_out": ("self_attn.o_proj", "gives"),
-    "resid_mid": ("post_attention_layernorm", "takes"), "mlp_pre": ("mlp.gate_proj", "gives"),
-    "mlp_pre_linear": ("mlp.up_proj", "gives"), "mlp_post": ("mlp.down_proj", "takes"),
-    "mlp_out": ("mlp.down_proj", "gives"),
+GIVES = {  # our activation: the module of a layer of transformers that gives it
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj", "mlp_pre": "mlp.gate_proj",
+    "mlp_pre_linear": "mlp.up_proj", "mlp_out": "mlp.down_proj",
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_activations_agree_with_transformers(tmp_path, shape):
     """In windows of 60 tokens; the original context of the llama3 rope is 16 here."""
-    reference, theirs = open_reference(tiny_llama_folder(tmp_path, **SHAPES[shape])), {}
-    for name, module in reference.named_modules():
-        def keep(module, takes, gives, name=name):
-            theirs[name] = {"takes": takes[0] if takes else None, "gives": gives}
+    reference = open_reference(tiny_llama_folder(tmp_path, **SHAPES[shape]))
+    gpt, idx, given = GPT.from_llama(tmp_path), tokens(2, 60), {}
+
+    def keep(module, takes, gives):
+        given[module] = gives
+    for module in reference.modules():
         module.register_forward_hook(keep)
-    gpt, idx = GPT.from_llama(tmp_path), tokens(2, 60)
+    found = reference(idx, output_hidden_states=True, output_attentions=True)
     logits, ours = record(gpt, idx, tap_names(gpt.cfg))
-    with torch.no_grad():
-        pairs = [(logits, reference(idx).logits)]
-    pairs.append((ours["final"], theirs["model.norm"]["gives"]))
-    for i in range(2):
-        layer = f"model.layers.{i}"
-        pairs.append((ours[f"{i}.pattern"], theirs[f"{layer}.self_attn"]["gives"][1]))
-        for name, (module, side) in SAME.items():
-            pairs.append((ours[f"{i}.{name}"], theirs[f"{layer}.{module}"][side]))
-    for x, wanted in pairs:
-        torch.testing.assert_close(x.reshape(wanted.shape), wanted, rtol=0, atol=1e-4)
+    theirs = {"final": found.hidden_states[-1]}
+    for i, layer in enumerate(reference.model.layers):
+        theirs[f"{i}.resid_pre"] = found.hidden_states[i]
+        theirs[f"{i}.pattern"] = found.attentions[i]
+        for name, module in GIVES.items():
+            theirs[f"{i}.{name}"] = given[layer.get_submodule(module)]
+    torch.testing.assert_close(logits, found.logits, rtol=0, atol=1e-4)
+    for name, wanted in theirs.items():
+        x = ours[name].reshape(wanted.shape)
+        torch.testing.assert_close(x, wanted, rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------- what opens
 
 WEIGHTS = "model.safetensors"
-HEAD, NORM = "lm_head.weight", "model.norm.weight"
+HEAD = "lm_head.weight"
 ALL = llama_names(tiny_model())
 
 
@@ -87,41 +87,31 @@ def logits(gpt):
     return gpt(tokens(1, 10))[0]
 
 
-def write_config(folder, **change):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-
-
 def write_weights(folder, **change):
     safetensors.torch.save_file({**ALL, **change}, folder / WEIGHTS)
 
 
-LLAMA3 = SHAPES["llama3 rope"]["rope_scaling"]
-BARE = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
-SPELLINGS = {  # keys of config.json that are changed; None: the key is left out
-    "original length beside the rope": {"rope_scaling": LLAMA3,
-                                        "original_max_position_embeddings": 8},
-    "original length nowhere": {"rope_scaling": BARE},
-    "no eps": {"rms_norm_eps": None},
-    "no length": {"max_position_embeddings": None},
-}
+LENGTH = "original_max_position_embeddings"
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_config_means_what_it_means_to_transformers(tmp_path, spelling):
-    folder = tiny_llama_folder(tmp_path)
-    raw = json.loads((folder / "config.json").read_text()) | SPELLINGS[spelling]
-    raw = {key: value for key, value in raw.items() if key == "rope_scaling" or value is not None}
+@pytest.mark.parametrize("gone, added", [
+    ("rms_norm_eps", {}), ("max_position_embeddings", {}), (LENGTH, {}), (None, {LENGTH: 8})])
+def test_a_config_means_what_it_means_to_transformers(tmp_path, gone, added):
+    """Where a key is missing, and where the original length stands beside the rope, too."""
+    folder = tiny_llama_folder(tmp_path, **SHAPES["llama3 rope"])
+    raw = json.loads((folder / "config.json").read_text()) | added
+    for keys in (raw, raw["rope_scaling"]):
+        keys.pop(gone, None)
     (folder / "config.json").write_text(json.dumps(raw))
     wanted = open_reference(folder)(tokens(1, 10)).logits
     assert (logits(GPT.from_llama(folder)) - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("shape", [SHAPES["llama3 rope"], {"rope_theta": 50.0}])
-def test_what_transformers_saves_in_shards_opens(tmp_path, shape):
+def test_what_transformers_saves_in_shards_opens(tmp_path):
     """Its config.json has the new spelling of rope."""
-    one, many = tiny_llama_folder(tmp_path / "one", **shape), tmp_path / "many"
-    open_reference(one).save_pretrained(many, max_shard_size="10KB")
+    shape, many = SHAPES["llama3 rope"], tmp_path / "many"
+    reference = open_reference(tiny_llama_folder(tmp_path / "one", **shape))
+    reference.save_pretrained(many, max_shard_size="10KB")
     assert len(list(many.glob("model-*.safetensors"))) > 2
     assert torch.equal(logits(GPT.from_llama(many)), logits(tiny_model(**shape)))
 
@@ -135,31 +125,22 @@ def test_rotary_tables_of_old_files_are_left_out(tmp_path):
 @pytest.mark.parametrize("tie", [False, True])
 def test_the_head_is_tied_when_the_file_has_none_whatever_config_says(tmp_path, tie):
     folder = tiny_llama_folder(tmp_path, tie_word_embeddings=tie)
-    write_config(folder, tie_word_embeddings=not tie)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["tie_word_embeddings"] = not tie
+    (folder / "config.json").write_text(json.dumps(raw))
     gpt = GPT.from_llama(folder)
     assert (gpt.lm_head.weight is gpt.embed_tokens.weight) == tie
     assert torch.equal(logits(gpt), logits(tiny_model(tie_word_embeddings=tie)))
 
 
-@pytest.mark.parametrize("asked, wanted", [(None, torch.bfloat16), (torch.float32, torch.float32)])
-def test_the_model_has_one_dtype_the_asked_one_or_that_of_the_head(tmp_path, asked, wanted):
+def test_the_model_has_one_dtype_the_asked_one_or_that_of_the_head(tmp_path):
     write_weights(tiny_llama_folder(tmp_path), **{HEAD: ALL[HEAD].bfloat16()})
-    assert {p.dtype for p in GPT.from_llama(tmp_path, asked).parameters()} == {wanted}
+    for asked in (None, torch.float32):
+        gpt = GPT.from_llama(tmp_path, asked)
+        assert {p.dtype for p in gpt.parameters()} == {asked or torch.bfloat16}
 
 
 # ---------------------------------------------------------------- what is refused
-
-def another_model(folder):
-    write_config(folder, model_type="gpt2")
-
-
-def another_depth(folder):
-    write_config(folder, num_hidden_layers=3)
-
-
-def another_width(folder):
-    write_weights(folder, **{HEAD: ALL[HEAD].T.contiguous()})
-
 
 def no_weights(folder):
     (folder / WEIGHTS).unlink()
@@ -173,35 +154,24 @@ def pointer(folder):
     (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
 
 
-def not_finite(folder):
-    write_weights(folder, **{NORM: torch.full((32,), float("nan"))})
-
-
 @pytest.mark.parametrize("damage, named", [
-    (another_model, "config.json: model_type must be 'llama'"),
-    (another_depth, "Missing key"),
-    (another_width, "size mismatch for lm_head.weight"),
     (no_weights, "neither model.safetensors nor model-*"),
     (cut_short, WEIGHTS),
     (pointer, "run git lfs pull"),
-    (not_finite, "'norm.weight' holds numbers that are not finite"),
 ])
 def test_a_broken_folder_is_told_in_one_line(tmp_path, damage, named):
     damage(tiny_llama_folder(tmp_path))
     with pytest.raises(UserError) as error:
         GPT.from_llama(tmp_path)
-    line = str(error.value)
-    assert named in line
-    assert "\n" not in line
-    assert len(line) < 600
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def in_shards(folder):
     """The folder with its weights in two shards of odd names and an index."""
-    parts = {"weights-a.safetensors": {}, "weights-b.safetensors": {HEAD: ALL[HEAD]}}
-    parts["weights-a.safetensors"] = {name: w for name, w in ALL.items() if name != HEAD}
-    weight_map = {}
-    for file, part in parts.items():
+    rest, weight_map = dict(ALL), {}
+    head = {HEAD: rest.pop(HEAD)}
+    for part, file in ((rest, "weights-a.safetensors"), (head, "weights-b.safetensors")):
         safetensors.torch.save_file(part, folder / file)
         weight_map |= dict.fromkeys(part, file)
     (folder / WEIGHTS).unlink()

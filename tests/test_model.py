@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.common import UserError
-from model import ATTENTIONS, GPT, Config, RMSNorm, compose, make_tap, record, tap_names
+from model import ATTENTIONS, GPT, Config, RMSNorm, make_tap, record, tap_names
 from model import rope_frequencies
 from tests.tiny import SHAPES, llama_config, tiny_config, tiny_model, tokens
 
@@ -29,15 +29,11 @@ class Numpy:
         self.cfg, self.allowed = gpt.cfg, np.tril(mask)
         parameters = gpt.named_parameters(remove_duplicate=False)
         self.weights = {name: p.detach().double().numpy() for name, p in parameters}
-        positions = np.arange(len(mask))
-        angles = np.outer(positions, rope_frequencies(gpt.cfg))
+        angles = np.outer(np.arange(len(mask)), rope_frequencies(gpt.cfg))
         self.turns = np.exp(1j * angles)  # (T, D/2)
 
     def linear(self, x, name):
         return x @ self.weights[f"{name}.weight"].T
-
-    def split(self, x, name, heads):
-        return np.split(self.linear(x, name), heads, axis=1)
 
     def rms(self, x, name):
         mean_square = np.mean(x * x, axis=-1, keepdims=True)
@@ -62,9 +58,9 @@ class Numpy:
 
     def attention(self, x, layer):
         H, K = self.cfg.num_attention_heads, self.cfg.num_key_value_heads
-        q = self.split(x, f"{layer}.q_proj", H)
-        k = self.split(x, f"{layer}.k_proj", K)
-        v = self.split(x, f"{layer}.v_proj", K)
+        q = np.split(self.linear(x, f"{layer}.q_proj"), H, axis=1)
+        k = np.split(self.linear(x, f"{layer}.k_proj"), K, axis=1)
+        v = np.split(self.linear(x, f"{layer}.v_proj"), K, axis=1)
         extra = np.exp(self.weights.get(f"{layer}.sinks", np.full(H, -np.inf)))
         heads = []
         for h in range(H):
@@ -105,9 +101,7 @@ def test_logits_and_loss_agree_with_numpy(attn, shape, masked):
     idx = tokens(1, n)
     mask = torch.ones(n, n).bool()
     if masked:  # at random; a part of it is in the future, which stays unseen
-        generator = torch.Generator().manual_seed(5)
-        draw = torch.rand(n, n, generator=generator)
-        mask = (draw < 0.4) | torch.eye(n).bool()
+        mask = (tokens(n, n) < 20) | torch.eye(n).bool()
     targets = idx.clone()
     targets[:, 15:] = -100  # these do not count
     logits, loss = gpt(idx, targets, mask=mask if masked else None)
@@ -125,18 +119,17 @@ def test_a_mask_that_leaves_a_query_without_a_key_is_refused():
         tiny_model()(tokens(), mask=mask)
 
 
-@pytest.mark.parametrize("scale", [1, 300])
 @pytest.mark.parametrize("fused", [True, False])
 @every_attention
-def test_the_future_is_never_seen(attn, fused, scale):
-    """With scores of 1e4, too, where a large negative number in place of -inf would lose."""
+def test_the_future_is_never_seen(attn, fused):
+    """With scores above 1e4, where a large negative number in place of -inf would lose."""
     gpt, idx = tiny_model(attn), tokens()
     gpt.fused = fused
     for layer in gpt.layers:
-        layer.self_attn.q_proj.weight.data *= scale
-        layer.self_attn.k_proj.weight.data *= scale
+        layer.self_attn.q_proj.weight.data *= 300
+        layer.self_attn.k_proj.weight.data *= 300
     scores = record(gpt, idx, ["0.scores"])[1]["0.scores"]
-    assert (scores.abs().max() > 1e4) == (scale == 300)
+    assert scores.abs().max() > 1e4
     before = gpt(idx)[0]
     for t in (1, 10, T - 1):
         changed = idx.clone()
@@ -154,17 +147,15 @@ def test_bf16_stays_close_and_its_angles_stay_in_fp32(attn):
     turns = []
 
     def keep(layer, inputs):
-        turns.append(torch.cat(inputs[1]))
+        turns.append(inputs[1][0])
     gpt.layers[0].register_forward_pre_hook(keep)
     exact = gpt(idx)[0]
     with torch.autocast("cpu", torch.bfloat16):
         auto = gpt(idx)[0]
     low = gpt.to(torch.bfloat16)(idx)[0]
-    for logits in (auto, low):
-        assert logits.dtype == torch.bfloat16
+    for logits, cosines in zip((auto, low), turns[1:]):
         assert (logits - exact).std() < 0.02 * exact.std()
-    for angles in turns:
-        assert torch.equal(angles, turns[0])
+        assert torch.equal(cosines, turns[0])
 
 
 def test_a_norm_of_large_states_does_not_overflow_in_fp16():
@@ -179,11 +170,10 @@ def test_a_norm_of_large_states_does_not_overflow_in_fp16():
 def test_taps_are_called_as_listed_with_the_listed_shapes(attn):
     gpt, idx = tiny_model(attn, num_key_value_heads=2, head_dim=10), tokens()
     shapes = {
-        **dict.fromkeys(("q", "z", "z_raw"), (2, T, 4, 10)),
-        **dict.fromkeys(("k", "v"), (2, T, 2, 10)),
-        **dict.fromkeys(("scores", "pattern"), (2, 4, T, T)),
-        **dict.fromkeys(("mlp_pre", "mlp_pre_linear", "mlp_post"), (2, T, 40)),
-    }
+        "q": (2, T, 4, 10), "z": (2, T, 4, 10), "z_raw": (2, T, 4, 10),
+        "k": (2, T, 2, 10), "v": (2, T, 2, 10),
+        "scores": (2, 4, T, T), "pattern": (2, 4, T, T),
+        "mlp_pre": (2, T, 40), "mlp_pre_linear": (2, T, 40), "mlp_post": (2, T, 40)}
     called = []
 
     def look(name, x):
@@ -210,37 +200,23 @@ def test_every_tap_is_live(attn):
         assert (after - before).abs().max() > 1e-3, name
 
 
-def test_taps_compose_from_left_to_right_and_are_recorded_as_left():
-    gpt, idx = tiny_model(), tokens()
-    double = make_tap(gpt.cfg, {"embed": lambda x: 2 * x})
-    plus = make_tap(gpt.cfg, {"embed": lambda x: x + 1})
-    tap = compose(double, plus)
-    logits, seen = record(gpt, idx, ["embed"], tap)
-    assert torch.equal(seen["embed"], 2 * gpt.embed_tokens(idx) + 1)
-    assert torch.equal(logits, gpt(idx, tap=tap)[0])
-
-
 @pytest.mark.parametrize("name", ["resid_pre", "9.z", "0.z_raw"])
 def test_an_unknown_tap_is_refused(name):
-    gpt = tiny_model()
     with pytest.raises(UserError, match="no activation is called"):
-        make_tap(gpt.cfg, {name: abs})
-    with pytest.raises(UserError, match="no activation is called"):
-        record(gpt, tokens(), [name])
+        make_tap(tiny_config(), {name: abs})
 
 
 # ---------------------------------------------------------------- config and seed
 
-def initial(attn="softmax", seed=4, tie=False):
+def initial(attn="softmax", seed=4):
     torch.rand(3)  # the global generator has no say
-    return GPT(tiny_config(attn=attn, tie_word_embeddings=tie), seed).state_dict()
+    return GPT(tiny_config(attn=attn), seed).state_dict()
 
 
-@pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("attn", ATTENTIONS)
-def test_the_variants_share_their_initial_weights(attn, tie):
-    own = initial(attn, tie=tie)
-    for name, p in initial(tie=tie).items():
+@every_attention
+def test_the_variants_share_their_initial_weights(attn):
+    own = initial(attn)
+    for name, p in initial().items():
         assert torch.equal(own.pop(name), p), name
     extra = {"headnorm": "z_norm", "gated": "z_gate", "logit": "sinks"}.get(attn)
     assert all(extra in name for name in own)
@@ -251,26 +227,10 @@ def test_the_seed_decides_the_initial_weights():
     plain, other = initial(), initial(seed=8)
     for name in plain:
         assert torch.equal(plain[name], other[name]) == ("norm" in name)
-    assert plain["embed_tokens.weight"].std() == pytest.approx(0.3, rel=0.1)
-
-
-@pytest.mark.parametrize("field, value", [
-    ("hidden_size", 30),
-    ("hidden_size", 0),
-    ("num_key_value_heads", 3),
-    ("head_dim", 7),
-    ("attn", "linear"),
-    ("rope_scaling", {"type": "linear", "factor": 2.0}),
-])
-def test_a_bad_config_is_named_in_one_line(field, value):
-    with pytest.raises(UserError, match=rf"^{field} must [^\n]*$"):
-        tiny_config(**{field: value})
 
 
 @pytest.mark.parametrize("key, value", [
     ("model_type", "mistral"),
-    ("architectures", ["LlamaForSequenceClassification"]),
-    ("hidden_act", "gelu"),
     ("attention_bias", True),
     ("quantization_config", {"quant_method": "gptq"}),
     ("rope_scaling", {"rope_type": "yarn"}),
@@ -292,18 +252,3 @@ def test_temperature_zero_is_greedy_and_goes_on_beyond_the_context():
         seen = out[:, max(0, t - T):t]  # the last `max_position_embeddings` tokens
         logits, _ = gpt(seen)
         assert out[0, t] == logits[0, -1].argmax()
-
-
-def test_a_seed_decides_the_sample_and_top_k_leaves_out_the_rest():
-    gpt, start = tiny_model(initializer_range=0.02), tokens(1, 4)  # flat: nearly any token comes
-
-    def sample(seed, top_k):
-        generator = torch.Generator().manual_seed(seed)
-        out = gpt.generate(start, 1, top_k=top_k, generator=generator)
-        return out[0, -1].item()
-
-    logits, _ = gpt(start)
-    best = logits[0, -1].topk(3).indices
-    assert {sample(seed, 3) for seed in range(60)} == set(best.tolist())
-    assert len({sample(seed, None) for seed in range(60)}) > 10
-    assert sample(1, 1000) == sample(1, None)

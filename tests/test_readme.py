@@ -52,13 +52,12 @@ def test_command(command):
         assert (ROOT / words[0]).is_file()
 
 
-@pytest.mark.parametrize("program, flags", [
-    ("train.py", [train.flag(field.name) for field in train.fields(train.Run)]),
-    ("probe.py", ["--cut", "--llama", "smollm2"])])
-def test_help_names_every_flag_without_docstrings(program, flags):
-    done = run("-OO", program, "--help")
-    assert done.returncode == 0 and done.stderr == ""
-    assert all(flag in done.stdout for flag in flags)
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    words = capsys.readouterr().out.split()
+    flags = {train.flag(field.name) for field in train.fields(train.Run)}
+    assert flags <= {word.rstrip(",") for word in words}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}/{p.name}")
@@ -69,17 +68,13 @@ def test_links_lead_somewhere(page):
 
 def test_tables_are_those_of_the_json():
     of_claims = claims.tables(read_json(claims.FILE))
-    of_cures = cures.tables(read_json(cures.FILE))
-    rebuilt = retrofit.tables(read_json(retrofit.FILE))
-    speed = bench.tables(read_json(bench.FILE))
+    of_cures = cures.tables(read_json(cures.FILE)) | retrofit.tables(read_json(retrofit.FILE))
     made = {page: of_claims for page in claims.PAGES}
-    made |= {cures.PAGE: of_cures | rebuilt, bench.PAGE: speed}
-    filled = set()
+    made[cures.PAGE] = of_cures
+    made[bench.PAGE] = bench.tables(read_json(bench.FILE))
     for path, blocks in made.items():
         text = path.read_text(encoding="utf-8")
         assert fill(text, blocks) == text, f"{path} must be rendered anew"
-        filled |= {name for name in blocks if f"<!-- {name} -->" in text}
-    assert filled == {name for blocks in made.values() for name in blocks}
 
 
 @pytest.mark.slow
@@ -91,13 +86,9 @@ def test_first_command_in_a_fresh_folder(tmp_path):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     first = ("train.py", "--attn", "headnorm", "--steps", "60", "--out", "out/headnorm")
     done = run(*first, cwd=tmp_path)
-    assert done.returncode == 0 and "under softmax" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
     files = {path.name for path in (tmp_path / "out/headnorm").iterdir()}
     assert files >= {"config.json", "log.jsonl", "model.pt", "curve.png"}
     following, seen = done.stdout.splitlines()[-2:]
-    assert following == "next: python probe.py out/headnorm" and seen.startswith("headnorm takes")
-    done = run(*following.split()[2:], cwd=tmp_path)
-    assert done.returncode == 0 and "sink" in done.stdout, done.stderr
-    assert (tmp_path / "out/headnorm/chain.png").exists()
-    again = run(*first, cwd=tmp_path)
-    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
+    assert following == "next: python probe.py out/headnorm"
+    assert seen.startswith("headnorm takes")
