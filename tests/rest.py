@@ -127,12 +127,17 @@ def learned(cell) -> bool:
     return max(cell["loss"].values()) <= LEARNED
 
 
+def enough(found) -> list[str]:
+    """The attentions with at least three seeds at a rate."""
+    return [attn for attn in found["grid"]
+            if any(len(cells(found, attn, lr)) >= 3 for lr in RATES)]
+
+
 def best_rate(found, attn) -> float:
     """The learning rate of the lowest mean loss, of those with at least three seeds."""
     def loss(lr):
         return fmean(sum(cell["loss"].values()) for cell in cells(found, attn, lr))
-    enough = [lr for lr in RATES if len(cells(found, attn, lr)) >= 3]
-    return min(enough, key=loss)
+    return min((lr for lr in RATES if len(cells(found, attn, lr)) >= 3), key=loss)
 
 
 def uniform(T=16) -> float:
@@ -167,7 +172,7 @@ def verdict(found, attn) -> str:
 def in_words(found) -> str:
     """The weight on token 0 of every attention, mean over seeds and 95 % interval."""
     said = []
-    for attn in found["grid"]:
+    for attn in enough(found):
         seeds = cells(found, attn, best_rate(found, attn))
         said.append(f"{interval([weight(seed) for seed in seeds])} ({attn})")
     return f"{runner.listed(said)} of its attention"
@@ -177,7 +182,7 @@ def price(found) -> str:
     """What headnorm's loss is beside softmax's, each at its best rate, in a sentence."""
     ours, softmax = (cells(found, attn, best_rate(found, attn)) for attn in ("headnorm", "softmax"))
     gaps = [a["val_loss"] - b["val_loss"] for a, b in zip(ours, softmax)]
-    verdicts = [f"{attn} {verdict(found, attn)}" for attn in found["grid"] if attn != "softmax"]
+    verdicts = [f"{attn} {verdict(found, attn)}" for attn in enough(found) if attn != "softmax"]
     return (f"By criteria written before, {runner.listed(verdicts)}; headnorm's loss is "
             f"{interval(gaps, 4)} nats above softmax's.")
 
@@ -189,7 +194,7 @@ def comparison(found) -> str:
     head = ("", "rate", "learned", "weight on token 0", "in windows of letters only",
             "strongest head", "largest key of a query", "on triggers", "verdict")
     rows = []
-    for attn in found["grid"]:
+    for attn in enough(found):
         lr = best_rate(found, attn)
         seeds = cells(found, attn, lr)
         able = sum(map(learned, seeds))
@@ -212,7 +217,7 @@ def chain_table(found) -> str:
     head = ("", *shown.values(), "effective rank", "loss at rest, nats above perfect",
             "at triggers")
     rows = []
-    for attn in found["grid"]:
+    for attn in enough(found):
         seeds = cells(found, attn, best_rate(found, attn))
         chain = [interval([seed["chain"][key] for seed in seeds]) for key in shown]
         loss = [interval([seed["loss"][key] for seed in seeds], 4) for key in ("rest", "trigger")]
@@ -228,8 +233,10 @@ def grid_table(found) -> str:
         for lr in RATES:
             seeds = cells(found, attn, lr)
             able = sum(map(learned, seeds))
-            words = f"{interval([weight(s) for s in seeds])}; {able} of {len(seeds)}"
-            row.append(words if len(seeds) > 1 else "-")
+            words = "-"
+            if len(seeds) > 1:
+                words = f"{interval([weight(s) for s in seeds])}; {able} of {len(seeds)}"
+            row.append(words)
         rows.append(row)
     return runner.markdown(("", *(f"{lr:g}" for lr in RATES)), rows)
 
@@ -240,12 +247,13 @@ def so_far(found) -> str:
     whole = len(SEEDS) * len(RATES) * len(ATTENTIONS)
     if done == whole:
         return "All seeds at all rates are measured."
-    return (f"**Not finished: {done} of {whole} runs are measured**, seed by seed, the default rate "
-            "first. The same command goes on where it was stopped.")
+    return (f"**Not finished: {done} of {whole} runs are measured**, the default rate first. The "
+            "same command goes on where it was stopped.")
 
 
 def tables(found) -> dict[str, str]:
-    return {"so far": so_far(found), "rest": comparison(found), "chain": chain_table(found), "grid": grid_table(found)}
+    return {"so far": so_far(found), "rest": comparison(found),
+            "chain": chain_table(found), "grid": grid_table(found)}
 
 
 def main():
