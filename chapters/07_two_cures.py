@@ -125,13 +125,16 @@ figure = figures.maps(patterns, [(0,)] * 4, "Nothing to copy: three of four look
                       "token 0 (seed 0)")
 show(figure, "07_maps", "Maps of the strongest head of each attention where nothing "
      "can be copied: a column at token 0 in all but sigmoid.")
-for attn in ("softmax", "headnorm", "gated"):
-    assert copying[attn]["sink"] > probe.SINK, f"{attn} has no sink"
+uniform = probe.uniform_sink(64)
+assert copying["softmax"]["sink"] > probe.SINK, "softmax has no sink"
+assert copying["headnorm"]["sink"] > probe.SINK, "headnorm has no sink"
+assert copying["gated"]["sink"] > 3 * uniform, "gated looks as if nothing were there"
 assert copying["sigmoid"]["sink"] <= probe.SINK, "sigmoid has a sink"
 
 # %% [markdown]
-# Headnorm keeps its sink, and so does gated. A test that a good cure fails is no test.
-# So ask: *what is this sink for?*
+# Headnorm keeps its sink, and gated a part of it: 0.31 ± 0.16 in five seeds, so that a
+# single one may lie on either side of 0.3. A test that a good cure fails is no test. So
+# ask: *what is this sink for?*
 #
 # ## The sink is a ruler
 #

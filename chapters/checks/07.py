@@ -11,8 +11,9 @@ import probe
 def prediction(answer):
     names = ("softmax", "sigmoid", "headnorm", "gated")
     assert set(answer) <= set(names), f"Names out of {', '.join(names)}."
-    assert set(answer) == {"softmax", "headnorm", "gated"}, \
-        "Read the first number of each line: who is above 0.3?"
+    assert set(answer) - {"gated"} == {"softmax", "headnorm"}, \
+        ("Read the first number of each line: who is above 0.3? (Gated lies near it: "
+         "both answers count.)")
 
 
 def head_norm(answer):
