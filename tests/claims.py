@@ -373,8 +373,9 @@ alone: it has {first.direction} and {first.dominance}, an ordinary token {ordina
 {ordinary.dominance}.
 
 **A cure can be judged in a minute.** Where heads have nothing to look for and must be silent
-(`python train.py`; mean over seeds, 95 % interval), a head of the last layer gives the ordinary
-first token {rest}; uniform attention gives 0.11. {rest price} [Heads that must
+(`python train.py`; five seeds, one learning rate so far, 95 % interval), a head of the last layer
+gives the ordinary first token {rest}; uniform attention gives 0.11. *Logit* is one learned number a
+head in the denominator of softmax, as in gpt-oss. {rest price} [Heads that must
 rest](tests/results/rest.md).
 
 **A sink may be of use, and then no cure takes it.** In copying (`--size micro`, five seeds, one
