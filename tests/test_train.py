@@ -201,13 +201,27 @@ def test_a_figure_that_cannot_be_drawn_costs_no_result(tmp_path, tiny_run, monke
     assert files(tmp_path).keys() == {"config.json", "log.jsonl", "model.pt"}
 
 
-@pytest.mark.parametrize("attn, word", [("softmax", "rests on"), ("headnorm", "takes")])
-def test_a_run_of_rest_ends_in_a_verdict(tmp_path, capsys, attn, word):
+def test_a_run_of_rest_that_has_not_learned_is_no_evidence(tmp_path, capsys):
     """By default heads must rest, and committed seeds of softmax stand beside the run."""
-    assert train.main([f"--attn={attn}", "--steps=2", "--evals=1", f"--out={tmp_path}"]) == 0
+    words = ["--attn=headnorm", "--steps=2", "--evals=1", f"--out={tmp_path}"]
+    assert train.main(words) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-1].startswith(f"{attn} {word}")
+    assert said[-1].startswith("headnorm has not learned the task")
     assert any("under softmax (mean of " in line for line in said)
+    assert train.main(["--sample", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("attn, weight, verdict", [
+    ("softmax", 0.9, "rests on the first token with 90% of its attention"),
+    ("headnorm", 0.5, "takes 5"), ("gated", 0.0, "takes 1")])
+def test_a_run_of_rest_that_has_learned_ends_beside_softmax(tmp_path, monkeypatch, attn, weight,
+                                                            verdict):
+    settings = train.Run(attn=attn, steps=1, evals=1, out=str(tmp_path))
+    state = train.train(settings, say=lambda line: None)
+    windows, _ = train.held_out(state.run, state.corpus, "cpu")
+    state.log[-1]["val_loss"] = state.corpus.task.optimal_loss(windows[0])
+    monkeypatch.setattr(probe, "resting_weight", lambda *_: [weight] * 4)
+    assert train.rest_story(state)[1].startswith(verdict)
 
 
 def half_written(state, path):
