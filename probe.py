@@ -186,7 +186,7 @@ def uniform_sink(T, k=0):
 def uniform_baseline(cfg, T, k):
     """In task rest (readout attn_out) queries count from a quarter of the window on."""
     first = T // 4 if cfg.readout == "attn_out" else k
-    return statistics.fmean(1 / (t + 1) for t in range(max(first, k), T))
+    return uniform_sink(T, max(first, k))
 
 
 def noise_dominance(cfg, T, k):

@@ -491,7 +491,7 @@ def compile_model(model: GPT, compiled: bool, device) -> torch.autocast:
 
 def draw_curve(state: State, header: dict, say) -> None:
     """curve.png. Whatever goes wrong with a figure costs a line, and no result."""
-    baseline = probe.uniform_sink(state.run.seq_len)
+    baseline = probe.baseline(probe.metric("sink"), state.model.cfg, state.run.seq_len)
     try:
         from chapters.figures import curve  # matplotlib is slow to import
         curve(state.folder, state.log, KINDS, baseline, header["optimal_loss"])
