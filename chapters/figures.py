@@ -153,6 +153,16 @@ def bars(ax, groups, title, hot=(), legend=None, **labels):
     dress(ax, title, legend, **labels)
 
 
+def dots(ax, groups, title, hot=(), **labels):
+    """groups: name -> values, a row of dots a name, from above."""
+    for row, (name, values) in enumerate(groups.items()):
+        color = ACCENT if name in hot else "black"
+        ax.plot(values, [row] * len(values), "o", color=color, mfc="none", ms=6)
+    ax.set_yticks(range(len(groups)), groups)
+    ax.set_ylim(len(groups) - 0.5, -0.5)
+    dress(ax, title, **labels)
+
+
 def attention(ax, pattern, title, sink=(0,)):
     """pattern (T, T), rows are queries. Keys in `sink` have the accent; the shade goes
     with the root of attention (see `shades`); what a query cannot see is white."""

@@ -11,7 +11,7 @@ A notebook or script in chapters/ finds this file, and this file finds the repos
     x, y = english(batch=1)             (8, 64) held-out English; batches are disjoint
     small = models("softmax", "headnorm")    {name: GPT} of RUNS, trained if absent
     untrained("softmax"), log("softmax")     before training; its evaluations
-    x, y = windows("bos")               (64, 64) for them: bos, text, copy or rest
+    x, y = windows("rest")              for them: rest, copy, quiet, bos or text
     figure, axis = plt.subplots(...)    at most 8.8 inches wide: then points are points
     show(figure, "05_lock", "a description for readers who cannot see it")
     beside(("quantity", "what the paper reports", 0.32))
@@ -62,16 +62,18 @@ from chapters import figures  # noqa: E402
 from data import smollm2, windows as of_text  # noqa: E402
 from data.common import UserError  # noqa: E402
 from data.runs import load_checkpoint, read_config, read_log  # noqa: E402
-from model import GPT  # noqa: E402
+from model import ATTENTIONS, GPT  # noqa: E402
 
 torch.set_num_threads(min(torch.get_num_threads(), 4))
 plt.rcParams.update(figures.STYLE)
 
-# Each is trained once and kept in out/: the copying task, and text after <|bos|>.
-RUNS = {}
-for attn in ("softmax", "sigmoid", "headnorm", "gated"):
-    RUNS[attn] = train.Run(attn=attn, size="micro")
-    RUNS[f"tiny-{attn}"] = train.Run(attn=attn, size="tiny")
+# Each is trained once and kept in out/: heads that must rest, under every attention;
+# copying; text after <|bos|>.
+RUNS = {attn: train.Run(attn=attn, size="rest") for attn in ATTENTIONS}
+RUNS |= {"copy": train.Run(size="micro"), "text": train.Run(size="tiny")}
+
+
+TASK = data.TASKS["rest"]()  # TASK.resting(x): which queries have nothing to look for
 
 
 # ---------------------------------------------------------------- models
@@ -156,11 +158,13 @@ def log(name):
 
 
 def windows(kind, N=64, seed=0):
-    """x, y (N, 64) held out, for the small models: text of the standard library after
-    <|bos|> ("bos") or from any place ("text"), the copying task ("copy"), or random
-    letters ("rest"), where nothing is copied."""
+    """x, y held out, for the small models: of the task rest ("rest", (N, 16)); of copying
+    ("copy", (N, 64)), or random letters, where nothing is copied ("quiet"); text of the
+    standard library after <|bos|> ("bos", (N, 64)) or from any place ("text")."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "rest":
+        return TASK.batch(N, 16, generator)
+    if kind == "quiet":
         return data.load("copy").rest(N, 64, generator)
     corpus = data.load("copy" if kind == "copy" else "stdlib", vocab_size=257)
     return corpus.batch(N, 64, generator, "val", bos=float(kind == "bos"))
@@ -169,7 +173,7 @@ def windows(kind, N=64, seed=0):
 # ---------------------------------------------------------------- several trainings
 
 def trained(*runs, jobs=2):
-    """Have these runs, of size micro or tiny, trained `jobs` at a time, each by `python
+    """Have these runs, of size rest, micro or tiny, trained `jobs` at a time, each by `python
     train.py` in a process of its own: models this small gain nothing from a second
     thread. A missing run starts, a stopped one goes on. After Ctrl-C all save what they
     have. Raises UserError."""

@@ -77,7 +77,7 @@ def test_a_script_saves_its_figures(monkeypatch, tmp_path):
     assert (tmp_path / "out/chapters/00_nothing.png").exists()
 
 
-@pytest.mark.parametrize("kind", ["bos", "text", "copy", "rest"])
+@pytest.mark.parametrize("kind", ["bos", "text", "copy", "quiet"])
 def test_windows_for_the_small_models(kind):
     x, y = lesson.windows(kind, 4)
     assert torch.equal(x[:, 1:], y[:, :-1])

@@ -3,17 +3,15 @@
 import torch
 import torch.nn.functional as F
 
-from lesson import models, windows, written_without
-from model import make_tap
+from lesson import TASK, models, windows, written_without
+from model import ATTENTIONS, make_tap
 import probe
 
 
 def prediction(answer):
-    names = ("softmax", "sigmoid", "headnorm", "gated")
-    assert set(answer) <= set(names), f"Names out of {', '.join(names)}."
-    assert set(answer) - {"gated"} == {"softmax", "headnorm"}, \
-        ("Read the first number of each line: who is above 0.3? (Gated lies near it: "
-         "both answers count.)")
+    assert set(answer) <= set(ATTENTIONS), f"Names out of {', '.join(ATTENTIONS)}."
+    assert set(answer) == {"sigmoid", "gated", "logit"}, \
+        "See the figure of seeds: whose five dots are all left of twice the dotted line?"
 
 
 def head_norm(answer):
@@ -25,11 +23,11 @@ def head_norm(answer):
     got = answer(z, torch.ones(8))
     assert got is not None, "Return a tensor of the shape of z."
     assert got.shape == z.shape, "The shape must stay (B, T, H, D)."
+    cosine = F.cosine_similarity(got, z, dim=-1)
+    assert cosine.min() > 0.999, "Only divide: RMSNorm subtracts no mean."
     squares = got.square().mean(-1)
     assert torch.allclose(squares, torch.ones(2, 5, 3), atol=1e-3), \
         "Each head of each token has mean square 1: take the mean over D alone."
-    cosine = F.cosine_similarity(got, z, dim=-1)
-    assert cosine.min() > 0.999, "Only divide: RMSNorm subtracts no mean."
     assert torch.allclose(answer(z, gain), got * gain, atol=1e-5), \
         "The gain multiplies the D entries after the division."
     nothing = answer(torch.zeros(1, 1, 1, 4), torch.ones(4))
@@ -39,17 +37,30 @@ def head_norm(answer):
     assert (half - 0.5).abs().max() < 1e-3, "eps is added under the root."
 
 
+def weights_with_logit(answer):
+    scores = torch.tensor([[0.0, 1.0, -2.0], [3.0, 3.0, 3.0]])
+    got = answer(scores, 0.5)
+    assert got is not None, "Return a tensor of the shape of scores."
+    assert got.shape == scores.shape, "One weight a key; the key that is not there has none."
+    wanted = scores.exp() / (scores.exp().sum(-1, keepdim=True) + torch.tensor(0.5).exp())
+    assert torch.allclose(got, wanted, atol=1e-6), \
+        "The denominator is exp(b) plus the sum over the keys of one query."
+    large = answer(torch.tensor([[200.0, 0.0]]), 0.0)
+    assert large.isfinite().all(), "exp(200) is too large for fp32: append b, then softmax."
+
+
 @torch.no_grad()
 def longer(answer):
-    assert answer in (2, 5, 10, 20), "One of 2, 5, 10, 20."
-    model = models("tiny-softmax")["tiny-softmax"]
-    x, y = windows("bos")
+    model = models("softmax")["softmax"]
+    x, _ = windows("rest", 256)
+    resting = TASK.resting(x)
 
-    def loss(times):
+    def excess(times):
         edit = probe.at_token(0, lambda v: times * v[:, 0])
-        edits = {f"{i}.v": edit for i in range(len(model.layers))}
-        tap = make_tap(model.cfg, edits)
-        return model(x, y, tap=tap)[1].item()
+        tap = make_tap(model.cfg, {"2.v": edit})
+        log_p = model(x, tap=tap)[0].log_softmax(-1)[..., :len(TASK.symbols)]
+        best = torch.tensor(len(TASK.symbols)).log()
+        return (-log_p.mean(-1) - best)[resting].mean().item()
 
-    costly = [times for times in (2, 5, 10, 20) if loss(times) > loss(1) + 0.1]
-    assert answer == costly[0], "Measure the loss with each of them."
+    factor = round(excess(16) / excess(8))
+    assert answer == factor, "A whole number: excess with 16, divided by excess with 8."

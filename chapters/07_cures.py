@@ -1,0 +1,386 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 07 · Heads that must rest, and their cures
+#
+# **Claim.** In a small model whose heads must be silent where there is nothing to look
+# for, softmax attention grows a sink on an ordinary first token, in every seed. Where
+# attention may go nowhere (sigmoid, gated, a learned logit) there is none. Headnorm,
+# the paper's cure, takes a part. And where a sink is of use, no cure takes it.
+#
+# **You learn** to ask what a head needs before you cure it. **You need** chapters 00,
+# 01 and 04. **Run time**: ten seconds, once six small models are trained (two to five
+# minutes on two cores; they stay in `out/`).
+
+# %%
+from statistics import fmean
+
+from lesson import ROOT, TASK, beside, check, figures, log, models, plt, show, windows
+
+import torch
+
+import probe
+from data.common import read_json
+from model import ATTENTIONS, make_tap, record
+
+# %% [markdown]
+# ## Predict first (exercise 1)
+#
+# Write $\ell_{ts}$ for the score of key $s \le t$, $A = \mathrm{softmax}(\ell)$, and
+# $\sigma(x) = 1 / (1 + e^{-x})$. Five ways to mix the values $v_s$:
+#
+# $$\text{softmax} \quad z_t = \sum_{s \le t} A_{ts}\, v_s, \qquad
+# \text{sigmoid} \quad z_t = \sum_{s \le t} \sigma(\ell_{ts} - \log n)\, v_s$$
+#
+# $$\text{gated} \quad z_t = \sigma(w \cdot x_t) \sum_{s \le t} A_{ts}\, v_s, \qquad
+# \text{logit} \quad z_t = \frac{\sum_{s \le t} e^{\ell_{ts}}\, v_s}
+# {e^b + \sum_{s \le t} e^{\ell_{ts}}}$$
+#
+# $$\text{headnorm} \quad z_t = \lambda \odot \mathrm{RMSNorm}
+# \Big(\sum_{s \le t} A_{ts}\, v_s\Big)$$
+#
+# - **Softmax** weights add up to 1: a head that wants nothing must still look somewhere.
+# - **Sigmoid** weights do not compete: all may be small. $n$ is the training length.
+# - **Gated** (arXiv 2505.06708) multiplies a head's output by a gate, which may close.
+# - **Logit**, as in gpt-oss: one learned number $b$ a head, the score of a key that is
+#   not there. It changes nothing but that weights may add up to less than 1.
+# - **Headnorm**, the paper's: each head's output gets a fixed length, times a learned
+#   gain $\lambda$. All positions then vary nearly alike: *parity*.
+#
+# The same small model is trained with each of them, in five seeds. With which of them
+# does token 0 get less than twice its share under uniform attention, in *every* seed?
+
+# %%
+prediction = [...]  # names out of ATTENTIONS
+
+# %% [markdown]
+# ## A head with nothing to look for
+#
+# A window has 16 symbols, drawn independently. After a *trigger* (W, X, Y or Z) the
+# model must name the symbol before the trigger. Everywhere else the target is a random
+# symbol, so that the best answer is the same for all: a head has nothing to look for.
+# Three layers of four heads read this, and the logits see only what the heads of the
+# last layer deliver. So whatever a resting head says disturbs the answer.
+
+# %%
+softmax = models("softmax")["softmax"]  # trained first, if it is missing: a minute
+x, y = windows("rest", 256)
+resting = TASK.resting(x)  # (N, T): letters, from a quarter of the window on
+print("tokens ", " ".join(TASK.symbols[token] for token in x[0]))
+print("resting", " ".join("r" if rests else "." for rests in resting[0]))
+
+found = probe.chain(softmax, x, queries=resting)
+uniform = probe.uniform_weight(resting)
+print(f"strongest head: {found['sink']:.2f} of its attention on token 0 "
+      f"(uniform: {uniform:.2f}); value of token 0: {found['drain']:.2f} of the mean "
+      f"length; its state: {found['norm_ratio']:.1f} times the median")
+assert found["sink"] > 0.9, "no sink"
+assert found["drain"] < 0.2, "its value is not nearly nothing"
+
+# %%
+rows = log("softmax")
+figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 2.8))
+figures.track(left, rows, lambda row: row["links_rest"]["sink"], color=figures.ACCENT)
+left.axhline(uniform, **figures.DOTTED)
+figures.dress(left, "A sink is born on an ordinary token", ylim=(0, 1), xlabel="step",
+              ylabel="attention to token 0,\nstrongest head")
+figures.track(right, rows, lambda row: row["val_loss"], color="black")
+right.axhline(TASK.optimal_loss(x), **figures.DOTTED)
+figures.dress(right, "while the model learns its task", xlabel="step",
+              ylabel="loss, nats")
+show(figure, "07_birth", "Attention to token 0 rises from its share under uniform "
+     "attention to nearly one, while the loss falls to that of a perfect predictor.")
+
+# %% [markdown]
+# Why token 0? Say that a resting head averages $n$ values of variance $\sigma^2$. That
+# leaves noise of variance $\sigma^2 / n$ in the logits, which costs loss. A head that
+# puts all its weight on *one* key whose value is nothing has no noise at all. So hide
+# token 0 from all later queries of the last layer, and the heads must make noise again.
+
+
+# %%
+def hide(k):
+    """A tap: in the last layer no later query sees token k."""
+    def change(scores):
+        scores[:, :, k + 1:, k] = -torch.inf
+        return scores
+    return make_tap(softmax.cfg, {"2.scores": change})
+
+
+def excess(tap=None, mask=None):
+    """Loss of softmax at resting queries, in nats above that of a perfect predictor."""
+    with torch.no_grad():
+        logits, _ = softmax(x, tap=tap, mask=mask)
+    symbols = logits.log_softmax(-1)[..., :len(TASK.symbols)]
+    best = torch.tensor(len(TASK.symbols)).log()  # all symbols are equally likely
+    return (-symbols.mean(-1) - best)[resting].mean().item()
+
+
+costs = {"nothing hidden": excess(), "token 2 hidden": excess(hide(2)),
+         "token 0 hidden": excess(hide(0))}
+for name, cost in costs.items():
+    print(f"{name:15} {cost:.4f} nats above perfect")
+assert costs["token 0 hidden"] > 10 * costs["token 2 hidden"], "any token would do"
+
+# %% [markdown]
+# And how do the heads know token 0? Hide it in *all* layers: then token 1 sees only
+# itself, as token 0 did.
+
+# %%
+mask = torch.ones(16, 16, dtype=torch.bool)
+mask[1:, 0] = False
+with torch.no_grad():
+    pattern = record(softmax, x, ["2.pattern"], mask=mask)[1]["2.pattern"]
+moved = probe.sink_score(pattern, 1, resting).mean().item()
+print(f"token 0 hidden in all layers: {moved:.2f} of the attention is on token 1, "
+      f"{excess(mask=mask):.4f} nats above perfect")
+assert moved > 0.8, "the sink does not move"
+assert excess(mask=mask) < 2 * excess(), "token 1 is a worse place to rest"
+
+# %% [markdown]
+# The sink moves to token 1, and nothing is lost. What the heads look
+# for is a token that has *averaged nothing*, wherever it stands: link 1 of the chain.
+#
+# ## The cures
+#
+# Here are the last layer's heads in windows of letters only, where all queries rest:
+# the mean over heads of the weight that reaches the output (for gated: attention times
+# gate, because a head whose gate is shut may look anywhere).
+
+# %%
+trained = models(*ATTENTIONS)  # what is missing is trained, two at a time
+letters = torch.randint(TASK.K, (256, 16), generator=torch.Generator().manual_seed(1))
+
+
+def weights(model, x):
+    """(T, T), mean over windows and over the heads of the last layer."""
+    names = ["2.pattern", "2.z"]
+    if model.cfg.attn == "gated":
+        names.append("2.z_raw")
+    with torch.no_grad():
+        seen = record(model, x, names)[1]
+    pattern = seen["2.pattern"]  # (N, H, T, T)
+    if model.cfg.attn == "gated":
+        gate = seen["2.z"].norm(dim=-1) / seen["2.z_raw"].norm(dim=-1)  # (N, T, H)
+        pattern = pattern * gate.transpose(1, 2)[..., None]
+    return pattern.mean((0, 1))
+
+
+patterns = {attn: weights(model, letters) for attn, model in trained.items()}
+figure = figures.maps(patterns, [(0,)] * 5, "A cure lets a head be silent without a "
+                      "place to rest")
+show(figure, "07_maps", "Maps of five models: a full column at token 0 under softmax, "
+     "next to nothing anywhere under sigmoid, gated and logit, and headnorm between.")
+
+# %%
+grid = read_json(ROOT / "tests/results/rest.json")["grid"]  # python -m tests.rest
+RATE = "0.005"  # the rate of train.py
+
+
+def each_seed(attn, number):
+    return [number(run) for _, run in sorted(grid[attn][RATE].items())]
+
+
+def on_first(run):
+    """Mean over the last layer's heads of the weight on token 0 that reaches the output."""
+    return fmean(run["weights"]["reaching"])
+
+
+seeds = {attn: each_seed(attn, on_first) for attn in ATTENTIONS}
+figure, axis = plt.subplots(figsize=(6.4, 3))
+figures.dots(axis, seeds, "Who may look nowhere has no sink; headnorm takes a part",
+             hot=["softmax"], xlabel="weight on token 0, a dot a seed", xlim=(-0.02, 1))
+axis.axvline(uniform, **figures.DOTTED)
+show(figure, "07_seeds", "Weight on token 0 of five seeds of each attention: softmax "
+     "near one, headnorm spread between 0.1 and 0.7, the others at zero.")
+check("07.prediction", prediction)
+assert min(seeds["softmax"]) > 0.9, "a seed of softmax has no sink"
+for attn in ("sigmoid", "gated", "logit"):
+    assert max(seeds[attn]) < uniform, f"{attn} has a sink"
+assert uniform < fmean(seeds["headnorm"]) < 0.7 * fmean(seeds["softmax"]), "no part"
+
+# %% [markdown]
+# "No sink on token 0" is not "no sink": a head may rest on another token that it
+# recognises by its embedding. So ask where the attention goes instead, and what the
+# cure costs.
+
+# %%
+for attn in ATTENTIONS:
+    largest = fmean(each_seed(attn, lambda run: fmean(run["weights"]["largest"])))
+    triggers = fmean(each_seed(attn, lambda run: fmean(run["weights"]["triggers"])))
+    noise = fmean(each_seed(attn, lambda run: run["loss"]["rest"]))
+    drain = fmean(each_seed(attn, lambda run: run["chain"]["drain"]))
+    print(f"{attn:9} largest key of a query {largest:.2f}, on triggers {triggers:.2f}, "
+          f"value of token 0 x {drain:.2f}, {noise:.4f} nats above perfect at rest")
+
+# %% [markdown]
+# Headnorm's heads still put most of their attention on one key: often token 0, else a
+# letter. Its loss at rest is as high as softmax's. The three others reach a tenth of
+# that, and there is no excess of attention to explain.
+
+# %% [markdown]
+# ## Why does headnorm work, where it does?
+#
+# It does two things at once, so there are two explanations:
+#
+# - *parity*, the paper's: the first token rests attention because its value varies
+#   most. Where all values vary alike there is no sink.
+# - *no-op*: a head that has nothing to say rests on a value that is nothing. Headnorm
+#   divides by the length of $z$, so that no output is nothing, and resting is of no use.
+#
+# `python -m tests.why` has trained models in which only one of both is true: the norm
+# where the chain begins (layer 0) or where a head must rest (layer 2); a norm so weak
+# that a short value stays short (large eps); and *levelled* attention, which divides
+# $z_t$ by $(\sum_s A_{ts}^2)^{1/2}$: parity, and nothing stays nothing. What each
+# explanation says of each variant was written down before.
+
+# %%
+WHY
+# %% [markdown]
+# ## Built into SmolLM2
+#
+# `python -m tests.retrofit` builds headnorm into the finished SmolLM2 and trains it for
+# 500 steps. *Scaled*, its control, brings heads to one length, but not tokens. Both
+# take the whole sink at first, on random tokens; what counts is what comes back.
+
+# %%
+retrofit = read_json(ROOT / "tests/results/retrofit.json")
+
+
+def sink_and_loss(name):
+    """Of a retrained SmolLM2: share of heads with a sink in random tokens and in text,
+    and the loss on text."""
+    end = retrofit[name]["end"]
+    shares = [fmean(chain["sink_rate"] for chain in end[kind])
+              for kind in ("random", "text")]
+    return *shares, fmean(end["losses"])
+
+
+_, _, whole = sink_and_loss("softmax")
+left = {}
+for name in ("softmax", "headnorm", "headnorm, other batches", "scaled", "gated"):
+    left[name], in_text, loss = sink_and_loss(name)
+    print(f"{name:24} heads with a sink {left[name]:.0%} on random tokens, "
+          f"{in_text:.0%} in text, loss {loss - whole:+.2f}")
+assert left["headnorm"] < left["softmax"] / 5, "no cure there"
+assert left["scaled"] > 0.5, "the control is a cure as well"
+
+# %% [markdown]
+# On random tokens headnorm keeps the sink away, at a loss that is 0.43 nats higher. In
+# text it came back with the other order of batches. Gated pays nothing, and keeps its
+# sink: 500 steps do not unlearn a habit that costs nothing.
+#
+# ## A sink that is of use: the ruler
+#
+# Another small model copies. It reads 8 to 24 letters, then the same again and again in
+# UPPER case. It pays to know how many letters there were, but rotary positions tell
+# distances only: the model must measure from something. Let $u_t$ be the probability
+# that the next letter is in upper case, while all so far are in lower case. Hide
+# token 0 from all later queries, or, as a control, token 5.
+
+# %%
+copier = models("copy")["copy"]
+quiet, _ = windows("quiet")
+
+
+def passage_ends(unseen=None):
+    """u (T,), mean over the windows; `unseen`: a token that no later one sees."""
+    seen = torch.ones(64, 64, dtype=torch.bool)
+    if unseen is not None:
+        seen[unseen + 1:, unseen] = False
+    with torch.no_grad():
+        logits, _ = copier(quiet, mask=seen)
+    return logits.softmax(-1)[..., 16:32].sum(-1).mean(0)
+
+
+untouched, without_0, without_5 = passage_ends(), passage_ends(0), passage_ends(5)
+curves = {"untouched": untouched[:32], "token 5 hidden": without_5[:32],
+          "token 0 hidden": without_0[:32]}
+figure, axis = plt.subplots(figsize=(6.4, 3))
+figures.lines(axis, curves, hot=["token 0 hidden"])
+figures.dress(axis, "Without token 0 the model is one place behind", {},
+              xlabel="position t", ylabel="u: the passage ends")
+show(figure, "07_ruler", "The probability that the passage ends, by position. With "
+     "token 0 hidden the curve is the same, one place to the right.")
+moved = (without_0 - untouched)[1:].abs().mean()
+after_shift = (without_0[1:] - untouched[:-1])[1:].abs().mean()
+control = (without_5 - untouched)[1:].abs().mean()
+print(f"token 0 hidden changes u by {moved:.4f} on average, compared one place "
+      f"later by {after_shift:.4f}; token 5 hidden: {control:.4f}")
+assert after_shift < moved / 3, "token 0 is no ruler"
+assert control < moved / 3, "token 5 does a third as much"
+
+# %% [markdown]
+# It counts from token 1, and is wrong by one. In five seeds of each attention, with a
+# sink or without, token 0 is such a ruler (`tests/results/cures.md`): under headnorm it
+# has as much attention as under softmax. No cure can take away what is of use.
+#
+# ## Beside the paper
+
+# %%
+means = {attn: fmean(values) for attn, values in seeds.items()}
+taken = (means["softmax"] - means["headnorm"]) / (means["softmax"] - uniform)
+dominance = {attn: fmean(each_seed(attn, lambda run: run["chain"]["dominance"]))
+             for attn in ATTENTIONS}
+rank = {attn: fmean(each_seed(attn, lambda run: run["rank"])) for attn in ATTENTIONS}
+beside(("weights, tokens seen", "152M, 20B", "0.2M, 1.5M"),
+       ("sink under softmax, headnorm", "yes, none",
+        f"{means['softmax']:.2f}, {means['headnorm']:.2f} (takes {taken:.0%})"),
+       ("sink under gated (2505.06708)", "0.47 to 0.07",
+        f"{means['softmax']:.2f} to {means['gated']:.2f}"),
+       ("DomRatio, headnorm / softmax", "0.41",
+        dominance["headnorm"] / dominance["softmax"]),
+       ("effective rank, headnorm / softmax", f"{446.0 / 343.7:.2f}",
+        rank["headnorm"] / rank["softmax"]),
+       ("heads with a sink, SmolLM2 with headnorm", "-", left["headnorm"]))
+
+# %% [markdown]
+# ## What would falsify this
+#
+# - A seed in which softmax learns this task without a sink.
+# - A seed of sigmoid, gated or logit with one.
+# - A large text model in which a learned logit leaves the sink as it is: then it rests
+#   there for another reason than that it must look somewhere.
+#
+# **You can now** say which of two explanations an experiment tells apart, and why a
+# cure needs a model that has nothing else to do with its sink.
+#
+# ## Exercises
+#
+# **1.** The prediction at the start.
+#
+# **2.** Write head-wise RMSNorm. `z` is (B, T, H, D), `gain` is (D,), for all heads.
+
+
+# %%
+def head_norm(z, gain, eps=1e-5):
+    ...
+
+
+check("07.head_norm", head_norm)
+
+# %% [markdown]
+# **3.** Write the weights of *logit*: `scores` (..., T), `b` a number, the score of a
+# key that is not there. The weights of the T keys are asked for.
+
+
+# %%
+def weights_with_logit(scores, b):
+    ...
+
+
+check("07.weights_with_logit", weights_with_logit)
+
+# %% [markdown]
+# **4.** An experiment. In the model with softmax, make the value of token 0 in the last
+# layer 8 times as long (`probe.at_token(0, ...)` on `2.v`), then 16 times. By which
+# factor, a whole number, does `excess` grow from 8 to 16? Why is it this one?
+
+# %%
+longer = ...
+check("07.longer", longer)
