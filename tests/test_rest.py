@@ -1,0 +1,92 @@
+"""tests/rest.py and tests/why.py: their criteria, and the models in which one thing is changed."""
+
+import math
+
+import pytest
+import torch
+
+import probe
+from data.tasks import Rest
+from model import record
+from tests import rest, why
+
+UNIFORM = rest.uniform()
+
+
+def run(weight, loss=0.0):
+    """One seed whose heads give token 0 this weight."""
+    weights = {"reaching": [weight] * 4}
+    return {"weights": weights, "letters only": weights, "val_loss": loss,
+            "loss": {"rest": loss, "trigger": 0.0}}
+
+
+def seeds(weights, loss=0.0, first=10):
+    return {str(first + i): run(weight, loss) for i, weight in enumerate(weights)}
+
+
+@pytest.mark.parametrize("weights, loss, word", [
+    ([0.0, 0.1, 2 * UNIFORM - 0.01], 0, "ends it"),
+    ([0.0, 0.0, 0.5], 0, "takes most of it"),
+    ([0.0, 0.0, 0.6], 0, "takes a part"),
+    ([0.0, 0.0, 0.9], 0, "does not take it"),
+    ([0.0, 0.0, 0.0], 0.02, "has not learned"),
+])
+def test_the_criteria_of_rest(weights, loss, word):
+    grid = {"softmax": {"0.005": seeds([0.95] * 3)}, "gated": {"0.005": seeds(weights, loss)}}
+    assert rest.verdict({"grid": grid}, "gated") == word
+
+
+@pytest.mark.parametrize("weights, word", [
+    ([0.0] * 8 + [0.95] * 2, "takes"),
+    ([0.0] * 7 + [0.95] * 3, "the seeds disagree"),
+    ([0.95] * 8 + [0.0] * 2, "leaves"),
+    ([0.95] * 7, "too few seeds have learned"),
+])
+def test_the_criteria_of_why(weights, word, monkeypatch):
+    monkeypatch.setattr(why, "read_json", lambda file: {"grid": {}})
+    found = {"runs": {"softmax": seeds([0.97] * 10), "a variant": seeds(weights)}}
+    assert why.verdict(found, "a variant") == word
+
+
+class Perfect(torch.nn.Module):
+    """Names the symbol before a trigger, and elsewhere all symbols alike."""
+
+    def forward(self, x):
+        logits = torch.zeros(*x.shape, 17)
+        logits[..., 16] = -math.inf  # <|bos|> is never shown
+        before = torch.nn.functional.one_hot(x.roll(1, dims=1), 17).bool()
+        trigger = (x >= 12)[..., None]
+        return logits.masked_fill(trigger & ~before, -math.inf), None
+
+
+def test_a_perfect_predictor_has_no_loss_above_itself():
+    task = Rest()
+    x, y = task.batch(64, 16, torch.Generator().manual_seed(0))
+    losses = rest.losses(Perfect(), task, x, y)
+    assert losses["trigger"] == 0
+    assert abs(losses["rest"]) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, least, most", [
+    ("softmax", 5, 9), ("norm in layer 0", 1, 2.5), ("levelled", 0.8, 1.2)])
+def test_what_a_variant_does_to_the_variance(name, least, most):
+    """Of z in layer 0 before training, at token 0 over the median."""
+    _, model, corpus = why.build(why.VARIANTS[name], seed=3)
+    x = torch.randint(corpus.task.K, (512, 16), generator=torch.Generator().manual_seed(1))
+    z = record(model, x, ["0.z"])[1]["0.z"]
+    assert least < probe.over_median(probe.variance(z), 0) < most
+
+
+@torch.no_grad()
+def test_a_levelled_value_that_is_nothing_stays_nothing():
+    _, model, _ = why.build(why.VARIANTS["levelled"], seed=3)
+    for block in model.layers:
+        block.self_attn.v_proj.weight.zero_()
+    z = record(model, torch.zeros(2, 16, dtype=torch.long), ["2.z"])[1]["2.z"]
+    assert z.abs().max() == 0
+
+
+def test_a_norm_stands_in_the_layers_that_are_named():
+    _, model, _ = why.build(why.VARIANTS["norm in layers 0 and 2"], seed=3)
+    assert [block.self_attn.attn for block in model.layers] == ["headnorm", "softmax", "headnorm"]
