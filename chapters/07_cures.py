@@ -26,6 +26,7 @@ import torch
 
 import probe
 from data.common import read_json
+from data.runs import read_config
 from model import ATTENTIONS, make_tap, record
 
 # %% [markdown]
@@ -90,7 +91,8 @@ left.axhline(uniform, **figures.DOTTED)
 figures.dress(left, "A sink is born on an ordinary token", ylim=(0, 1), xlabel="step",
               ylabel="attention to token 0,\nstrongest head")
 figures.track(right, rows, lambda row: row["val_loss"], color="black")
-right.axhline(TASK.optimal_loss(x), **figures.DOTTED)
+perfect = read_config(ROOT / "out/softmax")["optimal_loss"]
+right.axhline(perfect, **figures.DOTTED)
 figures.dress(right, "while the model learns its task", xlabel="step",
               ylabel="loss, nats")
 show(figure, "07_birth", "Attention to token 0 rises from its share under uniform "
@@ -240,7 +242,24 @@ for attn in ATTENTIONS:
 # explanation says of each variant was written down before.
 
 # %%
-WHY
+known = read_json(ROOT / "tests/results/why.json")["runs"]
+VARIANTS = {"norm in layer 0": "parity", "headnorm, large eps": "parity",
+            "levelled": "parity",
+            "norm in layer 2": "no no-op", "norm in layers 0 and 2": "both",
+            "headnorm": "both"}
+reached = {"softmax: neither": [on_first(run) for run in known["softmax"].values()]}
+for name, what in VARIANTS.items():
+    runs = known[name].values()
+    reached[f"{name}: {what}"] = [on_first(run) for run in runs]
+    print(f"{name:23} {what:9} weight on token 0 {fmean(map(on_first, runs)):.2f}, "
+          f"variance of z at token 0 {fmean(run['parity'] for run in runs):.1f} "
+          f"times the median")
+figure, axis = plt.subplots(figsize=(6.4, 3.2))
+figures.dots(axis, reached, "Parity alone leaves the sink", hot=["softmax: neither"],
+             xlabel="weight on token 0, a dot a seed", xlim=(-0.02, 1))
+axis.axvline(uniform, **figures.DOTTED)
+show(figure, "07_why", "Weight on token 0, a row of seeds for each variant.")
+
 # %% [markdown]
 # ## Built into SmolLM2
 #
@@ -272,8 +291,8 @@ assert left["scaled"] > 0.5, "the control is a cure as well"
 
 # %% [markdown]
 # On random tokens headnorm keeps the sink away, at a loss that is 0.43 nats higher. In
-# text it came back with the other order of batches. Gated pays nothing, and keeps its
-# sink: 500 steps do not unlearn a habit that costs nothing.
+# text it came back with the other order of batches. Gated pays nothing, and after these
+# 500 steps it still has its sink.
 #
 # ## A sink that is of use: the ruler
 #

@@ -211,8 +211,9 @@ def shades(ax):
 @styled
 def maps(patterns, sinks, title=None) -> Figure:
     """Attention maps in one row, title -> (T, T), and the sinks of each."""
-    widths = [12] * len(patterns) + [1]
-    figure, axes = new(3.3 if title else 3.1, 1, len(widths), width_ratios=widths)
+    widths = [12] * len(patterns) + [len(patterns) / 3]
+    height = WIDTH / (len(patterns) + 0.3) + (0.6 if title else 0.4)
+    figure, axes = new(height, 1, len(widths), width_ratios=widths)
     for ax, (name, pattern), sink in zip(axes, patterns.items(), sinks):
         attention(ax, pattern, name, sink)
     shades(axes[-1])
