@@ -35,7 +35,7 @@ Tap = Callable[[str, torch.Tensor], torch.Tensor]
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
-HF_SIZES = (*SIZES, "head_dim")  # what we read from every config.json, besides rope and tied weights
+HF_SIZES = (*SIZES, "head_dim")  # what we read from a config.json, besides rope and tied weights
 HF_FAMILY = {  # model_type: the keys that it has besides, and what a missing key means
     "llama": dict(rms_norm_eps=1e-6, max_position_embeddings=2048, attention_bias=False,
                   mlp_bias=False),
@@ -445,8 +445,8 @@ class GPT(nn.Module):
         weights = map_weights(folder)
         tied = "lm_head.weight" not in weights  # or both are there, and may differ
         if tied and not cfg.tie_word_embeddings:
-            raise UserError(f"{folder} has no lm_head.weight, and its config.json does not say that "
-                            "it is tied to the embedding: fetch it again")
+            raise UserError(f"{folder} has no lm_head.weight, and its config.json does not tie it "
+                            "to the embedding: fetch it again")
         cfg.tie_word_embeddings = tied
         if tied:
             weights["lm_head.weight"] = weights.get("embed_tokens.weight")

@@ -103,6 +103,11 @@ def tex(text):
     return re.sub(r"\b([A-Za-z]_[A-Za-z0-9])\b", r"${\1}$", text)
 
 
+def plain(name):
+    """A name of a folder as it is: `$` begins no formula, and what is no UTF-8 is `?`."""
+    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def lines(ax, curves, x=None, hot=()):
     """curves: name -> (n,), where None leaves a gap. The names in `hot` are the first
     token's: in the accent."""
@@ -232,7 +237,7 @@ def chain(portraits, kind) -> Figure:
         ax.axis("off")
     places = iter(axes.flat)
     for name, portrait in portraits.items():
-        title = f"{name}: layer {portrait['layer']}, head {portrait['head']}"
+        title = f"{plain(name)}: layer {portrait['layer']}, head {portrait['head']}"
         attention(next(places), portrait["map"], title)
     for same_link in zip(*(portrait["links"] for portrait in portraits.values())):
         headline(next(places), same_link)
@@ -244,7 +249,7 @@ def chain(portraits, kind) -> Figure:
         "the number in the table": {"color": ACCENT, "marker": "o", "ls": ""}}
     if len(portraits) > 1:
         for style, name in zip(STYLES, portraits):
-            entries[name] = {"color": "black", "ls": style["ls"]}
+            entries[plain(name)] = {"color": "black", "ls": style["ls"]}
     below(figure, entries, ncols=4)
     return figure
 
@@ -281,7 +286,7 @@ def cut(found, whole) -> Figure:
         for ax, kind in zip(column, whole):
             same_kind = [verdict for verdict in verdicts if verdict["kind"] == kind]
             effects(ax, same_kind, whole[kind])
-        column[0].set(title=name, xlabel="share of the sink that the cut takes")
+        column[0].set(title=plain(name), xlabel="share of the sink that the cut takes")
         column[1].set(xlabel="share of the two sinks that is forged")
     figure.suptitle("Each link cut at token 0, and forged at an ordinary token")
     entries = {
@@ -398,7 +403,7 @@ def curve(folder, log, kinds, baseline, optimum=None) -> None:
     right.axhline(baseline, label="uniform attention", **DOTTED)
     if optimum is not None:
         left.axhline(optimum, label="perfect predictor", **DOTTED)
-    dress(left, f"{folder.name}: loss", {}, xlabel="step", ylabel="nats per token")
+    dress(left, f"{plain(folder.name)}: loss", {}, xlabel="step", ylabel="nats per token")
     says = "attention to the first token,\nstrongest head after layer 0"
     dress(right, "sink", {}, xlabel="step", ylabel=says, ylim=(0, None))
     save(folder / "curve.png", figure)

@@ -1,5 +1,6 @@
 """A Llama in Hugging Face's format: its folder, or the hub's, and its weights, read without running
 any code in them."""
+import contextlib
 import os
 import re
 import sys
@@ -21,6 +22,8 @@ def find(given) -> Path:
     """The folder of a Llama: `given` itself; or that of a model of the hub, org/name or
     org/name@revision, fetched if no folder has this name. Raises UserError with a hint."""
     folder = Path(given).expanduser()
+    if (folder / "model.pt").exists():
+        raise UserError(f"{folder} is a run of train.py; give it without --llama")
     if (folder / "config.json").exists():
         return folder
     if folder.is_dir():
@@ -66,22 +69,38 @@ def fetch(repo: str, revision="main") -> Path:
 def explain(repo: str, revision: str, error) -> str:
     """One line for what huggingface_hub raises, which has many lines and classes."""
     from huggingface_hub import errors
-    says = {  # a class before the one that it inherits from
-        errors.GatedRepoError: "asks for your agreement on its page, and for a token (hf auth "
-                               "login)",
-        errors.RepositoryNotFoundError: "is no folder here, and the hub has no such model, or only "
-                                        "for those with a token (hf auth login)",
-        errors.RevisionNotFoundError: f"has no revision {revision}",
-        errors.LocalEntryNotFoundError: "cannot be fetched, as the hub is not reached, and is not "
-                                        "whole in the cache; go online and try again",
+    login = "a token (hf auth login)"
+    says = {  # a class stands before the one that it inherits from
+        errors.GatedRepoError: f"the hub wants your agreement, on its page, and {login}",
+        errors.RepositoryNotFoundError: f"the hub has no such model, or only for {login}",
+        errors.RevisionNotFoundError: f"the hub has it, but no revision {revision}",
+        errors.LocalEntryNotFoundError: "the hub is not reached, and its cache here has not all of "
+                                        "it: go online and try again",
     }
+    why = f"{reason(error)}; try again, which goes on where it stopped"
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        why = f"the hub wants {login}, or another one"
     for kind, words in says.items():
         if isinstance(error, kind):
-            return f"{repo} {words}"
-    return f"{repo}: {reason(error)}; try again, which goes on where it stopped"
+            why = words
+            break
+    return f"{repo} is no folder here, and: {why}"
 
 
 # ---------------------------------------------------------------- the weights
+
+def memory(folder: Path) -> str:
+    """A line that says how much memory the weights need. Raises UserError if the machine has less
+    than that, where the system tells."""
+    need = sum(path.stat().st_size for path in weight_files(folder)) / 1e9
+    said = f"the weights of {folder.name} need {need:.2f} GB of memory"
+    with contextlib.suppress(AttributeError, ValueError):  # Windows does not tell
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        said += f"; this machine has {have:.1f}"
+        if need > have:
+            raise UserError(f"{said}: take a smaller model")
+    return said
+
 
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors; or the files that its index names, all of them and no others; or, without

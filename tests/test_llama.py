@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import probe
 from data.common import UserError
+from data.llama import memory
 from model import GPT, Config, record, rope_turns, tap_names
 from tests.tiny import SHAPES, llama_names, tiny_llama_folder, tiny_model, tokens
 
@@ -167,3 +168,56 @@ def test_nothing_is_unpickled(tmp_path, name):
     with pytest.raises(UserError):
         GPT.from_llama(folder)
     assert not trace.exists()
+
+
+# ---------------------------------------------------------------- the text it reads
+
+def with_tokenizer(folder, the=1, bos="<s>"):
+    """The folder with a tokenizer that knows two words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    vocab = {"[UNK]": 0, "the": the, "<s>": 2}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos}))
+    return folder
+
+
+def opened(folder, *flags):
+    look = probe.parse(["--llama", str(folder), *flags])
+    model, = probe.open_llama(look).values()
+    return model.kinds
+
+
+@pytest.mark.parametrize("bos", ["<s>", {"content": "<s>"}])
+def test_bos_comes_first_where_it_is_asked_for(tmp_path, bos):
+    folder = with_tokenizer(tiny_llama_folder(tmp_path), bos=bos)
+    plain, with_bos = opened(folder), opened(folder, "--bos")
+    assert list(plain) == ["random tokens", "English text"]
+    assert list(with_bos) == ["random tokens after <s>", "English text after <s>"]
+    for before, after in zip(plain.values(), with_bos.values()):
+        (x, _), (x_bos, y_bos) = before[0], after[0]
+        assert (x_bos[:, 0] == 2).all()
+        assert torch.equal(x_bos[:, 1:], x[:, :-1])
+        assert torch.equal(y_bos, x)
+
+
+@pytest.mark.parametrize("bos", [None, "the the"])
+def test_a_tokenizer_without_bos(tmp_path, bos):
+    folder = with_tokenizer(tiny_llama_folder(tmp_path), bos=bos)
+    with pytest.raises(UserError, match="leave --bos out"):
+        opened(folder, "--bos")
+
+
+def test_the_tokenizer_of_another_model_is_told(tmp_path):
+    folder = with_tokenizer(tiny_llama_folder(tmp_path), the=50)
+    with pytest.raises(UserError, match="is of another model: it gives the id 50"):
+        opened(folder)
+
+
+def test_the_memory_is_told_before_and_what_does_not_fit_is_refused(tmp_path, monkeypatch):
+    folder = tiny_llama_folder(tmp_path)
+    assert "0.00 GB of memory" in memory(folder)
+    monkeypatch.setattr(os, "sysconf", lambda name: 10, raising=False)
+    with pytest.raises(UserError, match="this machine has 0.0: take a smaller model"):
+        memory(folder)

@@ -130,7 +130,8 @@ SAME = {
         rope_scaling={"rope_type": "linear", "factor": 1.0, "rope_theta": 50.0},
         rope_parameters={"rope_type": "default", "rope_theta": 7.0}), save),
     "linear, factor 1": ({}, dict(rope_scaling={"type": "linear", "factor": 1.0}), save),
-    "linear, old": (SHAPES["linear rope"], dict(rope_scaling={"type": "linear", "factor": 4}), save),
+    "linear, old": (SHAPES["linear rope"], dict(
+        rope_scaling={"type": "linear", "factor": 4.0}), save),
     "linear, new": (SHAPES["linear rope"], rope(rope_type="linear", factor=4.0, rope_theta=1e4),
                     save),
     "llama3, old": (SHAPES["llama3 rope"], dict(rope_scaling={**LLAMA3, "type": "llama3"}), save),
