@@ -17,6 +17,7 @@ import math
 import re
 import sys
 import textwrap
+import warnings
 
 import matplotlib
 import torch
@@ -60,7 +61,9 @@ def new(height, *shape, **how):
 def png(figure) -> bytes:
     """The same figure gives the same bytes; pyplot, where it made it, forgets it."""
     part = io.BytesIO()
-    figure.savefig(part, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a name in letters that the font lacks
+        figure.savefig(part, format="png", metadata={"Software": None})
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot:
         pyplot.close(figure)

@@ -1,6 +1,5 @@
 """A Llama in Hugging Face's format: its folder, or the hub's, and its weights, read without running
 any code in them."""
-import contextlib
 import os
 import re
 import sys
@@ -94,11 +93,12 @@ def memory(folder: Path) -> str:
     than that, where the system tells."""
     need = sum(path.stat().st_size for path in weight_files(folder)) / 1e9
     said = f"the weights of {folder.name} need {need:.2f} GB of memory"
-    with contextlib.suppress(AttributeError, ValueError):  # Windows does not tell
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-        said += f"; this machine has {have:.1f}"
-        if need > have:
-            raise UserError(f"{said}: take a smaller model")
+    if not hasattr(os, "sysconf"):  # Windows
+        return said
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    said += f"; this machine has {have:.1f}"
+    if need > have:
+        raise UserError(f"{said}: take a smaller model")
     return said
 
 
