@@ -62,7 +62,7 @@ def png(figure) -> bytes:
     """The same figure gives the same bytes; pyplot, where it made it, forgets it."""
     part = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of a name in letters that the font lacks
+        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks
         figure.savefig(part, format="png", metadata={"Software": None})
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot:
@@ -107,7 +107,7 @@ def tex(text):
 
 
 def plain(name):
-    """A name of a folder as it is: `$` begins no formula, and what is no UTF-8 is `?`."""
+    """A folder's name as it is: `$` begins no formula, and what is no UTF-8 is `?`."""
     return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
@@ -406,7 +406,8 @@ def curve(folder, log, kinds, baseline, optimum=None) -> None:
     right.axhline(baseline, label="uniform attention", **DOTTED)
     if optimum is not None:
         left.axhline(optimum, label="perfect predictor", **DOTTED)
-    dress(left, f"{plain(folder.name)}: loss", {}, xlabel="step", ylabel="nats per token")
+    title = f"{plain(folder.name)}: loss"
+    dress(left, title, {}, xlabel="step", ylabel="nats per token")
     says = "attention to the first token,\nstrongest head after layer 0"
     dress(right, "sink", {}, xlabel="step", ylabel=says, ylim=(0, None))
     save(folder / "curve.png", figure)

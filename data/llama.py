@@ -92,7 +92,7 @@ def memory(folder: Path) -> str:
     """A line that says how much memory the weights need. Raises UserError if the machine has less
     than that, where the system tells."""
     need = sum(path.stat().st_size for path in weight_files(folder)) / 1e9
-    said = f"the weights of {folder.name} need {need:.2f} GB of memory"
+    said = f"the weights need {need:.2f} GB of memory"
     if not hasattr(os, "sysconf"):  # Windows
         return said
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
