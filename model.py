@@ -36,13 +36,21 @@ Tap = Callable[[str, torch.Tensor], torch.Tensor]
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
 HF_SIZES = (*SIZES, "head_dim")  # what we read from a config.json, besides rope and tied weights
-HF_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}  # where a key is missing
-# Keys that change the forward pass, and the one value of each that we compute. The other keys of a
+HF_FAMILY = {  # model_type: the keys that it has besides, and what a missing key means
+    "llama": dict(rms_norm_eps=1e-6, max_position_embeddings=2048, attention_bias=False,
+                  mlp_bias=False),
+    "mistral": dict(rms_norm_eps=1e-6, max_position_embeddings=131072, num_key_value_heads=8,
+                    sliding_window=4096),
+    "qwen2": dict(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32,
+                  qkv_bias=True),
+}
+# Keys that change the forward pass, and the values of each that we compute. The other keys of a
 # config.json (token ids, dtype, cache, dropout, versions) change nothing and are dropped.
 HF_FIXED = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-    "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0,
-    "quantization_config": None,
+    "model_type": tuple(HF_FAMILY), "hidden_act": ("silu", "swish"), "use_sliding_window": (False,),
+    "architectures": (["LlamaForCausalLM"], ["LLaMAForCausalLM"], ["LlamaModel"],
+                      ["MistralForCausalLM"], ["Qwen2ForCausalLM"]),
+    "partial_rotary_factor": (1.0,), "quantization_config": (),
 }
 
 
@@ -66,6 +74,10 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
     tie_word_embeddings: bool = False
+    attention_bias: bool = False  # of q, k, v and o
+    qkv_bias: bool = False  # of q, k and v only, as in Qwen2
+    mlp_bias: bool = False
+    sliding_window: int | None = None  # a query sees so many tokens; None: all before it
     initializer_range: float = 0.02  # std of every initial weight matrix
     attn: str = "softmax"
     # attn_out: the logits read what the last layer's heads deliver, and nothing else. Then a head
@@ -75,10 +87,11 @@ class Config:
     def __post_init__(self):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        for name in SIZES:
-            value = getattr(self, name)
-            if value is None or value <= 0:  # None: it is missing in a config.json
-                raise UserError(f"{name} must be above 0, not {value}")
+        for name in (*SIZES, "rope_theta"):
+            value = getattr(self, name)  # whatever a config.json holds; None if it is missing
+            kind = (int, float) if name in ("rms_norm_eps", "rope_theta") else int
+            if not isinstance(value, kind) or value <= 0:
+                raise UserError(f"{name} must be a number above 0, not {value!r}")
         if self.attn not in ATTENTIONS:
             raise UserError(f"attn must be one of {', '.join(ATTENTIONS)}, not {self.attn!r}")
         if self.readout not in READOUTS:
@@ -97,15 +110,18 @@ class Config:
 
     @classmethod
     def from_hf(cls, raw: dict) -> "Config":
-        """The Config of a Llama `config.json`, in the old spelling (`rope_theta`, `rope_scaling`)
-        or the new one (`rope_parameters`). Raises UserError for a key that asks for another model.
+        """The Config of a `config.json` of a Llama, Mistral or Qwen2, in the old spelling
+        (`rope_theta`, `rope_scaling`) or the new one (`rope_parameters`). Raises UserError for a
+        key that asks for another model.
         """
         rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
         for key, ours in HF_FIXED.items():
             found = rope.get(key, raw.get(key))
-            if found not in (None, ours):
-                raise UserError(f"config.json: {key} must be {ours!r}, not {found!r:.60}")
-        sizes = {key: raw.get(key, HF_DEFAULTS.get(key)) for key in HF_SIZES}
+            if found is not None and found not in ours:
+                wanted = " or ".join(map(str, ours)) or "absent"
+                raise UserError(f"{key} must be {wanted}, not {found!r:.60}")
+        usual = HF_FAMILY[raw.get("model_type") or "llama"]
+        sizes = {key: raw.get(key, usual.get(key)) for key in (*HF_SIZES, *usual)}
         theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         rope.pop("partial_rotary_factor", None)  # checked above
         original = "original_max_position_embeddings"
@@ -120,9 +136,9 @@ class Config:
 def rope_frequencies(cfg: Config) -> torch.Tensor:
     """(D/2,) fp32 angles per position: `theta^(-2i/D)` (Su et al. 2021, arXiv 2104.09864).
 
-    With `rope_scaling` of type llama3, wavelengths longer than the original context are stretched
-    by `factor`, short ones are kept, and those between are blended (Llama 3.1 release). Raises
-    UserError for another type.
+    With `rope_scaling` of type linear, all wavelengths are stretched by `factor`; of type llama3,
+    those longer than the original context are, short ones are kept, and those between are blended
+    (Llama 3.1 release). Raises UserError for another type.
     """
     # 1 / theta^x, not theta^-x, to get the reference's last bit: 0.01 rad at position 100,000
     pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu")
@@ -131,8 +147,10 @@ def rope_frequencies(cfg: Config) -> torch.Tensor:
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "default":
         return freq
+    if kind == "linear":
+        return freq / scaling["factor"]
     if kind != "llama3":
-        raise UserError(f"rope_scaling must be of type llama3, not {kind!r}")
+        raise UserError(f"rope_scaling must be of type llama3 or linear, not {kind!r}")
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretch, 1: keep
@@ -186,10 +204,11 @@ class Attention(nn.Module):
         H, K = cfg.num_attention_heads, cfg.num_key_value_heads
         self.H, self.K, self.D = H, K, D
         self.attn = cfg.attn
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, K * D, bias=False)
-        self.v_proj = nn.Linear(C, K * D, bias=False)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        qkv_bias = cfg.qkv_bias or cfg.attention_bias
+        self.q_proj = nn.Linear(C, H * D, bias=qkv_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=qkv_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=qkv_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=cfg.attention_bias)
         if cfg.attn == "headnorm":  # one gain of width D, shared by the heads of the layer
             self.z_norm = RMSNorm(D, cfg.rms_norm_eps)
         if cfg.attn == "gated":  # one gate a head
@@ -252,10 +271,10 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        C, width = cfg.hidden_size, cfg.intermediate_size
-        self.gate_proj = nn.Linear(C, width, bias=False)
-        self.up_proj = nn.Linear(C, width, bias=False)
-        self.down_proj = nn.Linear(width, C, bias=False)
+        C, width, bias = cfg.hidden_size, cfg.intermediate_size, cfg.mlp_bias
+        self.gate_proj = nn.Linear(C, width, bias=bias)
+        self.up_proj = nn.Linear(C, width, bias=bias)
+        self.down_proj = nn.Linear(width, C, bias=bias)
 
     def forward(self, x, tap):
         gate = tap("mlp_pre", self.gate_proj(x))
@@ -302,9 +321,11 @@ class GPT(nn.Module):
         def is_gate(named):
             return "z_gate" in named[0]
         # draw z_gate last, so that all variants share the other initial weights
-        for _, p in sorted(self.named_parameters(), key=is_gate):
+        for name, p in sorted(self.named_parameters(), key=is_gate):
             if p.dim() == 2 and not p.is_meta:
                 nn.init.normal_(p, std=cfg.initializer_range, generator=generator)
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, idx, targets=None, tap: Tap | None = None, mask=None):
         """idx (B, T) -> logits (B, T, V), mean loss in nats over targets (B, T) that are not -100.
@@ -315,8 +336,9 @@ class GPT(nn.Module):
         T = idx.shape[1]
         rope = rope_turns(self.cfg, T, idx.device)
         kernel = self.cfg.attn not in ("sigmoid", "logit")  # torch has one for the others
-        plain = kernel and tap is None and mask is None
-        bias = None if plain and self.fused else self.attention_bias(T, mask, idx.device)
+        sees_all = T <= (self.cfg.sliding_window or T)
+        plain = kernel and tap is None and mask is None and sees_all
+        bias = None if plain and self.fused else self.mask_bias(T, mask, idx.device)
 
         call = tap or untapped
         x = call("embed", self.embed_tokens(idx))
@@ -338,13 +360,14 @@ class GPT(nn.Module):
         loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-100)
         return logits, loss
 
-    def attention_bias(self, T, mask=None, device=None):
+    def mask_bias(self, T, mask=None, device=None):
         """(T, T) to add to the scores: -inf where attention is not allowed, 0 where it is.
 
         In sigmoid attention -log(training length) in place of 0, so that T open gates start at a
         total weight near 1. Raises UserError for a mask that leaves a query without any key.
         """
-        allowed = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        window = self.cfg.sliding_window or T
+        allowed = torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - window)
         if mask is not None:
             allowed = allowed & mask
             if not allowed.any(-1).all():
@@ -403,19 +426,29 @@ class GPT(nn.Module):
 
     @classmethod
     def from_llama(cls, folder, dtype: torch.dtype | None = None) -> "GPT":
-        """Open a folder in the format of Hugging Face's `LlamaForCausalLM` (Llama 2 and 3, SmolLM2
-        ...): config.json and model.safetensors, or its shards model-*.safetensors.
+        """Open a folder in Hugging Face's format (Llama 2 and 3, SmolLM2, Mistral, Qwen2 ...):
+        config.json and model.safetensors, or its shards model-*.safetensors. Or a model of the hub,
+        "org/name" or "org/name@revision", which is fetched.
 
         Nothing is unpickled. Weights stay mapped to the file: do not change it while the model is
-        in use. A `dtype` other than the file's makes a converted copy. The head is tied if the file
-        has no lm_head.weight, whatever config.json says. Raises UserError naming the file.
+        in use. A `dtype` other than the file's makes a converted copy. Raises UserError naming the
+        file.
         """
-        from data.llama import map_weights
-        folder = Path(folder)
-        cfg = Config.from_hf(read_json(folder / "config.json"))
+        from data.llama import find, map_weights
+        folder = find(folder)
+        path = folder / "config.json"
+        raw = read_json(path)
+        try:
+            cfg = Config.from_hf(raw)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{path}: {reason(error)}") from None
         weights = map_weights(folder)
-        cfg.tie_word_embeddings = "lm_head.weight" not in weights
-        if cfg.tie_word_embeddings:
+        tied = "lm_head.weight" not in weights  # or both are there, and may differ
+        if tied and not cfg.tie_word_embeddings:
+            raise UserError(f"{folder} has no lm_head.weight, and its config.json does not tie it "
+                            "to the embedding: fetch it again")
+        cfg.tie_word_embeddings = tied
+        if tied:
             weights["lm_head.weight"] = weights.get("embed_tokens.weight")
         model = cls.from_weights(cfg, weights, folder)
         return model.to(dtype or model.lm_head.weight.dtype)  # one dtype where a file mixes them

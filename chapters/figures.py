@@ -17,6 +17,7 @@ import math
 import re
 import sys
 import textwrap
+import warnings
 
 import matplotlib
 import torch
@@ -60,7 +61,9 @@ def new(height, *shape, **how):
 def png(figure) -> bytes:
     """The same figure gives the same bytes; pyplot, where it made it, forgets it."""
     part = io.BytesIO()
-    figure.savefig(part, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks
+        figure.savefig(part, format="png", metadata={"Software": None})
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot:
         pyplot.close(figure)
@@ -101,6 +104,11 @@ def plain_numbers(axis):
 def tex(text):
     """V_k, W_O, x_0 in plain text, with a real index."""
     return re.sub(r"\b([A-Za-z]_[A-Za-z0-9])\b", r"${\1}$", text)
+
+
+def plain(name):
+    """A folder's name as it is: `$` begins no formula, and what is no UTF-8 is `?`."""
+    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def lines(ax, curves, x=None, hot=()):
@@ -243,7 +251,7 @@ def chain(portraits, kind) -> Figure:
         ax.axis("off")
     places = iter(axes.flat)
     for name, portrait in portraits.items():
-        title = f"{name}: layer {portrait['layer']}, head {portrait['head']}"
+        title = f"{plain(name)}: layer {portrait['layer']}, head {portrait['head']}"
         attention(next(places), portrait["map"], title)
     for same_link in zip(*(portrait["links"] for portrait in portraits.values())):
         headline(next(places), same_link)
@@ -255,7 +263,7 @@ def chain(portraits, kind) -> Figure:
         "the number in the table": {"color": ACCENT, "marker": "o", "ls": ""}}
     if len(portraits) > 1:
         for style, name in zip(STYLES, portraits):
-            entries[name] = {"color": "black", "ls": style["ls"]}
+            entries[plain(name)] = {"color": "black", "ls": style["ls"]}
     below(figure, entries, ncols=4)
     return figure
 
@@ -292,7 +300,7 @@ def cut(found, whole) -> Figure:
         for ax, kind in zip(column, whole):
             same_kind = [verdict for verdict in verdicts if verdict["kind"] == kind]
             effects(ax, same_kind, whole[kind])
-        column[0].set(title=name, xlabel="share of the sink that the cut takes")
+        column[0].set(title=plain(name), xlabel="share of the sink that the cut takes")
         column[1].set(xlabel="share of the two sinks that is forged")
     figure.suptitle("Each link cut at token 0, and forged at an ordinary token")
     entries = {
@@ -409,7 +417,8 @@ def curve(folder, log, kinds, baseline, optimum=None) -> None:
     right.axhline(baseline, label="uniform attention", **DOTTED)
     if optimum is not None:
         left.axhline(optimum, label="perfect predictor", **DOTTED)
-    dress(left, f"{folder.name}: loss", {}, xlabel="step", ylabel="nats per token")
+    title = f"{plain(folder.name)}: loss"
+    dress(left, title, {}, xlabel="step", ylabel="nats per token")
     says = "attention to the first token,\nstrongest head after layer 0"
     dress(right, "sink", {}, xlabel="step", ylabel=says, ylim=(0, None))
     save(folder / "curve.png", figure)

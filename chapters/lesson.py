@@ -60,7 +60,7 @@ import probe  # noqa: E402
 import train  # noqa: E402
 from chapters import figures  # noqa: E402
 from data import smollm2, windows as of_text  # noqa: E402
-from data.common import UserError  # noqa: E402
+from data.common import OUT, UserError  # noqa: E402
 from data.runs import load_checkpoint, read_config, read_log  # noqa: E402
 from model import ATTENTIONS, GPT  # noqa: E402
 
@@ -128,7 +128,8 @@ def english(N=8, T=64, batch=0):
 
 
 def placed(name):
-    """The Run of a name, in out/ of the repository, wherever the chapter runs."""
+    """The Run of a name, in out/ of the repository (or `data.common.OUT`), wherever the
+    chapter runs."""
     run = train.resolve(RUNS[name])
     run.out = os.path.relpath(ROOT / run.out)
     return run
@@ -243,9 +244,12 @@ def show(figure, name, alt):
     """Show a figure below its cell; from a script, write out/chapters/<name>.png. `alt`
     is for readers who do not see the figure."""
     if not notebook():
-        path = ROOT / "out" / "chapters" / f"{name}.png"
-        figures.save(path, figure)
-        print(f"figure {os.path.relpath(path)}: {alt}")
+        path = ROOT / OUT / "chapters" / f"{name}.png"
+        try:
+            figures.save(path, figure)
+            print(f"figure {os.path.relpath(path)}: {alt}")
+        except UserError as error:  # a clone that nobody may write to
+            print(f"no figure: {error}; set ATTENTION_SINK_OUT to a folder of your own")
         return
     from IPython.display import display
     width = round(96 * figure.get_figwidth())  # CSS pixels: points of type are points

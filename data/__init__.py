@@ -12,11 +12,10 @@ import tiktoken
 import torch
 
 from . import tasks, text
-from .common import UserError
+from .common import CACHE, UserError
 
 __all__ = ["CACHE", "Corpus", "NAMES", "TASKS", "UserError", "load"]
 
-CACHE = Path(__file__).parent / "cache"
 TASKS = tasks.TASKS
 NAMES = ["stdlib", *TASKS]
 

@@ -22,6 +22,12 @@ import numpy as np
 import torch
 
 
+# Where what is fetched, and what is trained and measured, is kept; a class on one server, or a
+# clone that nobody may write to, has them elsewhere.
+CACHE = Path(os.environ.get("ATTENTION_SINK_CACHE") or Path(__file__).parent / "cache").expanduser()
+OUT = str(Path(os.environ.get("ATTENTION_SINK_OUT") or "out").expanduser())
+
+
 class UserError(ValueError):
     """What a user can mend. The message is one line: what was wrong, and what to do."""
 
@@ -118,8 +124,8 @@ def one_writer(folder):
         raise UserError(f"{folder} is being written by another program; wait for it, "
                         "or choose another folder") from None
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({reason(error)}); "
-                        "choose another folder") from None
+        raise UserError(f"cannot write to {folder} ({reason(error)}); choose another folder, "
+                        "for good by ATTENTION_SINK_OUT and ATTENTION_SINK_CACHE") from None
     try:
         yield
     finally:
@@ -142,6 +148,20 @@ def pick_device(name: str) -> tuple[torch.device, str]:
             return torch.device(name), "asked for"
     raise UserError("--device must be auto, cpu, or a cuda or mps that torch finds here, not "
                     f"{name!r}; leave the flag out")
+
+
+@contextlib.contextmanager
+def plain_torch():
+    """Gradients, float32 and the CPU are torch's defaults, whatever a notebook has set."""
+    dtype, cpu = torch.get_default_dtype(), torch.device("cpu")
+    elsewhere = torch.get_default_device() != cpu  # a context that is not needed costs time
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            with cpu if elsewhere else contextlib.nullcontext():
+                yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -41,9 +41,12 @@ def read_config(folder) -> dict:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise UserError(f"{folder} holds no run of train.py (no config.json); train one: "
-                        "python train.py")
+                        "python train.py (a model of the hub: python probe.py --llama org/name)")
     config = read_json(path)
     missing = KEYS - config.keys()
+    if "hidden_size" in config:
+        raise UserError(f"{folder} is no run of train.py, but a Llama: python probe.py --llama "
+                        f"{folder}")
     if missing:
         raise UserError(f"{path} is not that of a run of train.py ({min(missing)} is missing); "
                         "train it anew")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from .common import UserError, reason
+from .common import UserError, read_json, reason
 
 
 def random_windows(N: int, T: int, vocab_size: int, seed: int = 0):
@@ -39,16 +39,52 @@ def text_windows(ids, batches: int, N: int, T: int):
     return [(x[:, b], y[:, b]) for b in range(batches)]
 
 
-def llama_encoder(folder: Path):
+def llama_encoder(folder: Path, vocab_size: int):
     """Text -> ids, by the tokenizer.json of a Llama's folder; None, with the reason printed, if
-    there is none. Raises UserError for a damaged one."""
+    there is none. Raises UserError for a damaged one, and for an id that the model has not."""
+    tokenizer = llama_tokenizer(folder)
+    if tokenizer is None:
+        print(f"{folder} has no tokenizer.json: random tokens only")
+        return None
+
+    def encode(text):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if max(ids, default=0) >= vocab_size:
+            raise UserError(f"{folder / 'tokenizer.json'} is of another model: it gives the id "
+                            f"{max(ids)}, and this model has {vocab_size}; fetch the folder again")
+        return ids
+    return encode
+
+
+def llama_tokenizer(folder: Path):
+    """The tokenizers.Tokenizer of a Llama's folder, None without tokenizer.json. Raises UserError
+    for a damaged one."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        print(f"{folder} has no tokenizer.json: random tokens only")
         return None
     from tokenizers import Tokenizer
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"{path}: {reason(error)}") from None
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def llama_bos(folder: Path, encode) -> tuple[int, str]:
+    """The id and the text of the token that begins a document, as tokenizer_config.json names it.
+    Raises UserError where there is none."""
+    path, bos = folder / "tokenizer_config.json", None
+    if encode and path.is_file():
+        bos = read_json(path).get("bos_token")
+    if isinstance(bos, dict):  # as older files have it
+        bos = bos.get("content")
+    ids = encode(bos) if bos else []
+    if len(ids) != 1:
+        raise UserError(f"{folder} has no BOS (tokenizer.json and the bos_token of "
+                        "tokenizer_config.json); leave --bos out")
+    return ids[0], bos
+
+
+def put_first(bos: int, x, y):
+    """x, y (N, T) -> the same windows, with bos before their first token and without their last."""
+    first = torch.full_like(x[:, :1], bos)
+    return torch.cat((first, x[:, :-1]), 1), x

@@ -14,6 +14,7 @@ import torch
 import data
 import train
 from tests.conftest import tiny_flags
+from tests.tiny import tiny_llama_folder
 
 # A command, and words of the line that it must end in
 COMMANDS = """
@@ -37,6 +38,7 @@ COMMANDS = """
 --resume old --attn sigmoid             | --attn does not go with resume
 --resume older                          | older is of an older train.py (no 'repeat')
 --sample no-model                       | go on with: python train.py --resume no-model
+--sample llama                          | python probe.py --llama llama
 --sample old --prompt 7                 | '7' is not a symbol
 --resume cut                            | not a zip file
 --resume pickle                         | not a zip file
@@ -109,6 +111,7 @@ def place(tmp_path_factory, tiny_run):
     older = Path("older/config.json")
     older.write_text(older.read_text().replace('"repeat"', '"gone"'))
     Path("no-json/config.json").write_text("{")
+    tiny_llama_folder(Path("llama"))
     Path("bad-log/log.jsonl").write_text("header\n{")
     yield
     os.chdir(before)

@@ -55,6 +55,15 @@ def test_numbers_that_do_not_exist_are_left_out(draw):
     assert {len(line.get_xdata()) for line in lines} == {2, 3}
 
 
+@pytest.mark.parametrize("name", ["a$b", "$\\", "x_y", "K\u00f6ln \u732b", "\udce4"])
+@pytest.mark.filterwarnings("error")
+def test_a_name_is_drawn_as_it_is(draw, name):
+    portrait = draw["chain"].args[0]["a"]
+    figure = figures.chain({name: portrait, "$c$": portrait}, "random tokens")
+    assert figures.png(figure).startswith(b"\x89PNG")
+    assert figures.plain(name) in figure.axes[0].get_title("left")
+
+
 def test_the_sink_has_the_accent():
     _, ax = figures.new(3)
     figures.attention(ax, torch.full((4, 4), 0.25).tril(), "a map", sink=(0, 3))

@@ -1,6 +1,8 @@
-"""`GPT.from_llama` equals Hugging Face's LlamaForCausalLM, and refuses what it cannot open."""
+"""`GPT.from_llama` equals Hugging Face's models, inside too, and refuses what it cannot open. How a
+folder may be spelled stands in test_parity.py."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+import probe
 from data.common import UserError
+from data.llama import memory
 from model import GPT, Config, record, rope_turns, tap_names
 from tests.tiny import SHAPES, llama_names, tiny_llama_folder, tiny_model, tokens
 
@@ -42,7 +46,7 @@ def test_a_published_config_gives_the_published_size_and_angles(name):
 
 
 def open_reference(folder):
-    return transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
 
 GIVES = {  # our activation: the module of a layer of transformers that gives it
@@ -76,6 +80,32 @@ def test_logits_and_activations_agree_with_transformers(tmp_path, shape):
         torch.testing.assert_close(x, wanted, rtol=0, atol=1e-4)
 
 
+MADE = {  # by transformers, to be opened by us
+    "mistral": transformers.MistralConfig(sliding_window=None, num_key_value_heads=2),
+    "qwen2": transformers.Qwen2Config(num_key_value_heads=2, tie_word_embeddings=True),
+    "biases": transformers.LlamaConfig(attention_bias=True, mlp_bias=True, num_key_value_heads=4),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_transformers_makes_opens_in_shards_and_has_every_link(tmp_path, name):
+    config = MADE[name]
+    config.update(dict(vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+                       num_attention_heads=4, layer_types=["full_attention"] * 2))
+    reference = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.normal_(std=0.3)
+    reference.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    gpt, idx = GPT.from_llama(tmp_path), tokens(4, 20)
+    torch.testing.assert_close(gpt(idx)[0], reference(idx).logits, rtol=0, atol=1e-4)
+    numbers = probe.chain(gpt, idx, y=idx)
+    assert all(math.isfinite(value) for value in numbers.values())
+    cut = probe.cuts(gpt, idx, idx, k=5)
+    assert {row["link"] for row in cut} == {link.name for link in probe.LINKS if link.cut}
+
+
 # ---------------------------------------------------------------- what opens
 
 WEIGHTS = "model.safetensors"
@@ -89,48 +119,6 @@ def logits(gpt):
 
 def write_weights(folder, **change):
     safetensors.torch.save_file({**ALL, **change}, folder / WEIGHTS)
-
-
-LENGTH = "original_max_position_embeddings"
-
-
-@pytest.mark.parametrize("gone, added", [
-    ("rms_norm_eps", {}), ("max_position_embeddings", {}), (LENGTH, {}), (None, {LENGTH: 8})])
-def test_a_config_means_what_it_means_to_transformers(tmp_path, gone, added):
-    """Where a key is missing, and where the original length stands beside the rope, too."""
-    folder = tiny_llama_folder(tmp_path, **SHAPES["llama3 rope"])
-    raw = json.loads((folder / "config.json").read_text()) | added
-    for keys in (raw, raw["rope_scaling"]):
-        keys.pop(gone, None)
-    (folder / "config.json").write_text(json.dumps(raw))
-    wanted = open_reference(folder)(tokens(1, 10)).logits
-    assert (logits(GPT.from_llama(folder)) - wanted).abs().max() < 1e-4
-
-
-def test_what_transformers_saves_in_shards_opens(tmp_path):
-    """Its config.json has the new spelling of rope."""
-    shape, many = SHAPES["llama3 rope"], tmp_path / "many"
-    reference = open_reference(tiny_llama_folder(tmp_path / "one", **shape))
-    reference.save_pretrained(many, max_shard_size="10KB")
-    assert len(list(many.glob("model-*.safetensors"))) > 2
-    assert torch.equal(logits(GPT.from_llama(many)), logits(tiny_model(**shape)))
-
-
-def test_rotary_tables_of_old_files_are_left_out(tmp_path):
-    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    write_weights(tiny_llama_folder(tmp_path), **tables)
-    assert torch.equal(logits(GPT.from_llama(tmp_path)), logits(tiny_model()))
-
-
-@pytest.mark.parametrize("tie", [False, True])
-def test_the_head_is_tied_when_the_file_has_none_whatever_config_says(tmp_path, tie):
-    folder = tiny_llama_folder(tmp_path, tie_word_embeddings=tie)
-    raw = json.loads((folder / "config.json").read_text())
-    raw["tie_word_embeddings"] = not tie
-    (folder / "config.json").write_text(json.dumps(raw))
-    gpt = GPT.from_llama(folder)
-    assert (gpt.lm_head.weight is gpt.embed_tokens.weight) == tie
-    assert torch.equal(logits(gpt), logits(tiny_model(tie_word_embeddings=tie)))
 
 
 def test_the_model_has_one_dtype_the_asked_one_or_that_of_the_head(tmp_path):
@@ -167,41 +155,6 @@ def test_a_broken_folder_is_told_in_one_line(tmp_path, damage, named):
     assert "\n" not in str(error.value)
 
 
-def in_shards(folder):
-    """The folder with its weights in two shards of odd names and an index."""
-    rest, weight_map = dict(ALL), {}
-    head = {HEAD: rest.pop(HEAD)}
-    for part, file in ((rest, "weights-a.safetensors"), (head, "weights-b.safetensors")):
-        safetensors.torch.save_file(part, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / WEIGHTS).unlink()
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-def test_the_index_says_which_files_are_read(tmp_path):
-    """Whatever their names, and whatever else an earlier save has left."""
-    in_shards(tiny_llama_folder(tmp_path))
-    stale = {HEAD: torch.zeros_like(ALL[HEAD])}
-    safetensors.torch.save_file(stale, tmp_path / "model-00009-of-00009.safetensors")
-    assert torch.equal(logits(GPT.from_llama(tmp_path)), logits(tiny_model()))
-
-
-def test_an_absent_shard_is_named(tmp_path):
-    """And the head, which it holds, is not taken for a tied one."""
-    in_shards(tiny_llama_folder(tmp_path))
-    (tmp_path / "weights-b.safetensors").unlink()
-    with pytest.raises(UserError, match="weights-b.safetensors is not there, but"):
-        GPT.from_llama(tmp_path)
-
-
-def test_without_an_index_no_tensor_may_stand_twice(tmp_path):
-    folder = tiny_llama_folder(tmp_path)
-    (folder / WEIGHTS).rename(folder / "model-1.safetensors")
-    safetensors.torch.save_file({HEAD: ALL[HEAD]}, folder / "model-2.safetensors")
-    with pytest.raises(UserError, match="there twice"):
-        GPT.from_llama(folder)
-
-
 @pytest.mark.parametrize("name", [WEIGHTS, "model-1.safetensors", "pytorch_model.bin"])
 def test_nothing_is_unpickled(tmp_path, name):
     """A pickle that would write a file, wherever weights are looked for."""
@@ -215,3 +168,56 @@ def test_nothing_is_unpickled(tmp_path, name):
     with pytest.raises(UserError):
         GPT.from_llama(folder)
     assert not trace.exists()
+
+
+# ---------------------------------------------------------------- the text it reads
+
+def with_tokenizer(folder, the=1, bos="<s>"):
+    """The folder with a tokenizer that knows two words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    vocab = {"[UNK]": 0, "the": the, "<s>": 2}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos}))
+    return folder
+
+
+def opened(folder, *flags):
+    look = probe.parse(["--llama", str(folder), *flags])
+    model, = probe.open_llama(look).values()
+    return model.kinds
+
+
+@pytest.mark.parametrize("bos", ["<s>", {"content": "<s>"}])
+def test_bos_comes_first_where_it_is_asked_for(tmp_path, bos):
+    folder = with_tokenizer(tiny_llama_folder(tmp_path), bos=bos)
+    plain, with_bos = opened(folder), opened(folder, "--bos")
+    assert list(plain) == ["random tokens", "English text"]
+    assert list(with_bos) == ["random tokens after <s>", "English text after <s>"]
+    for before, after in zip(plain.values(), with_bos.values()):
+        (x, _), (x_bos, y_bos) = before[0], after[0]
+        assert (x_bos[:, 0] == 2).all()
+        assert torch.equal(x_bos[:, 1:], x[:, :-1])
+        assert torch.equal(y_bos, x)
+
+
+@pytest.mark.parametrize("bos", [None, "the the"])
+def test_a_tokenizer_without_bos(tmp_path, bos):
+    folder = with_tokenizer(tiny_llama_folder(tmp_path), bos=bos)
+    with pytest.raises(UserError, match="leave --bos out"):
+        opened(folder, "--bos")
+
+
+def test_the_tokenizer_of_another_model_is_told(tmp_path):
+    folder = with_tokenizer(tiny_llama_folder(tmp_path), the=50)
+    with pytest.raises(UserError, match="is of another model: it gives the id 50"):
+        opened(folder)
+
+
+def test_the_memory_is_told_before_and_what_does_not_fit_is_refused(tmp_path, monkeypatch):
+    folder = tiny_llama_folder(tmp_path)
+    assert "0.00 GB of memory" in memory(folder)
+    monkeypatch.setattr(os, "sysconf", lambda name: 10, raising=False)
+    with pytest.raises(UserError, match="this machine has 0.0: take a smaller model"):
+        memory(folder)

@@ -29,11 +29,13 @@ class Numpy:
         self.cfg, self.allowed = gpt.cfg, np.tril(mask)
         parameters = gpt.named_parameters(remove_duplicate=False)
         self.weights = {name: p.detach().double().numpy() for name, p in parameters}
+        if gpt.cfg.sliding_window:
+            self.allowed = np.triu(self.allowed, 1 - gpt.cfg.sliding_window)
         angles = np.outer(np.arange(len(mask)), rope_frequencies(gpt.cfg))
         self.turns = np.exp(1j * angles)  # (T, D/2)
 
     def linear(self, x, name):
-        return x @ self.weights[f"{name}.weight"].T
+        return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0)
 
     def rms(self, x, name):
         mean_square = np.mean(x * x, axis=-1, keepdims=True)
@@ -230,8 +232,11 @@ def test_the_seed_decides_the_initial_weights():
 
 
 @pytest.mark.parametrize("key, value", [
-    ("model_type", "mistral"),
-    ("attention_bias", True),
+    ("model_type", "qwen3"),
+    ("hidden_act", "gelu"),
+    ("partial_rotary_factor", 0.5),
+    ("use_sliding_window", True),
+    ("architectures", ["LlamaBiModel"]),
     ("quantization_config", {"quant_method": "gptq"}),
     ("rope_scaling", {"rope_type": "yarn"}),
     ("hidden_size", None),

@@ -10,6 +10,8 @@ import random
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -328,3 +330,76 @@ def test_sigkill_loses_nothing(tmp_path):
     assert saved(out)["step"] == 900
     assert same_runs(whole, out)
     assert not list(out.glob("*.part"))
+
+
+# ---------------------------------------------------------------- whatever surrounds it
+
+def float64():
+    torch.set_default_dtype(torch.float64)
+
+
+def other_device():
+    torch.set_default_device("meta")
+
+
+@pytest.fixture
+def as_before():
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_grad_enabled(True)
+
+
+SET_BEFORE = {"dtype": float64, "device": other_device,
+              "gradients": lambda: torch.set_grad_enabled(False)}
+
+
+@pytest.mark.parametrize("what", SET_BEFORE)
+def test_what_a_notebook_has_set_changes_nothing(tmp_path, tiny_run, as_before, what):
+    tiny_run(tmp_path / "plain")
+    SET_BEFORE[what]()
+    left = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    tiny_run(tmp_path / "here")
+    assert same_runs(tmp_path / "plain", tmp_path / "here")
+    assert left == (torch.get_default_dtype(), torch.get_default_device(),
+                    torch.is_grad_enabled())
+    assert tiny_run(tmp_path / "here", resume=True).finished
+
+
+def test_in_inference_mode(tmp_path, tiny_run):
+    tiny_run(tmp_path / "plain")
+    with torch.inference_mode():
+        tiny_run(tmp_path / "here")
+    assert same_runs(tmp_path / "plain", tmp_path / "here")
+
+
+def test_a_folder_whose_name_is_no_utf8(tmp_path, tiny_run, monkeypatch):
+    monkeypatch.setattr(train, "draw_curve", draw_curve)
+    said, out = [], tmp_path / os.fsdecode(b"b\xe4d $a^b")
+    tiny_run(out, say=said.append)
+    assert not any("no curve.png" in line for line in said)
+    assert tiny_run(out, resume=True).finished
+
+
+def test_the_compiler_says_itself_what_is_wrong(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("C++ compile error\n\nCommand:\ng++ -x\n\nOutput:\ng++: no space left\n")
+    monkeypatch.setattr(torch, "compile", broken)
+    said, run = [], Run(compile=True)
+    train.settle_compile(run, torch.device("cpu"), said.append)
+    assert said == ["not compiled: g++: no space left"]
+    assert run.compile is False
+
+
+def test_the_places_can_be_moved(tmp_path):
+    """A clone that nobody may write to stays as it is."""
+    code = "import data, train, lesson; print(data.CACHE, train.resolve(train.Run()).out, " \
+           "lesson.placed('softmax').out, sep='\\n')"
+    root = Path(train.__file__).parent
+    moved = os.environ | {"ATTENTION_SINK_CACHE": str(tmp_path / "c"),
+                          "ATTENTION_SINK_OUT": str(tmp_path / "o"),
+                          "PYTHONPATH": f"{root}{os.pathsep}{root / 'chapters'}"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=moved,
+                          capture_output=True, text=True)
+    wanted = [str(tmp_path / "c"), str(tmp_path / "o/softmax"), "o/micro-softmax"]
+    assert done.stdout.split() == wanted

@@ -15,6 +15,10 @@ SHAPES = {  # settings that each change another part of the forward pass
     "grouped": dict(num_key_value_heads=2),
     "one key head": dict(num_key_value_heads=1),
     "llama3 rope": dict(num_key_value_heads=2, rope_theta=50.0, rope_scaling=LLAMA3),
+    "linear rope": dict(rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "biases": dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    "qwen2": dict(num_key_value_heads=2, qkv_bias=True, tie_word_embeddings=True),
+    "a window": dict(num_key_value_heads=2, sliding_window=10),
 }
 
 
@@ -44,8 +48,11 @@ def tokens(n=2, length=24, seed=0, vocab_size=50):
 
 def llama_config(cfg) -> dict:
     """A Config as the config.json of a Llama."""
-    raw = {key: getattr(cfg, key) for key in (*HF_SIZES, "rope_theta", "rope_scaling")}
-    return {**raw, "model_type": "llama", "tie_word_embeddings": cfg.tie_word_embeddings}
+    keys = (*HF_SIZES, "rope_theta", "rope_scaling", "tie_word_embeddings", "attention_bias",
+            "mlp_bias", "sliding_window")
+    raw = {key: getattr(cfg, key) for key in keys}
+    kind = "qwen2" if cfg.qkv_bias else "mistral" if cfg.sliding_window else "llama"
+    return {**raw, "model_type": kind}
 
 
 def llama_names(gpt) -> dict:
