@@ -22,8 +22,8 @@ Our criteria, written before these seeds were trained; pilots with other seeds h
     does not, if in one seed it takes less than a fifth
     where less than 3 seeds have learned, nothing is said
 
-Five more seeds of softmax are followed from step to step, and then every link of the chain is cut and
-forged in them, by the rules of probe.py.
+Five more seeds of softmax are followed from step to step, and then every link of the chain is cut
+and forged in them, by the rules of probe.py.
 """
 import math
 import sys
