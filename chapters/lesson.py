@@ -245,7 +245,7 @@ def show(figure, name, alt):
         return
     from IPython.display import display
     width = round(96 * figure.get_figwidth())  # CSS pixels: points of type are points
-    picture = {"image/png": figures.png(figure), "text/plain": f"figure: {alt}"}
+    picture = {"image/png": figures.drawn(figure), "text/plain": f"figure: {alt}"}
     display(picture, metadata={"image/png": {"alt": alt, "width": width}, "name": name},
             raw=True)
 

@@ -42,13 +42,21 @@ def text_windows(ids, batches: int, N: int, T: int):
 def llama_encoder(folder: Path):
     """Text -> ids, by the tokenizer.json of a Llama's folder; None, with the reason printed, if
     there is none. Raises UserError for a damaged one."""
+    tokenizer = llama_tokenizer(folder)
+    if tokenizer is None:
+        print(f"{folder} has no tokenizer.json: random tokens only")
+        return None
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def llama_tokenizer(folder: Path):
+    """The tokenizers.Tokenizer of a Llama's folder, None without tokenizer.json. Raises UserError
+    for a damaged one."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        print(f"{folder} has no tokenizer.json: random tokens only")
         return None
     from tokenizers import Tokenizer
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"{path}: {reason(error)}") from None
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
