@@ -911,7 +911,7 @@ def buttons(prompt, silence=None, every=False) -> list[dict]:
     for k in range(1, T):
         states.append({"label": "word k sees only itself", "k": k, "tap": of_links(
             "forge variance", k), "says": "in every layer this word sees only itself, as the first "
-            "word does"})
+            "one does"})
     return states
 
 
@@ -1155,8 +1155,8 @@ def open_prompt(look) -> Prompt:
     if T > LONGEST:
         print(f"the first {LONGEST} of its {T:,} tokens are read")
     if T < 2 or max(prompt.ids) >= V:
-        raise UserError(f"{T} token(s) for a model that knows {V:,}: give two words or more, and the "
-                        "folder the tokenizer of this very model")
+        raise UserError(f"{T} token(s) for a model that knows {V:,}: give two words or more, and "
+                        "the tokenizer of this very model")
     return prompt._replace(ids=prompt.ids[:LONGEST])
 
 
@@ -1185,8 +1185,8 @@ def run_prompt(folder, text) -> Prompt:
     if text is None:
         film = read_film(folder)
         if not film:
-            raise UserError(f"{folder} has no film.npz (an older train.py made it); give --text, or "
-                            "train it anew")
+            raise UserError(f"{folder} has no film.npz (an older train.py made it); give --text, "
+                            "or train it anew")
         ids = film["ids"].tolist()
     else:
         ids = [corpus.bos] * (config["run"]["bos"] > 0) + corpus.encode(text)
