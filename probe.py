@@ -934,7 +934,8 @@ def look_at(prompt, states, layer=None, head=None) -> dict:
         heads = [int((prompt.sink(state, k) > SINK).sum()) for k in range(len(prompt.ids))]
         shown["states"][state["label"]] = {
             "says": state["says"], "next": prompt.next(state), "heads with a sink": heads,
-            "sink": prompt.sink(state).tolist(), "map": state["pattern"][layer, head].tolist()}
+            "sink": prompt.sink(state).tolist(), "gives": prompt.sink(state)[layer, head].item(),
+            "map": state["pattern"][layer, head].tolist()}
     return shown
 
 
@@ -1035,9 +1036,8 @@ def print_words(prompt, shown):
     """What a reader's own words show, in lines."""
     words, (usual, quiet) = shown["words"], shown["states"].values()
     T, first = len(words), words[0]
-    even = uniform_sink(T)
-    if prompt.queries is not None:
-        even = uniform_weight(prompt.queries[None])
+    asked = torch.ones(1, T) > 0 if prompt.queries is None else prompt.queries[None]
+    even = uniform_weight(asked)
     print(f"\n{prompt.name} reads {T} tokens: {' '.join(words)}\n\nheads that rest on {first!r}, "
           f"with more than {SINK} of their attention (uniform attention: {even:.2f})")
     sinks = torch.tensor(usual["sink"])
@@ -1053,6 +1053,8 @@ def print_words(prompt, shown):
     heir = max(range(1, max(2, T // 2)), key=now.__getitem__)
     print(f"heads that rest on {first!r}: {usual['heads with a sink'][0]} of {sinks.numel()} as it "
           f"is, {now[0]} then; on {words[heir]!r}: {usual['heads with a sink'][heir]}, {now[heir]}")
+    gives = " and ".join(f"{state['gives']:.2f}" for state in (usual, quiet))
+    print(f"layer {shown['layer']}, head {shown['head']} gives {first!r} {gives}")
     for label, state in shown["states"].items():
         said = ", ".join(f"{word} {p:.0%}" for word, p in state["next"])
         print(f"next word, {label}: {said}")
@@ -1151,13 +1153,20 @@ def open_prompt(look) -> Prompt:
         from data.text import read as read_text
         text = read_text(Path(look.file_of_text))
     prompt = llama_prompt(look, text) if look.is_llama else run_prompt(look.runs[0], text)
+    return fitting(prompt)
+
+
+def fitting(prompt) -> Prompt:
+    """The prompt, no longer than LONGEST. Raises UserError for one that cannot be read."""
     T, V = len(prompt.ids), prompt.model.cfg.vocab_size
     if T > LONGEST:
         print(f"the first {LONGEST} of its {T:,} tokens are read")
     if T < 2 or max(prompt.ids) >= V:
         raise UserError(f"{T} token(s) for a model that knows {V:,}: give two words or more, and "
                         "the tokenizer of this very model")
-    return prompt._replace(ids=prompt.ids[:LONGEST])
+    asked = prompt.queries
+    return prompt._replace(ids=prompt.ids[:LONGEST],
+                           queries=None if asked is None else asked[:LONGEST])
 
 
 def llama_prompt(look, text) -> Prompt:
@@ -1191,7 +1200,7 @@ def run_prompt(folder, text) -> Prompt:
     else:
         ids = [corpus.bos] * (config["run"]["bos"] > 0) + corpus.encode(text)
     if corpus.name == "rest":
-        resting = corpus.task.resting(torch.tensor([ids[:LONGEST]]))[0]
+        resting = corpus.task.resting(torch.tensor([ids]))[0]
     return Prompt(Path(folder).resolve().name, GPT.from_run(folder).eval(), ids, corpus.decode,
                   resting, film)
 

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-from data.common import write_atomically
+from data.common import UserError, write_atomically
 
 SINK = "sink"  # the key of the number that has the accent
 ACCENT, GREY, WIDTH = "#e8450c", "0.45", 8.8
@@ -61,8 +61,8 @@ NO_DATE = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}  # nor a ver
 
 @styled
 def drawn(figure, kind="png") -> bytes:
-    """A file of this kind: png, svg or pdf. The same figure gives the same bytes; pyplot,
-    where it made it, forgets it."""
+    """A file of this kind: png, svg or pdf. The same figure gives the same bytes;
+    pyplot, where it made it, forgets it."""
     part = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "sink"}):
         figure.savefig(part, format=kind, metadata={NO_DATE[kind]: None})
@@ -73,8 +73,12 @@ def drawn(figure, kind="png") -> bytes:
 
 
 def save(path, figure) -> None:
-    """In the format of the path's ending. Raises UserError where nothing can be written."""
-    content = drawn(figure, path.suffix[1:])
+    """As png, svg or pdf, by the ending of the path. Raises UserError where nothing can
+    be written."""
+    kind = path.suffix[1:]
+    if kind not in NO_DATE:
+        raise UserError(f"{path.name}: a figure is png, svg or pdf")
+    content = drawn(figure, kind)
     write_atomically(path, lambda part: part.write_bytes(content))
 
 
@@ -235,7 +239,8 @@ def words(maps, words, nexts, title) -> Figure:
         likely = [f"{word} {p:.0%}" for word, p in following]
         text = "\n".join(["next word:", *likely]).replace("$", r"\$")
         ax.text(0.99, 0.99, text, ha="right", va="top", transform=ax.transAxes)
-        ax.set(xlabel="looked at", ylabel="" if beside and name != next(iter(maps)) else "reader")
+        first = name == next(iter(maps))
+        ax.set(xlabel="looked at", ylabel="reader" if first or not beside else "")
     figure.suptitle(title)
     return figure
 

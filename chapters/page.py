@@ -3,8 +3,8 @@
 Numbers and words in, a file out; no model and no program is known here. The maps travel
 as bytes, 255 for a weight of 1, so that a weight is right to 0.002, and the lengths as
 floats; both are packed with zlib, which every browser unpacks by itself. The drawing is
-plain JavaScript on a canvas: a grid, a map and a few lines need no library, and the file
-must open from disk, without a network, for years.
+plain JavaScript on a canvas: a grid, a map and a few lines need no library, and the
+file must open from disk, without a network, for years.
 """
 
 import base64
@@ -21,13 +21,13 @@ MOST = 3_000_000  # bytes of the file, so that it can be mailed
 
 
 def write(path, content) -> None:
-    """`content` is `probe.page_of`: name, words (T of them), queries (T bools, those that
-    count for the sink), threshold, layer and head to begin with, and states: a dict each
-    of label, says, next [(word, probability)], pattern (L, H, T, T), length (L, T), and
-    maybe `k` or `step`. Where the file would be too large, every second `k` is left out.
-    Raises UserError where it cannot be written."""
+    """`content` is `probe.page_of`: name, words (T of them), queries (T bools, those
+    that count for the sink), threshold, layer and head to begin with, and states: a
+    dict each of label, says, next [(word, probability)], pattern (L, H, T, T), length
+    (L, T), and maybe `k` or `step`. Where the file would be too large, every second `k`
+    is left out. Raises UserError where it cannot be written."""
     states = content["states"]
-    text = html(content | {"states": states})
+    text = html(content)
     while len(text) > MOST and any("k" in state for state in states):
         alone = [state for state in states if "k" in state]
         left_out = alone[1::2] or alone
@@ -66,8 +66,8 @@ def packed(array) -> str:
 
 
 def numbers_of(path) -> dict:
-    """What a page holds, read back: the content of `write`, with pattern (S, L, H, T, T)
-    and length (S, L, T) of all states."""
+    """What a page holds, read back: the content of `write`, with pattern (S, L, H, T,
+    T) and length (S, L, T) of all states."""
     text = Path(path).read_text(encoding="utf-8")
     begin = text.index('type="application/json">') + len('type="application/json">')
     found = json.loads(text[begin:text.index("</script>", begin)])
