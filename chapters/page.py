@@ -28,7 +28,7 @@ def write(path, content) -> None:
     is left out. Raises UserError where it cannot be written."""
     states = content["states"]
     text = html(content)
-    while len(text) > MOST and any("k" in state for state in states):
+    while len(text.encode()) > MOST and any("k" in state for state in states):
         alone = [state for state in states if "k" in state]
         left_out = alone[1::2] or alone
         states = [state for state in states if not any(state is s for s in left_out)]
