@@ -178,7 +178,8 @@ def test_without_a_compiler_nothing_is_compiled(tmp_path, tiny_run, monkeypatch)
 def test_files_of_a_run(tmp_path, tiny_run, book, monkeypatch):
     monkeypatch.setattr(train, "draw_curve", draw_curve)
     tiny_run(tmp_path, data=book)
-    assert files(tmp_path).keys() == {"config.json", "curve.png", "log.jsonl", "model.pt"}
+    assert files(tmp_path).keys() == {"config.json", "curve.png", "film.npz", "log.jsonl",
+                                      "model.pt"}
     assert files(tmp_path)["curve.png"].startswith(b"\x89PNG")
     header = json.loads(files(tmp_path)["config.json"])
     first, *log = map(json.loads, files(tmp_path)["log.jsonl"].splitlines())
