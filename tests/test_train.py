@@ -199,7 +199,7 @@ def test_a_figure_that_cannot_be_drawn_costs_no_result(tmp_path, tiny_run, monke
     monkeypatch.setattr(train, "draw_curve", draw_curve)
     monkeypatch.setattr("chapters.figures.curve", lambda *_: 1 / 0)
     assert tiny_run(tmp_path).finished
-    assert files(tmp_path).keys() == {"config.json", "log.jsonl", "model.pt"}
+    assert files(tmp_path).keys() == {"config.json", "film.npz", "log.jsonl", "model.pt"}
 
 
 def test_a_run_of_rest_that_has_not_learned_is_no_evidence(tmp_path, capsys):
