@@ -519,11 +519,25 @@ def compose(first: Tap | None, then: Tap) -> Tap:
     return lambda name, x: then(name, first(name, x))
 
 
+def as_windows(idx) -> torch.Tensor:
+    """Ids (B, T); one window of them may be a list or (T,). Raises UserError for anything else."""
+    try:
+        ids = torch.as_tensor(idx)
+    except (TypeError, ValueError, RuntimeError):  # a text, or windows of several lengths
+        ids = torch.empty(0)
+    if ids.dtype not in (torch.int32, torch.int64) or ids.dim() not in (1, 2):
+        raise UserError("ids of tokens are wanted, (B, T) or one window as a list, such as "
+                        f"encoding.encode_ordinary(text), not {idx!r:.60}")
+    return ids if ids.dim() == 2 else ids[None]
+
+
 @torch.no_grad()
 def record(model: GPT, idx, names, tap: Tap | None = None, mask=None):
-    """Run the model on idx (B, T) -> (logits, {name: activation}), as left by `tap`, if any.
-    Raises UserError for a name that this model does not have.
+    """Run the model on idx (B, T), or on one window, a list or (T,) of ids -> (logits, {name:
+    activation}), as left by `tap`, if any. Raises UserError for a name that this model does not
+    have, and for what are no ids.
     """
+    idx = as_windows(idx)
     check_names(model.cfg, names)
     kept = {}
 

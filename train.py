@@ -36,7 +36,7 @@ from data.common import (OUT, Parser, UserError, environment, interrupts, multip
                          nan_to_none, one_writer, pick_device, plain_torch, program, read_json,
                          reason, write_atomically, write_json)
 from data.runs import (FILES, MEASURED, check_folder, corpus_of, load_checkpoint, read_config,
-                       read_log)
+                       read_film, read_log)
 from model import ATTENTIONS, GPT, Config
 
 # ---------------------------------------------------------------- settings
@@ -228,6 +228,23 @@ def evaluate(model, windows, bytes_per_token=None) -> dict:
     return row
 
 
+FILMED = 32  # tokens of one window whose maps are kept at each evaluation, for probe.py --page
+
+
+def frame(model, ids, step) -> dict:
+    """One picture of film.npz (data/runs.py): what ids (T,) show after so many steps."""
+    seen, = probe.read(model, ids)
+    pattern = (seen["pattern"] * 255).round().byte()
+    seen |= {"pattern": pattern, "ids": ids.cpu(), "step": torch.tensor(step)}
+    return {name: value.numpy() for name, value in seen.items()}
+
+
+def filmed(kinds: dict) -> torch.Tensor:
+    """The ids of the film: the first of the windows that the lines on the terminal speak of."""
+    x, _ = kinds[told_kind(kinds)]
+    return x[0, :FILMED]
+
+
 # ---------------------------------------------------------------- the state of a training
 
 def learning_rate(step: int, run: Run) -> float:
@@ -238,8 +255,14 @@ def learning_rate(step: int, run: Run) -> float:
 
 def make_optimizer(model: GPT, run: Run, device) -> torch.optim.AdamW:
     """AdamW (betas 0.9, 0.95); weight decay on matrices only, not on the gains of the norms."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    gains = [p for p in model.parameters() if p.dim() < 2]
+    never_read = set()  # they get no gradient, and AdamW would keep no moments of them
+    if model.cfg.readout == "attn_out":
+        last = model.layers[-1]
+        for module in (last.post_attention_layernorm, last.mlp, model.norm):
+            never_read |= set(module.parameters())
+    trained = [p for p in model.parameters() if p not in never_read]
+    matrices = [p for p in trained if p.dim() >= 2]
+    gains = [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": run.weight_decay},
               {"params": gains, "weight_decay": 0.0}]
     fused = device.type in ("cpu", "cuda")
@@ -260,6 +283,7 @@ class State:
         self.optimizer = make_optimizer(self.model, run, device)
         self.batches = torch.Generator().manual_seed(run.seed + 1)
         self.step, self.smooth, self.seconds, self.log = 0, None, 0.0, []
+        self.film = []  # a `frame` for each row of the log
         self.step_cost = self.evaluation_cost = 0.0  # in seconds, for the time to go
         if saved is not None:
             self.restore(saved)
@@ -286,6 +310,12 @@ class State:
         self.step, self.smooth = saved["step"], saved["smooth"]
         self.seconds = saved["seconds"]
         self.log = [row for row in read_log(self.folder) if row["step"] <= self.step]
+        film = read_film(self.folder)
+        ids = film.pop("ids", None)
+        for values in zip(*film.values()):
+            picture = dict(zip(film, values)) | {"ids": ids}
+            if picture["step"] <= self.step:
+                self.film.append(picture)
 
     def follow(self, loss: float) -> None:
         """The smooth training loss."""
@@ -302,7 +332,20 @@ class State:
                  "seconds": self.seconds}
         rows = [json.dumps(row, allow_nan=False) + "\n" for row in (header, *self.log)]
         write_atomically(self.folder / "log.jsonl", lambda part: part.write_text("".join(rows)))
+        self.save_film()
         write_atomically(self.path, lambda part: torch.save(state, part))
+
+    def save_film(self) -> None:
+        if not self.film:
+            return
+        arrays = {name: np.stack([picture[name] for picture in self.film])
+                  for name in self.film[0]}
+        arrays["ids"] = arrays["ids"][0]
+
+        def write(part):
+            with open(part, "wb") as file:  # by its name numpy would add .npz
+                np.savez_compressed(file, **arrays)
+        write_atomically(self.folder / "film.npz", write)
 
     def diverged(self) -> UserError:
         return UserError(f"the loss is no longer finite at step {self.step}; {self.path} keeps the "
@@ -444,9 +487,11 @@ def evaluate_and_save(state: State, windows, header: dict) -> None:
         plain = torch.compiler.set_stance("force_eager")  # taps are for plain layers
     with plain:
         row |= evaluate(state.model, windows, state.corpus.bytes_per_token)
+        picture = frame(state.model, filmed(windows[1]), state.step)
     if not math.isfinite(row["val_loss"]):
         raise state.diverged()
     state.log.append(row)
+    state.film.append(picture)
     state.save(header)
     state.evaluation_cost = time.perf_counter() - begin
     state.seconds += state.evaluation_cost

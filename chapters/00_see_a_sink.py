@@ -20,7 +20,7 @@
 # model width, F neurons of an MLP, L layers.
 
 # %%
-from lesson import beside, check, english, log, models, plt, random_tokens, real
+from lesson import beside, check, english, log, look, models, plt, random_tokens, real
 from lesson import show, untrained, windows
 
 import torch
@@ -40,6 +40,16 @@ print(f"SmolLM2-135M: {L} layers, {H} heads a layer")
 # bits (Q4_1), turned back into ordinary numbers. It puts no special token in front of a
 # text, so its first token is an ordinary one.
 #
+# ## Your own words
+#
+# Put your own sentence here. Each row of a map is a word that reads, each column a word
+# that it looks at. On the right five neurons of every layer are silent at the first
+# word; chapter 03 tells which.
+
+# %%
+look("Dear students, today we look inside a language model", name="00_words")
+
+# %% [markdown]
 # ## Where does a head look?
 #
 # A head compares its query at position $t$ with the keys of all positions $s \le t$ and

@@ -17,7 +17,7 @@
 # twenty seconds, once the two small models exist.
 
 # %%
-from lesson import beside, check, models, plt, random_tokens, real, show
+from lesson import beside, check, look, models, plt, random_tokens, real, show
 from lesson import untrained, windows
 
 import torch
@@ -232,6 +232,13 @@ figures.by_layer(axis, sinks, "Two silent neurons of layer 11 take most later si
 axis.axhline(probe.uniform_sink(64), color="black", lw=0.9, ls=":")
 show(figure, "03_silent", "Attention to token 0 by layer. Up to layer 11 the curves "
      "are one; after it that of the silent pair falls to the baseline by layer 21.")
+
+# %% [markdown]
+# The same in one head, with words on the axes:
+
+# %%
+look("Dear students, today we look inside a language model and ask why it looks back",
+     layer=24, head=3, silence={11: pair.tolist()}, name="03_words")
 
 # %% [markdown]
 # Layers 12 to 15 keep a part of their sinks. By what these heads know the first token

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-from data.common import write_atomically
+from data.common import UserError, write_atomically
 
 SINK = "sink"  # the key of the number that has the accent
 ACCENT, GREY, WIDTH = "#e8450c", "0.45", 8.8
@@ -57,13 +57,17 @@ def new(height, *shape, **how):
     return figure, figure.subplots(*shape, **how)
 
 
+NO_DATE = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}  # nor a version
+
+
 @styled
-def png(figure) -> bytes:
-    """The same figure gives the same bytes; pyplot, where it made it, forgets it."""
+def drawn(figure, kind="png") -> bytes:
+    """A file of this kind: png, svg or pdf. The same figure gives the same bytes;
+    pyplot, where it made it, forgets it."""
     part = io.BytesIO()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "sink"}):
         warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks
-        figure.savefig(part, format="png", metadata={"Software": None})
+        figure.savefig(part, format=kind, metadata={NO_DATE[kind]: None})
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot:
         pyplot.close(figure)
@@ -71,8 +75,12 @@ def png(figure) -> bytes:
 
 
 def save(path, figure) -> None:
-    """Raises UserError where nothing can be written."""
-    content = png(figure)
+    """As png, svg or pdf, by the ending of the path. Raises UserError where nothing can
+    be written."""
+    kind = path.suffix[1:]
+    if kind not in NO_DATE:
+        raise UserError(f"{path.name}: a figure is png, svg or pdf")
+    content = drawn(figure, kind)
     write_atomically(path, lambda part: part.write_bytes(content))
 
 
@@ -227,6 +235,31 @@ def maps(patterns, sinks, title=None) -> Figure:
     shades(axes[-1])
     if title:
         figure.suptitle(title)
+    return figure
+
+
+@styled
+def words(maps, words, nexts, title) -> Figure:
+    """One text in one head: maps, title -> (T, T), with its words on the axes; at the
+    right above, where no query can see, what the model says next: `nexts` holds a list
+    of (word, probability) for each map. Beside each other, or below for many words."""
+    T, n = len(words), len(maps)
+    side = max(3.4, 0.14 * T)  # inches: a line of type a word
+    beside = T <= 24
+    height = side + 1 if beside else n * (side + 1)
+    figure, axes = new(height + 0.4, *(1, n) if beside else (n, 1), sharey=beside)
+    short_words = [word if len(word) < 13 else word[:11] + "\u2026" for word in words]
+    short_words = [word.replace("$", r"\$") for word in short_words]
+    for ax, (name, pattern), following in zip(axes.flat, maps.items(), nexts):
+        attention(ax, pattern, name)
+        ax.set_xticks(range(T), short_words, rotation=90)
+        ax.set_yticks(range(T), short_words)
+        likely = [f"{word} {p:.0%}" for word, p in following]
+        text = "\n".join(["next word:", *likely]).replace("$", r"\$")
+        ax.text(0.99, 0.99, text, ha="right", va="top", transform=ax.transAxes)
+        first = name == next(iter(maps))
+        ax.set(xlabel="looked at", ylabel="reader" if first or not beside else "")
+    figure.suptitle(title)
     return figure
 
 

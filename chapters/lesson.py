@@ -1,6 +1,6 @@
 """Shared by the chapters: models, windows, figures, exercises. A chapter begins with
 
-    from lesson import beside, check, english, models, plt, random_tokens, real
+    from lesson import beside, check, english, look, models, plt, random_tokens, real
     from lesson import show, windows
     import probe
 
@@ -12,6 +12,8 @@ A notebook or script in chapters/ finds this file, and this file finds the repos
     small = models("softmax", "headnorm")    {name: GPT} of RUNS, trained if absent
     untrained("softmax"), log("softmax")     before training; its evaluations
     x, y = windows("rest")              for them: rest, copy, quiet, bos or text
+    look("Dear students, ...", layer=24, head=3, silence={11: [1229, 1487]})
+                                        your own words in SmolLM2, on the axes of a map
     figure, axis = plt.subplots(...)    at most 8.8 inches wide: then points are points
     show(figure, "05_lock", "a description for readers who cannot see it")
     beside(("quantity", "what the paper reports", 0.32))
@@ -241,10 +243,13 @@ def start(run, errors):
 # ---------------------------------------------------------------- what a reader sees
 
 def show(figure, name, alt):
-    """Show a figure below its cell; from a script, write out/chapters/<name>.png. `alt`
-    is for readers who do not see the figure."""
+    """Show a figure below its cell; from a script, write out/chapters/<name>.png, or
+    with --format svg or pdf behind its name such a file. `alt` is for readers who do
+    not see the figure."""
     if not notebook():
-        path = ROOT / OUT / "chapters" / f"{name}.png"
+        words = sys.argv[1:]
+        kind = words[-1] if words[-2:-1] == ["--format"] else "png"
+        path = ROOT / OUT / "chapters" / f"{name}.{kind}"
         try:
             figures.save(path, figure)
             print(f"figure {os.path.relpath(path)}: {alt}")
@@ -253,9 +258,27 @@ def show(figure, name, alt):
         return
     from IPython.display import display
     width = round(96 * figure.get_figwidth())  # CSS pixels: points of type are points
-    picture = {"image/png": figures.png(figure), "text/plain": f"figure: {alt}"}
+    picture = {"image/png": figures.drawn(figure), "text/plain": f"figure: {alt}"}
     display(picture, metadata={"image/png": {"alt": alt, "width": width}, "name": name},
             raw=True)
+
+
+def look(text, layer=None, head=None, silence=None, name="words"):
+    """Your own words in SmolLM2: which heads rest on the first one, and the map of one
+    head (the strongest, unless told) with the words on its axes, as it is and with
+    neurons silent: those of `silence`, {layer: ids}, at every token, or else the five
+    of every layer that write most at the first token, there. `name` is the figure's."""
+    with in_one_line():
+        model, encoding = real()
+        ids = encoding.encode_ordinary(text)
+        prompt = probe.fitting(probe.Prompt("SmolLM2", model, ids, encoding.decode))
+        states = probe.buttons(prompt, silence)
+        shown = probe.look_at(prompt, states, layer, head)
+    probe.print_words(prompt, shown)
+    usual, quiet = shown["states"].values()
+    show(figures.words(*probe.word_maps(prompt, shown)), name,
+         f"Two maps of one head with words on the axes. {usual['gives']:.0%} of its "
+         f"attention is in column 0; with the neurons silent {quiet['gives']:.0%}.")
 
 
 def beside(*rows):

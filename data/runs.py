@@ -4,16 +4,21 @@
     log.jsonl     the same in its first line, then one line for each evaluation
     model.pt      the last state: weights, moments of the optimiser, generator of the batches
     curve.png     losses and sink over the steps
+    film.npz      what one held-out window shows at each evaluation: maps of all heads
 """
 
 import json
+import zipfile
 from pathlib import Path
+
+import numpy as np
 
 import data
 from data.common import UserError, load_tensors, read_json, reason
 
-FILES = ("model.pt", "curve.png", "log.jsonl", "config.json")  # in the order of removal
-MEASURED = ("chain.json", "chain.png", "cut.json", "cut.png")  # what probe.py adds
+FILES = ("model.pt", "film.npz", "curve.png", "log.jsonl", "config.json")  # in order of removal
+MEASURED = ("chain.json", "chain.png", "cut.json", "cut.png", "words.json", "words.png",
+            "page.html")  # what probe.py adds
 KEYS = {"run", "model", "corpus", "environment"}  # of config.json
 
 
@@ -65,6 +70,21 @@ def read_log(folder) -> list[dict]:
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({reason(error)}); remove it to go on without "
                         "the old evaluations") from None
+
+
+def read_film(folder) -> dict[str, np.ndarray]:
+    """film.npz: `ids` (T,) of the window, `step` (E,), and for each evaluation `pattern` (E, L, H,
+    T, T), uint8 of 0 to 1, `length` (E, L, T), `ids_next` and `p_next` (E, 5); {} without it.
+    Raises UserError."""
+    path = Path(folder) / "film.npz"
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path) as film:  # pickles are refused
+            return dict(film)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({reason(error)}); remove it to go on without "
+                        "the earlier maps") from None
 
 
 def load_checkpoint(path) -> dict:

@@ -157,6 +157,8 @@ class Rest:
         late = torch.arange(x.shape[1], device=x.device) >= x.shape[1] // 4
         return (x < self.K) & late
 
+    encode, decode = Copy.encode, Copy.decode  # letters and ids, by self.symbols
+
     def optimal_loss(self, x: torch.Tensor) -> float:
         """Nats per target of a perfect predictor in windows x: 0 at a trigger, ln V elsewhere."""
         letters = (x[:, 1:] < self.K).float()  # the first query has no target

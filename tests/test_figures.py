@@ -38,7 +38,7 @@ def draw(made_up):
     ("matrix", "mirrors: it is mirrored"), ("birth", "mirrors (")])
 def test_each_is_drawn_and_readable(draw, name, says):
     figure = draw[name]()
-    assert figures.png(figure).startswith(b"\x89PNG")
+    assert figures.drawn(figure).startswith(b"\x89PNG")
     texts = [text for text in figure.findobj(Text) if text.get_text().strip()]
     words = " ".join(text.get_text() for text in texts)
     assert says in " ".join(words.split())
@@ -47,7 +47,7 @@ def test_each_is_drawn_and_readable(draw, name, says):
 
 def test_a_figure_is_the_same_twice(draw):
     first, second = draw["birth"](), draw["birth"]()
-    assert figures.png(first) == figures.png(second)
+    assert figures.drawn(first) == figures.drawn(second)
 
 
 def test_numbers_that_do_not_exist_are_left_out(draw):

@@ -388,7 +388,7 @@ def test_what_is_added_to_links_is_cut(made_up, llama):
 def test_what_is_added_to_links_is_measured_and_kept_before_a_figure_fails(
         made_up, llama, capsys, monkeypatch):
     words, out = llama
-    monkeypatch.setattr("chapters.figures.png", lambda figure: 1 / 0)
+    monkeypatch.setattr("chapters.figures.drawn", lambda *_: 1 / 0)
     assert probe.main(words) == 0
     printed = capsys.readouterr().out
     assert "a number nobody else names" in printed

@@ -180,7 +180,8 @@ def test_without_a_compiler_nothing_is_compiled(tmp_path, tiny_run, monkeypatch)
 def test_files_of_a_run(tmp_path, tiny_run, book, monkeypatch):
     monkeypatch.setattr(train, "draw_curve", draw_curve)
     tiny_run(tmp_path, data=book)
-    assert files(tmp_path).keys() == {"config.json", "curve.png", "log.jsonl", "model.pt"}
+    assert files(tmp_path).keys() == {"config.json", "curve.png", "film.npz", "log.jsonl",
+                                      "model.pt"}
     assert files(tmp_path)["curve.png"].startswith(b"\x89PNG")
     header = json.loads(files(tmp_path)["config.json"])
     first, *log = map(json.loads, files(tmp_path)["log.jsonl"].splitlines())
@@ -200,7 +201,7 @@ def test_a_figure_that_cannot_be_drawn_costs_no_result(tmp_path, tiny_run, monke
     monkeypatch.setattr(train, "draw_curve", draw_curve)
     monkeypatch.setattr("chapters.figures.curve", lambda *_: 1 / 0)
     assert tiny_run(tmp_path).finished
-    assert files(tmp_path).keys() == {"config.json", "log.jsonl", "model.pt"}
+    assert files(tmp_path).keys() == {"config.json", "film.npz", "log.jsonl", "model.pt"}
 
 
 def test_a_run_of_rest_that_has_not_learned_is_no_evidence(tmp_path, capsys):
