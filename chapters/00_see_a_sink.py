@@ -20,8 +20,8 @@
 # model width, F neurons of an MLP, L layers.
 
 # %%
-from lesson import beside, check, english, log, look, models, plt, random_tokens, real
-from lesson import show, untrained, windows
+from lesson import TASK, beside, check, english, log, look, models, plt
+from lesson import random_tokens, real, show, untrained, windows
 
 import torch
 import torch.nn.functional as F
@@ -220,23 +220,24 @@ assert extra["last 32 and token 16"] > 0.7 * extra["last 32"], "any token would 
 #
 # A finished model cannot show how a sink is *born*. For that there are two small ones.
 #
-# - `softmax` copies: it reads a passage of random lower-case letters, then the same
-#   passage over and over in upper case. On `rest`, lower case and no repeat, there is
-#   nothing to copy. Its first token can be any letter.
-# - `tiny-softmax` has read the Python standard library byte by byte, and each of its
-#   windows began with one special token, `<|bos|>`.
+# - `softmax` is what `python train.py` trains in a minute. Its tokens are drawn at
+#   random, so that the first one is as ordinary as all others. Its heads have something
+#   to look for only at a few tokens; at all others they must rest (chapter 07).
+# - `text` has read the Python standard library byte by byte, and each of its windows
+#   began with one special token, `<|bos|>`.
 
 # %%
-small = models("softmax", "tiny-softmax")
+small = models("softmax", "text")
 cases = {"softmax, any first letter": ("softmax", "rest"),
-         "tiny-softmax, after <|bos|>": ("tiny-softmax", "bos"),
-         "tiny-softmax, any first byte": ("tiny-softmax", "text")}
+         "text, after <|bos|>": ("text", "bos"),
+         "text, any first byte": ("text", "text")}
 for title, (name, kind) in cases.items():
     x, _ = windows(kind)
-    before = probe.chain(untrained(name), x)["sink"]
-    trained = probe.chain(small[name], x)
+    queries = TASK.resting(x) if kind == "rest" else None  # those that must rest
+    before = probe.chain(untrained(name), x, queries=queries)["sink"]
+    trained = probe.chain(small[name], x, queries=queries)
     after, rate = trained["sink"], trained["sink_rate"]
-    print(f"{title:28} strongest head {before:.2f} before training, "
+    print(f"{title:26} strongest head {before:.2f} before training, "
           f"{after:.2f} after; {rate:.0%} of heads have a sink")
     if kind == "text":
         assert after < probe.SINK, "the text model has a sink on any first byte"
@@ -246,22 +247,35 @@ for title, (name, kind) in cases.items():
 
 # %% [markdown]
 # The text model rests on `<|bos|>` and not on other first tokens: it knows that one by
-# its embedding. In SmolLM2 and the copying model nothing but its *place* tells the
-# first token apart, and they find it all the same: how, is the question of chapters 01
-# to 05. One thing differs. In SmolLM2 most heads rest on the first token, in these
-# small models few do.
+# its embedding. In SmolLM2 and in `softmax` nothing but its *place* tells the first
+# token apart, and they find it all the same. How they do it is the question of
+# chapters 01 to 05.
 #
-# `train.py` measures every link of the story while it trains. Each line is one link,
-# from its least to its greatest value. Do they rise in the order of the story? (Five
-# seeds: `tests/results/claims.md`, Q1.)
+# `train.py` measures every link of the story while it trains. Three of them, each from
+# its least to its greatest value: attention to the first token, the length of its value
+# and that of its state. Does the state grow before the sink is born, as the story says?
 
 # %%
-figure = figures.birth(log("softmax"), probe.headline_keys(), "links_rest",
-                       "softmax: a sink is born")
-show(figure, "00_birth", "A line for each link over the steps of training, from its "
-     "least to its greatest value. The sink is the thick one.")
+names = {"sink": "sink", "value": "drain", "length of the state": "norm_ratio"}
+figure = figures.birth(log("softmax"), names, "links_rest",
+                       "The sink comes first, the long state later")
+show(figure, "00_birth", "Three lines over the steps of training: the sink rises while "
+     "the value of the first token shrinks; its state grows long only afterwards.")
+half = {}
+for name, key in names.items():
+    steps = [row["step"] for row in log("softmax")]
+    values = [row["links_rest"][key] for row in log("softmax")]
+    middle = (values[0] + values[-1]) / 2
+    way = [(value - middle) * (values[-1] - middle) >= 0 for value in values]
+    half[name] = steps[way.index(True)]
+    print(f"{name}: half of its way at step {half[name]}")
+assert half["sink"] < half["length of the state"], "the long state comes first"
 
 # %% [markdown]
+# Here the long state comes *after* the sink, so it cannot have brought it about. Five
+# seeds agree (`tests/results/rest.md`). In SmolLM2 the long state is needed (chapter
+# 06). So a finished model does not tell how its sink was born.
+#
 # ## Beside the paper
 
 # %%

@@ -271,8 +271,8 @@ check("03.prediction", prediction)
 # %% [markdown]
 # ## In one that you train
 #
-# `softmax` copies letters, and any letter can come first. `tiny-softmax` reads text
-# after `<|bos|>`. This is the largest contrast of a layer that attention follows.
+# `softmax` is what `python train.py` trains, and any letter can come first. `text`
+# reads text after `<|bos|>`. This is the largest contrast of a layer that attention follows.
 
 # %%
 def largest_contrast(model, x):
@@ -280,8 +280,8 @@ def largest_contrast(model, x):
     return found["neuron_contrast"][:-1].max()
 
 
-small = models("softmax", "tiny-softmax")
-inputs = {"softmax": windows("rest")[0], "tiny-softmax": windows("bos")[0]}
+small = models("softmax", "text")
+inputs = {"softmax": windows("rest")[0], "text": windows("bos")[0]}
 for name, x in inputs.items():
     after = largest_contrast(small[name], x)
     before = largest_contrast(untrained(name), x)

@@ -20,7 +20,8 @@
 # %%
 from statistics import fmean
 
-from lesson import ROOT, TASK, beside, check, figures, log, models, plt, show, windows
+from lesson import ROOT, TASK, beside, check, figures, log, models, placed, plt
+from lesson import show, windows
 
 import torch
 
@@ -45,7 +46,7 @@ from model import ATTENTIONS, make_tap, record
 # $$\text{headnorm} \quad z_t = \lambda \odot \mathrm{RMSNorm}
 # \Big(\sum_{s \le t} A_{ts}\, v_s\Big)$$
 #
-# - **Softmax** weights add up to 1: a head that wants nothing must still look somewhere.
+# - **Softmax** weights add up to 1: a head that wants nothing must look somewhere.
 # - **Sigmoid** weights do not compete: all may be small. $n$ is the training length.
 # - **Gated** (arXiv 2505.06708) multiplies a head's output by a gate, which may close.
 # - **Logit**, as in gpt-oss: one learned number $b$ a head, the score of a key that is
@@ -91,7 +92,7 @@ left.axhline(uniform, **figures.DOTTED)
 figures.dress(left, "A sink is born on an ordinary token", ylim=(0, 1), xlabel="step",
               ylabel="attention to token 0,\nstrongest head")
 figures.track(right, rows, lambda row: row["val_loss"], color="black")
-perfect = read_config(ROOT / "out/softmax")["optimal_loss"]
+perfect = read_config(placed("softmax").out)["optimal_loss"]
 right.axhline(perfect, **figures.DOTTED)
 figures.dress(right, "while the model learns its task", xlabel="step",
               ylabel="loss, nats")
@@ -189,7 +190,7 @@ def each_seed(attn, number):
 
 
 def on_first(run):
-    """Mean over the last layer's heads of the weight on token 0 that reaches the output."""
+    """The weight on token 0 that reaches the output, mean over the last heads."""
     return fmean(run["weights"]["reaching"])
 
 
@@ -233,7 +234,7 @@ for attn in ATTENTIONS:
 # - *parity*, the paper's: the first token rests attention because its value varies
 #   most. Where all values vary alike there is no sink.
 # - *no-op*: a head that has nothing to say rests on a value that is nothing. Headnorm
-#   divides by the length of $z$, so that no output is nothing, and resting is of no use.
+#   divides by the length of $z$: no output is nothing, so resting is of no use.
 #
 # `python -m tests.why` has trained models in which only one of both is true: the norm
 # where the chain begins (layer 0) or where a head must rest (layer 2); a norm so weak

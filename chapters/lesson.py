@@ -161,9 +161,9 @@ def log(name):
 
 
 def windows(kind, N=64, seed=0):
-    """x, y held out, for the small models: of the task rest ("rest", (N, 16)); of copying
-    ("copy", (N, 64)), or random letters, where nothing is copied ("quiet"); text of the
-    standard library after <|bos|> ("bos", (N, 64)) or from any place ("text")."""
+    """x, y held out, for the small models: of the task rest ("rest", (N, 16)); of
+    copying ("copy", (N, 64)), or random letters, where nothing is copied ("quiet");
+    text of the standard library after <|bos|> ("bos"), or from any place ("text")."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "rest":
         return TASK.batch(N, 16, generator)
@@ -176,10 +176,10 @@ def windows(kind, N=64, seed=0):
 # ---------------------------------------------------------------- several trainings
 
 def trained(*runs, jobs=2):
-    """Have these runs, of size rest, micro or tiny, trained `jobs` at a time, each by `python
-    train.py` in a process of its own: models this small gain nothing from a second
-    thread. A missing run starts, a stopped one goes on. After Ctrl-C all save what they
-    have. Raises UserError."""
+    """Have these runs, of size rest, micro or tiny, trained `jobs` at a time, each by
+    `python train.py` in a process of its own: models this small gain nothing from a
+    second thread. A missing run starts, a stopped one goes on. After Ctrl-C all save
+    what they have. Raises UserError."""
     waiting = [run for run in map(train.resolve, runs) if not is_finished(run)]
     if not waiting:
         return

@@ -60,7 +60,7 @@ def test_numbers_that_do_not_exist_are_left_out(draw):
 def test_a_name_is_drawn_as_it_is(draw, name):
     portrait = draw["chain"].args[0]["a"]
     figure = figures.chain({name: portrait, "$c$": portrait}, "random tokens")
-    assert figures.png(figure).startswith(b"\x89PNG")
+    assert figures.drawn(figure).startswith(b"\x89PNG")
     assert figures.plain(name) in figure.axes[0].get_title("left")
 
 

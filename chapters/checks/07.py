@@ -9,9 +9,10 @@ import probe
 
 
 def prediction(answer):
-    assert set(answer) <= set(ATTENTIONS), f"Names out of {', '.join(ATTENTIONS)}."
+    names = ", ".join(ATTENTIONS)
+    assert set(answer) <= set(ATTENTIONS), f"Names out of {names}."
     assert set(answer) == {"sigmoid", "gated", "logit"}, \
-        "See the figure of seeds: whose five dots are all left of twice the dotted line?"
+        "Whose five dots in the figure are all left of twice the dotted line?"
 
 
 def head_norm(answer):
@@ -41,12 +42,13 @@ def weights_with_logit(answer):
     scores = torch.tensor([[0.0, 1.0, -2.0], [3.0, 3.0, 3.0]])
     got = answer(scores, 0.5)
     assert got is not None, "Return a tensor of the shape of scores."
-    assert got.shape == scores.shape, "One weight a key; the key that is not there has none."
-    wanted = scores.exp() / (scores.exp().sum(-1, keepdim=True) + torch.tensor(0.5).exp())
+    assert got.shape == scores.shape, "One weight for each key that is there."
+    total = scores.exp().sum(-1, keepdim=True) + torch.tensor(0.5).exp()
+    wanted = scores.exp() / total
     assert torch.allclose(got, wanted, atol=1e-6), \
         "The denominator is exp(b) plus the sum over the keys of one query."
     large = answer(torch.tensor([[200.0, 0.0]]), 0.0)
-    assert large.isfinite().all(), "exp(200) is too large for fp32: append b, then softmax."
+    assert large.isfinite().all(), "exp(200) is too large: append b, then softmax."
 
 
 @torch.no_grad()

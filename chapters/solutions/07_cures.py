@@ -6,14 +6,14 @@ import probe
 from lesson import TASK, models, windows
 from model import make_tap
 
-# Each of the three lets the weights that reach the output add up to less than 1, so that
-# a head can be silent anywhere. Under headnorm the output keeps its length, and a head
-# must still look somewhere: several seeds rest on token 0.
+# Each of the three lets the weights that reach the output add up to less than 1, so
+# that a head can be silent anywhere. Under headnorm the output keeps its length, and a
+# head must still look somewhere: several seeds rest on token 0.
 prediction = ["sigmoid", "gated", "logit"]
 
 
 def head_norm(z, gain, eps=1e-5):
-    # The mean is taken over D alone, so that each head of each token has its own length.
+    # The mean is taken over D alone: each head of each token has its own length.
     # eps stands under the root, so that a zero vector stays zero.
     return gain * z / (z.square().mean(-1, keepdim=True) + eps).sqrt()
 
@@ -27,8 +27,8 @@ def weights_with_logit(scores, b):
 
 @torch.no_grad()
 def growth():
-    # The heads put nearly all their weight on v_0, so its length is that of their noise in
-    # the logits. What noise costs goes with its variance: twice as long is four times.
+    # The heads put nearly all their weight on v_0, so its length is that of their noise
+    # in the logits. Noise costs as its variance: twice as long is four times.
     model = models("softmax")["softmax"]
     x, _ = windows("rest", 256)
     resting = TASK.resting(x)
