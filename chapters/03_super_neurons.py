@@ -272,7 +272,8 @@ check("03.prediction", prediction)
 # ## In one that you train
 #
 # `softmax` is what `python train.py` trains, and any letter can come first. `text`
-# reads text after `<|bos|>`. This is the largest contrast of a layer that attention follows.
+# reads text after `<|bos|>`. This is the largest contrast of a layer that attention
+# follows.
 
 # %%
 def largest_contrast(model, x):
