@@ -67,10 +67,11 @@ def interrupt_at(monkeypatch):
 
 # ---------------------------------------------------------------- stopped, and taken up again
 
-@pytest.mark.parametrize("how", [*ATTENTIONS, "text"])
+@pytest.mark.parametrize("how", [*ATTENTIONS, "text", "rest"])
 def test_an_interrupted_run_goes_on_as_told_and_ends_as_one_that_was_not(
         tmp_path, interrupt_at, tiny_run, book, capsys, how):
-    settings = dict(data=book) if how == "text" else dict(attn=how)
+    other = {"text": dict(data=book), "rest": dict(data="rest", bos=0.0)}
+    settings = other.get(how, dict(attn=how))
     whole, parts = tmp_path / "whole", tmp_path / "a run"
     tiny_run(whole, **settings)
     interrupt_at(5)
