@@ -403,5 +403,5 @@ def test_the_places_can_be_moved(tmp_path):
                           "PYTHONPATH": f"{root}{os.pathsep}{root / 'chapters'}"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=moved,
                           capture_output=True, text=True)
-    wanted = [str(tmp_path / "c"), str(tmp_path / "o/softmax"), "o/micro-softmax"]
+    wanted = [str(tmp_path / "c"), str(tmp_path / "o/softmax"), "o/softmax"]
     assert done.stdout.split() == wanted
