@@ -16,12 +16,14 @@ else. A claim is shown when all its tests are, and partly when any is at least p
 """
 
 import csv
+import functools
 import itertools
 import math
 import operator
 import re
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -35,26 +37,32 @@ from data.common import environment, program, read_json
 from data.runs import read_log
 from data.windows import english, random_windows, text_windows
 from model import GPT, record
-from tests import cures, rest, retrofit, runner
+from tests import cures, rest, retrofit, runner, unmixed
 
 RESULTS = Path(__file__).parent / "results"
 FILE, HYPOTHESES = RESULTS / "claims.json", RESULTS / "claims.csv"
 PAGES = (Path("README.md"), RESULTS / "claims.md")
 SIZES = {"text": "tiny", "micro": "micro"}  # of train.py
 ATTENTIONS = ("softmax", "headnorm", "sigmoid", "gated")
-LANES = {"SmolLM2": 8, "text": 5, "micro": 5}  # batches, seeds
+LANES = {"SmolLM2": 16, "text": 5, "micro": 5, "rest": 5}  # batches, seeds
 K, T = 10, 64
 
 
 def plan() -> dict:
     """{path into claims.json: (function, arguments)}"""
     jobs = {("environment",): (environment, torch.device("cpu"), 1)}
-    for batch in range(LANES["SmolLM2"]):
-        jobs["SmolLM2", str(batch), "softmax"] = (measure_batch, batch)
+    for (where, part), (measure, batches) in PARTS.items():
+        for batch in range(batches):
+            path = ("softmax", part) if where == "softmax" else (part,)
+            jobs["SmolLM2", str(batch), *path] = (measure_batch, measure, batch)
     for lane, size in SIZES.items():
         for seed, attn in itertools.product(range(LANES[lane]), ATTENTIONS):
             run = train.Run(attn, size, seed=seed, out=f"out/claims/{lane}-{attn}-{seed}")
             jobs[lane, str(seed), attn] = (measure_seed, lane, run)
+    for lane in ("micro", "rest"):
+        for seed in range(LANES[lane]):
+            run = train.Run(size=lane, seed=seed, out=f"out/claims/{lane}-softmax-{seed}")
+            jobs[lane, str(seed), "unmixed"] = (unmixed_seed, run)
     return jobs
 
 
@@ -64,7 +72,10 @@ def numbers(model, x, y):
     """The chain of token 0 and of the ordinary token T / 2: {first, ordinary}."""
     both, loss = probe.layers(model, x, ks=(0, T // 2), y=y)
     first, ordinary = (probe.summary(found) for found in both)
-    return {"first": first | {"loss": loss}, "ordinary": ordinary}
+    ratio = both[0]["dominance"] / both[1]["dominance"]  # (L,)
+    return {"first": first | {"loss": loss}, "ordinary": ordinary,
+            "DomRatio by layer": {"median": ratio.median().item(), "largest": ratio.max().item()},
+            "tau of layer 0": both[0]["wo_tau"][0].item()}
 
 
 def effects(model, x, y, k=K, names=()):
@@ -131,19 +142,70 @@ def rows_that_write(model, x):
     return fmean(taus)
 
 
-def measure_batch(b):
-    """One batch of SmolLM2."""
+@functools.cache
+def real():
+    """SmolLM2, the batches of each kind of windows that it reads, and the mean z of a token of that
+    kind that sees only itself. English has 16 batches of 4 windows where it has not 8 of 8."""
     folder = smollm2.fetch()
     model, encode = GPT.from_llama(folder).eval(), smollm2.encoding(folder).encode_ordinary
-    random = random_windows(8, T, model.cfg.vocab_size, seed=b)
-    text = text_windows(encode(english()), LANES["SmolLM2"], 8, T)[b]
-    forge = "forge variance", "forge W_O"
-    return {"random": numbers(model, *random), "text": numbers(model, *text),
-            "effects": effects(model, *random), "effects in text": effects(model, *text),
-            "effects at 20": effects(model, *random, 20, forge),
-            "effects at 40": effects(model, *random, 40, forge),
-            "agreement": agreement(model, random[0]), "screen": screen(model, random[0]),
-            "tau of rows": rows_that_write(model, random[0])}
+    model.requires_grad_(False)
+    V, ids = model.cfg.vocab_size, torch.tensor(encode(english()))
+    windows = {"random": [random_windows(8, T, V, seed=b) for b in range(LANES["SmolLM2"])],
+               "text": text_windows(ids, 8, 8, T), "short text": text_windows(ids, 16, 4, T)}
+    tokens = {"random": random_windows(4096, 2, V, seed=4096)[0][:, 0], "short text": ids}
+    return model, windows, tokens
+
+
+@functools.cache
+def unmixed_mean(kind):
+    """Half a minute."""
+    model, _, tokens = real()
+    return unmixed.mean_alone(model, tokens[kind])
+
+
+def measure_batch(measure, b):
+    """One of PARTS in one batch of SmolLM2."""
+    model, windows, _ = real()
+    return measure(model, windows, b)
+
+
+def chain_in(kind, model, windows, b):
+    return numbers(model, *windows[kind][b])
+
+
+def effects_in(kind, k, names, model, windows, b):
+    return effects(model, *windows[kind][b], k, names)
+
+
+def in_random(measure, model, windows, b):
+    return measure(model, windows["random"][b][0])
+
+
+def with_mean(measure, kind, model, windows, b):
+    return measure(model, windows[kind][b][0], unmixed_mean(kind), K)
+
+
+def controls_in(kind, model, windows, b):
+    return unmixed.neurons_at_0(model, windows[kind][b][0], K)
+
+
+FORGE = "forge variance", "forge W_O"
+PARTS = {  # of SmolLM2, {(where in the record, name): (function, number of batches)}
+    ("softmax", "random"): (partial(chain_in, "random"), 16),
+    ("softmax", "text"): (partial(chain_in, "text"), 8),
+    ("softmax", "effects"): (partial(effects_in, "random", K, ()), 8),
+    ("softmax", "effects in text"): (partial(effects_in, "text", K, ()), 8),
+    ("softmax", "effects at 20"): (partial(effects_in, "random", 20, FORGE), 8),
+    ("softmax", "effects at 40"): (partial(effects_in, "random", 40, FORGE), 8),
+    ("softmax", "agreement"): (partial(in_random, agreement), 8),
+    ("softmax", "screen"): (partial(in_random, screen), 8),
+    ("softmax", "tau of rows"): (partial(in_random, rows_that_write), 8),
+    ("", "answers"): (partial(with_mean, unmixed.answers, "random"), 16),
+    ("", "answers in text"): (partial(with_mean, unmixed.answers, "short text"), 16),
+    ("", "unmixed"): (partial(with_mean, unmixed.shares, "random"), 16),
+    ("", "unmixed in text"): (partial(with_mean, unmixed.shares, "short text"), 16),
+    ("", "neurons at 0"): (partial(controls_in, "random"), 16),
+    ("", "neurons at 0 in text"): (partial(controls_in, "short text"), 16)}
 
 
 def measure_seed(lane, run):
@@ -173,6 +235,22 @@ def measure_seed(lane, run):
     return found
 
 
+def unmixed_seed(run):
+    """`unmixed.shares` of one seed of a task whose first token is an ordinary one. (`text` begins
+    with <|bos|>: its z_0 never varies, and the sink is there.)"""
+    trained(run, jobs=1)
+    model, corpus, settings = train.load_run(run.out)
+    generator, length = torch.Generator().manual_seed(0), settings["seq_len"]
+    if corpus.name == "copy":
+        x, queries = corpus.rest(32, length, generator)[0], None
+        first = corpus.rest(4096, 2, generator)[0][:, 0]
+    else:
+        x, _ = corpus.task.batch(256, length, generator)
+        queries, first = corpus.task.resting(x), torch.arange(corpus.task.K)
+    k = K if length == T else length // 4 + 1
+    return unmixed.shares(model, x, unmixed.mean_alone(model, first), k, queries)
+
+
 @torch.no_grad()
 def loss_at(model, corpus, length, tokens=16384):
     """Validation loss in windows of another length than that of training."""
@@ -186,16 +264,16 @@ def loss_at(model, corpus, length, tokens=16384):
 
 def units(found, lane) -> list[dict]:
     """The records of each batch or seed of a lane, {attn: record}, each `ready`."""
-    records = [found[lane][str(unit)] for unit in range(LANES[lane])]
-    return [{attn: ready(record) for attn, record in unit.items()} for unit in records]
+    there = found.get(lane, {})
+    return [{name: ready(record) for name, record in there[unit].items()} for unit in sorted(there)]
 
 
 def ready(record) -> dict:
     """A record in which `value_at` finds its places: on top `first` and `ordinary` of the windows
     in which the sink is read; every effect, with its strongest control, and nan for all shares
     where there is no sink to share; and `half`, when a number has gone half of its way."""
-    found = record | record.get("main", record["random"])
-    has_sink = found["first"]["sink"] > probe.SINK
+    found = record | record.get("main", record.get("random", {}))
+    has_sink = found.get("first", found).get("sink", 1) > probe.SINK
     nothing = {"share": math.nan, "controls": [math.nan, math.nan], "control": math.nan}
     for name, effect in record.get("effects", {}).items():
         found[name] = effect | ({"control": max(effect["controls"])} if has_sink else nothing)
