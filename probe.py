@@ -179,10 +179,10 @@ def sink_score(pattern, k, queries=None):
     return (weight * asked).sum(-1) / asked.sum(-1).clamp_min(1)
 
 
-def has_sink(scores):
-    """(N, H) of `sink_score` -> (H,) bool: a head has a sink if its score, the mean over windows, is
-    above SINK. *Share of heads*: such heads over all heads of all layers."""
-    return scores.mean(0) > SINK
+def has_sink(score):
+    """The score of each head, mean of `sink_score` over windows -> bool: a head whose score is
+    above SINK has a sink. *Share of heads*: such heads over all heads of all layers."""
+    return score > SINK
 
 
 def uniform_sink(T, k=0):
@@ -458,8 +458,9 @@ LINKS = [
                 lambda layer: sink_score(layer["pattern"], layer.k, layer.queries).mean(0),
                 "sink head", uniform_baseline),
          Metric("sink_rate", f"share of heads with a sink (> {SINK})",
-                lambda layer: has_sink(sink_score(layer["pattern"], layer.k, layer.queries))
-                .float().mean(), "mean", 0)]),
+                lambda layer: has_sink(
+                    sink_score(layer["pattern"], layer.k, layer.queries).mean(0)).float().mean(),
+                "mean", 0)]),
 ]
 
 

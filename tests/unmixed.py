@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import probe
 from model import GPT, compose, record
@@ -104,9 +105,9 @@ def interventions():
     """(name, Intervention): what LINKS cuts and forges at once, taken apart."""
     for kind, token, edits in (("cut", "first", CUTS), ("forge", "k", FORGERIES)):
         for name, change in edits.items():
-            for layers in ("every", "early"):
-                if layers == "every" or name in EARLY:
-                    yield f"{kind}, {layers}: {name}", Intervention(name, "z", token, change, layers)
+            for layers in ("every", "early") if name in EARLY else ("every",):
+                edit = Intervention(name, "z", token, change, layers)
+                yield f"{kind}, {layers}: {name}", edit
 
 
 # ---------------------------------------------------------------- what becomes of the sink
@@ -208,7 +209,7 @@ def turn_write(model, neurons):
 def along(z, p, known, layer):
     """The part of mu that points as the usual mean m of each head does."""
     mu, m = known.mean[layer], usual_mean(z, p, known, layer)
-    unit = torch.nn.functional.normalize(m, dim=-1)
+    unit = F.normalize(m, dim=-1)
     return (mu * unit).sum(-1, keepdim=True) * unit
 
 
