@@ -208,8 +208,8 @@ show(figure, "02_tau", "Kendall tau by layer. Columns lie around 0, rows near 0.
 # %% [markdown]
 # The paper reports 0.32, for the spread of what $W_O$ *reads*: the columns, as we take
 # it. By these SmolLM2 has none of it in the mean of its layers, though the first layer
-# agrees. By the rows it has more than that, and so has a matrix that knows nothing of its
-# input.
+# agrees. By the rows it has more than that, and so has a matrix that knows nothing of
+# its input.
 #
 # ## A direction is not a dimension
 #

@@ -417,7 +417,7 @@ def links_table(found) -> str:
                                                  ("share", "control")):
             place = f"{kind} {link.name}.{key}"
             edit = getattr(link, kind)
-            cells.append(percent(values_of(found, lane, place)) if edit else "-")
+            cells.append(percent(values_of(found, lane, place), lane) if edit else "-")
         rows.append(cells)
     return runner.markdown(head, rows)
 
@@ -468,9 +468,11 @@ when its z is but the *mean* of tokens that see only themselves, so that nothing
 {unmixed.forge, every: deviation only %} when it has the usual mean and its own deviation. At token
 0 the first takes {unmixed.cut, every: mean only %} of the sink, the second {unmixed.cut, every:
 deviation only %}. The paper says variance: amplified it gives {forge W_O.share %}, shifted to the
-same length {forge W_O.controls.0 %}, scaled {forge W_O.controls.1 %}. In our own models either is
-enough (resting heads: {rest: unmixed.forge, every: mean only %} and {rest: unmixed.forge, every:
-deviation only %}) or only the deviation ({copying}). More models, not quantised, would settle it.
+same length {forge W_O.controls.0 %}, scaled {forge W_O.controls.1 %}. In our own models it is not
+so clear: where heads must rest the first gives {rest: unmixed.forge, every: mean only %}, the
+second {rest: unmixed.forge, every: deviation only %} and neither {rest: unmixed.forge, every:
+neither %}; in copying only the deviation does it ({copying}). More models, not quantised, would
+settle it.
 
 **Not everything holds.** In SmolLM2 the columns of W_O do not favour the dimensions of high
 variance (Kendall tau {first.wo_tau}, the paper 0.32; in the first layer {tau of layer 0}, in text
@@ -479,7 +481,7 @@ rows}); it weakens the outlier that it is said to pass on ({first.variance} time
 it, {first.variance_out} after, in text {text.first.variance} and {text.first.variance_out}). Giving
 the first token the others' RMS before W_O takes only {cut W_O.share %} of the sink. Its fixed
 direction is its own (cosine {first.direction_own} less what all states share, an ordinary token
-{ordinary.direction_own}), its large DomRatio less so: in the middle layer {DomRatio by
+{ordinary.direction_own}), its large DomRatio less so: in the median layer {DomRatio by
 layer.median} times that of an ordinary token, at most {DomRatio by layer.largest} times.
 
 **A cure can be judged in a minute.** Where heads have nothing to look for and must be silent
@@ -509,7 +511,9 @@ def findings(found) -> str:
     def fill_in(braces):
         lane, place, as_percent = braces.groups()
         mean = fmean(with_sink_only(values_of(found, lane or "SmolLM2", place)))
-        return f"{mean:.0%}" if as_percent else probe.digits(mean)
+        if as_percent:
+            return f"{mean:.0%}"
+        return probe.digits(mean) if abs(mean) >= 1 else f"{round(mean, 2) + 0.0:.2f}"
 
     of_cures, rebuilt = read_json(cures.FILE), read_json(retrofit.FILE)
     of_rest = read_json(rest.FILE)
@@ -541,7 +545,7 @@ def copying(found) -> str:
         values = values_of(found, "micro", f"unmixed.forge, every: {part}")
         shares.append(f"{fmean(with_sink_only(values)):.0%}")
     seeds = len(values)
-    return f"copying, {seeds} seed{'s' * (seeds > 1)}: {' and '.join(shares)}"
+    return f"{seeds} seed{'s' * (seeds > 1)}: {' and '.join(shares)}"
 
 
 def tables(found) -> dict[str, str]:
