@@ -296,8 +296,8 @@ figures.bars(axis, bars, "The mean of unmixed values makes a sink, a deviation n
              ["share of the two sinks"], {"loc": "upper left", "ncols": 2},
              xlabel="what token 10 is given", ylim=(0, 1.3))
 show(figure, "06_unmixed", "Bars: with the mean of unmixed values, or with all of "
-     "them, token 10 has nearly half of the two sinks, and the neurons of layers 0 to 2 "
-     "answer as at token 0; with the deviation only, or with neither, nothing.")
+     "them, token 10 has nearly half of the two sinks, and the first neurons answer as "
+     "at token 0; with the deviation only, or with neither, nothing.")
 assert made["mean only"] > 0.25, "the mean is not enough"
 assert made["deviation only"] < 0.125, "the deviation makes a sink"
 assert made["neither"] < 0.125, "that nothing varies makes a sink"
