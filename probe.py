@@ -136,6 +136,12 @@ def direction_cos(x):
     return (total.square().sum() - n) / (n * (n - 1))
 
 
+def centred(x):
+    """(N, T, C) less its mean over windows and tokens: what all states share makes any two of them
+    point the same way."""
+    return x - x.mean((0, 1))
+
+
 def leading_query(q):
     """(N, T, H, D) -> (H, D): the unit direction in which a head's queries point, before rotation:
     the leading singular vector, turned to the side of the mean query (claim 7)."""
@@ -175,9 +181,10 @@ def sink_score(pattern, k, queries=None):
     return (weight * asked).sum(-1) / asked.sum(-1).clamp_min(1)
 
 
-def share_above(scores):
-    """(N, H) of `sink_score`: the share of pairs of window and head that have a sink."""
-    return (scores > SINK).float().mean()
+def has_sink(score):
+    """The score of each head, mean of `sink_score` over windows -> bool: a head whose score is
+    above SINK has a sink. *Share of heads*: such heads over all heads of all layers."""
+    return score > SINK
 
 
 def uniform_sink(T, k=0):
@@ -225,8 +232,8 @@ class Activations(dict):
 
     @property
     def normed(self):
-        """(N, C): token k of the state after this layer, as the next layer reads it."""
-        return self.reader(self["resid_post"][:, self.k])
+        """(N, T, C): the state after this layer, as the next layer reads it."""
+        return self.reader(self["resid_post"])
 
     def heads(self, x, dim=-1):
         """What a key/value head has, for every query head that it serves: K -> H along dim."""
@@ -367,7 +374,7 @@ class Intervention:
     tap: str          # the activation that is changed
     token: str        # which token of it: first, k, or the middle one
     change: Callable  # change(x, p, found, layer) -> the new activation of token p, as above
-    layers: str = "every"  # or "deep": all that read what an earlier layer wrote
+    layers: str = "every"  # or "deep": all that read what an earlier layer wrote; "early": three
     of: str = "target"     # or "control": which `found` of `targets` the change is given
     controls: tuple = (OTHERS,)  # in what each control differs
 
@@ -417,14 +424,17 @@ LINKS = [
                 lambda layer: over_median(layer["resid_post"].float().norm(dim=-1), layer.k).mean(),
                 "largest", 1),
          Metric("dominance", "DomRatio of the normed state",
-                lambda layer: dominance(layer.normed).mean(), "largest", noise_dominance)],
+                lambda layer: dominance(layer.normed[:, layer.k]).mean(), "largest",
+                noise_dominance)],
         cut=Intervention("3 largest dimensions of x_0 clipped", "resid_pre", "first", clip, "deep"),
         forge=Intervention("3 largest of x_k become x_0's", "resid_pre", "k", take_largest,
                            "deep")),
     Link(
         "direction", "RMSNorm turns that into one fixed direction",
         [Metric("direction", "cos of the normed token k between windows",
-                lambda layer: direction_cos(layer.normed), "mean", 0)],
+                lambda layer: direction_cos(layer.normed[:, layer.k]), "mean", 0),
+         Metric("direction_own", "the same, less what all tokens share",
+                lambda layer: direction_cos(centred(layer.normed)[:, layer.k]), "mean", 0)],
         cut=Intervention("x_0 turned to another token", "resid_pre", "first", turn_to_ordinary,
                          "deep", controls=(MIDDLE,)),
         forge=Intervention("x_k turned to the mean x_0", "resid_pre", "k", turn_to_first, "deep",
@@ -450,7 +460,8 @@ LINKS = [
                 lambda layer: sink_score(layer["pattern"], layer.k, layer.queries).mean(0),
                 "sink head", uniform_baseline),
          Metric("sink_rate", f"share of heads with a sink (> {SINK})",
-                lambda layer: share_above(sink_score(layer["pattern"], layer.k, layer.queries)),
+                lambda layer: has_sink(
+                    sink_score(layer["pattern"], layer.k, layer.queries).mean(0)).float().mean(),
                 "mean", 0)]),
 ]
 
@@ -656,6 +667,8 @@ def intervene(model, edit, target, matched, k, T):
     chosen = range(len(model.layers))
     if edit.layers == "deep" and len(chosen) > 1:
         chosen = chosen[1:]
+    if edit.layers == "early":
+        chosen = chosen[:3]
     edits = {}
     for i in chosen:
         def change(x, layer=i):

@@ -78,7 +78,7 @@ for kind, x in texts.items():
 # ## How much is a sink?
 #
 # The usual measure (Gu et al. 2025) is the mean weight that all queries give to the
-# first key, and a head *has a sink* when it is above 0.3:
+# first key. A head *has a sink* when the mean of that over windows is above 0.3:
 #
 # $$\alpha_0 = \frac1T \sum_{t} A_{t0}$$
 #
@@ -97,7 +97,7 @@ T = texts["English"].shape[1]
 uniform = sum(1 / (t + 1) for t in range(T)) / T
 assert abs(uniform - probe.uniform_sink(T)) < 1e-6
 for kind, sink in sinks.items():
-    share = (sink[12:] > probe.SINK).float().mean()
+    share = probe.has_sink(sink[12:]).float().mean()
     print(f"{kind}: strongest head {sink.max():.2f} (uniform attention {uniform:.2f}), "
           f"{share:.0%} of the heads from layer 12 on have a sink")
     assert sink.max() > 0.7, "no head rests on token 0"
@@ -279,7 +279,7 @@ assert half["sink"] < half["length of the state"], "the long state comes first"
 # ## Beside the paper
 
 # %%
-with_sink = (sinks["English"] > probe.SINK).any(1)  # (L,)
+with_sink = probe.has_sink(sinks["English"]).any(1)  # (L,)
 earliest = with_sink.nonzero()[0].item()
 beside(("model", "Llama-2-7B, Llama-3", "SmolLM2-135M"),
        ("sink from layer", "2", str(earliest)),

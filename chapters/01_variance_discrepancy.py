@@ -265,7 +265,10 @@ for name, keys in used.items():
 # tokens vary. *Why* a real model leaves its first layer so even is open.
 #
 # Is what is left of it used? Chapter 06 hands the first token what the others are given
-# on average, and the sink goes, in `softmax` and in SmolLM2.
+# on average, and the sink goes, in `softmax` and in SmolLM2. But that takes away more
+# than variance: a value that was not mixed with others has another *mean*, too. In
+# SmolLM2 that mean, without any variance, forges a sink, and the variance alone does
+# not.
 #
 # ## Beside the paper
 

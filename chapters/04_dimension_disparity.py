@@ -121,9 +121,10 @@ show(figure, "04_disparity", "Left: the norm ratio by layer, 10 in the first wav
 
 # %% [markdown]
 # Two things to notice. An ordinary token is no Gaussian vector either: its DomRatio is
-# many times the baseline, because every state has a few large dimensions. And RMSNorm
-# takes much of the disparity back: its gain $\gamma$ is small just there. The model
-# has learned to turn that dimension down.
+# many times the baseline, because every state has a few large dimensions. So compare
+# the two in the *same* layer: there token 0 has a few times that of token 32. And
+# RMSNorm takes much of the disparity back: its gain $\gamma$ is small just there. The
+# model has learned to turn that dimension down.
 
 # %%
 squares = states[12][:, 0].square()  # (N, C)
@@ -140,6 +141,9 @@ for reader in readers[deep]:
 print(f"of {C} gains, smaller than that of dimension {c}, by layer:", *smaller)
 before = raw_0 / raw_32
 after = normed_0 / normed_32
+print("DomRatio of token 0 over that of token 32, layer by layer from 12 to 27:")
+for name, ratio_of_two in {"raw": before[deep], "normed": after[deep]}.items():
+    print(f"{name:6} {ratio_of_two.min():.1f} to {ratio_of_two.max():.1f}")
 assert before[deep].mean() > 3, "token 0 is hardly dominated more than token 32"
 assert after[deep].mean() > 1.5, "the norm takes the difference away"
 
@@ -261,7 +265,7 @@ for what, (name, tokens) in inputs.items():
 beside(("model", "Llama-2-7B", "SmolLM2-135M"),
        ("dimension", "2533", str(c)),
        ("DomRatio of token 0 after RMSNorm", "262.9 (C = 4096)", normed_0.max().item()),
-       ("  token 32", "not reported", normed_32.max().item()))
+       ("  token 32, same layer", "not reported", normed_32[normed_0.argmax()].item()))
 
 # %% [markdown]
 # ## What would falsify this

@@ -61,6 +61,7 @@ states = [seen[f"{i}.resid_pre"] for i in range(L)]  # (N, T, C)
 # %%
 near = torch.zeros(L)
 token_0, token_32 = torch.zeros(L), torch.zeros(L)  # cosine between two windows
+own_0, own_32 = torch.zeros(L), torch.zeros(L)  # the same without what all states share
 with torch.no_grad():
     for i in range(L):
         norm = model.layers[i].input_layernorm
@@ -70,17 +71,28 @@ with torch.no_grad():
         near[i] = normed[:, 0, 507].mean() / limit
         token_0[i] = probe.direction_cos(normed[:, 0])
         token_32[i] = probe.direction_cos(normed[:, 32])
+        own = normed - normed.mean((0, 1))
+        own_0[i] = probe.direction_cos(own[:, 0])
+        own_32[i] = probe.direction_cos(own[:, 32])
 for i in (3, 8, 11, 12, 20):
     print(f"layer {i:2}: entry 507 is {near[i]:4.0%} of its limit")
 least, usual = token_0[second_wave].min(), token_32[second_wave].mean()
 print(f"cosine between two windows, layers 12 to 27: token 0 at least {least:.3f}, "
       f"token 32 on average {usual:.2f}")
+least_own, usual_own = own_0[second_wave].min(), own_32[second_wave].mean()
+print(f"the same without the mean of all states: token 0 at least {least_own:.3f}, "
+      f"token 32 on average {usual_own:.2f}")
 assert near[second_wave].min() > 0.95, "the limit, where 507 is written"
 assert near[11] < 0.5, "and not where it is not"
 assert least > 0.98, "one direction"
 assert usual < 0.88, "and not for every token"
+assert least_own > 0.9, "the direction of token 0 is what all states share"
+assert usual_own.abs() < 0.2, "an ordinary token has a direction of its own"
 
 # %% [markdown]
+# Ordinary states are not strangers to each other either: all share a mean. Without it
+# nothing of their cosine is left, and token 0 still has one direction: its own.
+#
 # A key is a linear map of the normed state, $k_0 = W_K \,\mathrm{RMSNorm}(x_0)$. So one
 # direction means one key, whatever the first token was.
 #
@@ -208,7 +220,7 @@ lock = torch.cat(lock)  # of all heads after layer 0
 positive = torch.cat(positive)
 sink = torch.cat(sink)
 locked = positive > 0.95
-has_sink = sink > probe.SINK
+has_sink = probe.has_sink(sink)
 
 # %%
 figure, axis = plt.subplots(figsize=(8.8, 3.9))

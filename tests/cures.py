@@ -40,7 +40,7 @@ from data.common import environment, program
 from data.runs import read_log
 from model import record
 from tests import runner
-from tests.runner import mean_std_words
+from tests.runner import interval_words, mean_std_words
 
 ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
 SEEDS, RATES = range(5), (2.5e-3, 5e-3, 1e-2, 2e-2)
@@ -179,44 +179,51 @@ def learned(seeds) -> tuple[int, int]:
     return len(able), sum(sink > SINK for sink in able)
 
 
-def excesses(found, attn, lr) -> list[float]:
-    return [c["excess"] for c in cells(found, attn, lr)]
+def best_rate(found, attn, without=None) -> float:
+    """The learning rate of the lowest mean loss over all seeds; or all but one, so that it is told
+    of a seed that had no say in the choice."""
+    return min(RATES, key=lambda lr: fmean(
+        c["excess"] for seed, c in enumerate(cells(found, attn, lr)) if seed != without))
 
 
-def best_rate(found, attn) -> float:
-    """The learning rate of the lowest mean loss."""
-    return min(RATES, key=lambda lr: fmean(excesses(found, attn, lr)))
+def best_cells(found, attn) -> list[dict]:
+    """Every seed at the rate that is best for the others."""
+    return [cells(found, attn, best_rate(found, attn, seed))[seed] for seed in SEEDS]
 
 
-def paired(ours, theirs) -> str:
-    """Mean difference over five seeds and its 95 % interval (Student's t)."""
-    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-    half = 2.776 * stdev(gaps) / len(gaps) ** 0.5
-    return f"{fmean(gaps):+.3f} ± {half:.3f}"
+def same_choice(found, attn) -> list[dict]:
+    """Every seed at the rate that is best over all seeds."""
+    return cells(found, attn, best_rate(found, attn))
 
 
-def gain(found, attn="headnorm") -> str:
-    """Loss of an attention minus softmax's, each at its best learning rate."""
-    ours, theirs = (excesses(found, a, best_rate(found, a)) for a in (attn, "softmax"))
-    return paired(ours, theirs)
+def gain(found, attn="headnorm", chosen=best_cells) -> str:
+    """Loss of an attention minus softmax's, each at its best learning rate: mean and 95 % interval
+    over seeds."""
+    pairs = zip(chosen(found, attn), chosen(found, "softmax"), strict=True)
+    gaps = [ours["excess"] - theirs["excess"] for ours, theirs in pairs]
+    return f"{fmean(gaps):+.3f} ± {runner.half_interval(gaps):.3f}"
 
 
 def best_table(found) -> str:
     """Every attention at its best learning rate."""
     rows = []
     for attn in ATTENTIONS:
-        rate = best_rate(found, attn)
-        seeds = cells(found, attn, rate)
+        rates = sorted({best_rate(found, attn, seed) for seed in SEEDS})
+        seeds = best_cells(found, attn)
         able, sinks = learned(seeds)
-        row = [attn, f"{rate:g}", f"{able} of {len(seeds)}", f"{sinks} of {able}"]
+        row = [attn, ", ".join(f"{rate:g}" for rate in rates), f"{able} of {len(seeds)}",
+               f"{sinks} of {able}"]
         for key in ("sink", "drain", "dominance"):
-            row.append(mean_std_words([c["chain"][key] for c in seeds]))
+            row.append(interval_words([c["chain"][key] for c in seeds]))
         for key in ("rank", "excess"):
-            row.append(mean_std_words([c[key] for c in seeds]))
-        rows.append([*row, "-" if attn == "softmax" else gain(found, attn)])
-    return runner.markdown(("attention", "learning rate", "have learned", "of these pass 0.3",
-                            "sink", "value drain", "DomRatio", "effective rank",
-                            "loss above perfect", "minus softmax"), rows)
+            row.append(interval_words([c[key] for c in seeds]))
+        for chosen in (best_cells, same_choice):
+            row.append("-" if attn == "softmax" else gain(found, attn, chosen))
+        rows.append(row)
+    return runner.markdown(("± 95 % of seeds", "learning rate", "have learned",
+                            "of these pass 0.3", "sink", "value drain", "DomRatio",
+                            "effective rank", "loss above perfect", "minus softmax",
+                            "minus softmax, rates chosen on the same seeds"), rows)
 
 
 def sinks_table(found) -> str:
@@ -228,9 +235,9 @@ def sinks_table(found) -> str:
             seeds = cells(found, attn, lr)
             able, sinks = learned(seeds)
             words = f"{sinks} of the {able} that learned" if able else "none learned"
-            row.append(f"{mean_std_words([c['chain']['sink'] for c in seeds])}; {words}")
+            row.append(f"{interval_words([c['chain']['sink'] for c in seeds])}; {words}")
         rows.append(row)
-    return runner.markdown(("attention", *(f"{lr:g}" for lr in RATES)), rows)
+    return runner.markdown(("± 95 % of seeds", *(f"{lr:g}" for lr in RATES)), rows)
 
 
 def ruler_table(found) -> str:
@@ -240,9 +247,9 @@ def ruler_table(found) -> str:
         row = [attn]
         for key in ("hidden", "hidden, moved by one", "token 5 hidden"):
             changes = [1000 * c["ruler"][key] for c in cells(found, attn, 5e-3)]
-            row.append(mean_std_words(changes))
+            row.append(interval_words(changes))
         rows.append(row)
-    head = ("attention", "token 0 hidden", "token 0 hidden, curve moved back by one place",
+    head = ("± 95 % of seeds", "token 0 hidden", "token 0 hidden, curve moved back by one place",
             "token 5 hidden")
     return runner.markdown(head, rows)
 
@@ -259,17 +266,18 @@ def long_table(found) -> str:
             row.append(mean_std_words([1000 * read[key] for read in run["lookup"]]))
         rows.append([*row, f"{fmean(run['losses']):.3f}",
                      "-" if attn == "softmax" else long_gap(found, attn)])
-    return runner.markdown(("attention", "sink", "length of token 0", "DomRatio", "value drain",
+    return runner.markdown(("± sd of batches", "sink", "length of token 0", "DomRatio",
+                            "value drain",
                             "effective rank", "letter of token 0", "letter of token 5", "loss",
                             "minus softmax"), rows)
 
 
 def long_gap(found, attn) -> str:
-    """Loss of a run of LONG minus softmax's on the same windows, ± twice its standard error."""
+    """Loss of a run of LONG minus softmax's on the same windows: mean and standard deviation over
+    batches."""
     ours, theirs = (found["long"][a]["0"]["losses"] for a in (attn, "softmax"))
     gaps = [a - b for a, b in zip(ours, theirs)]
-    error = stdev(gaps) / len(gaps) ** 0.5
-    return f"{fmean(gaps):+.3f} ± {2 * error:.3f}"
+    return f"{fmean(gaps):+.3f} ± {stdev(gaps):.3f}"
 
 
 def long_sinks(found) -> str:

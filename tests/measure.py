@@ -33,12 +33,14 @@ from chapters.figures import ACCENT
 from data import smollm2
 from data.common import program
 from data.windows import english, random_windows, text_windows
-from model import GPT, make_tap, record
+from model import GPT, compose, make_tap, record
 from probe import TOP, at_token, later, sink_score
 from tests import runner
+from tests.unmixed import no_logits
 
 RESULTS = Path(__file__).parent / "results"
-BATCHES, N, T = 8, 8, 64
+PAGE = RESULTS / "smollm2.md"
+BATCHES, MANY, N, T = 8, 16, 8, 64
 TOKENS = (5, 10, 20, 40)  # where a sink is forged; the paper has 10
 FACTORS = (2, 4, 8, 16, 32)
 
@@ -47,8 +49,10 @@ FACTORS = (2, 4, 8, 16, 32)
 
 def look(model, x, y, tap, ks):
     """One pass over windows x (N, T): for each token of ks its sink (L, H) and norm ratio (L,);
-    and the loss."""
+    and the loss, None where the targets y are None."""
     wanted = [probe.metric("sink"), probe.metric("norm_ratio")]
+    if y is None:
+        tap = compose(tap, no_logits)
     found, loss = probe.layers(model, x, tap, ks, y, wanted)
     return dict(zip(ks, found)) | {"loss": loss}
 
@@ -81,6 +85,7 @@ def measured(kind, model, windows, plan):
     mean and the standard deviation of its effect over the batches of windows."""
     effects = [[] for _ in plan]
     for x, y in tqdm(windows, "batches", disable=None, leave=False):
+        y = y if kind == "cut" else None
         free = look(model, x, y, None, (0, *TOKENS))
         for (label, tap), seen in zip(plan, effects):
             found = look(model, x, y, tap, (0, label["k"]))
@@ -159,7 +164,7 @@ def mask(model, batches):
         for name, which in (("only", [i]), ("to", range(i + 1)), ("from", range(i, L))):
             label = {"layers": name, "layer": i, "k": 10}
             plan.append((label, masked(model, 10, which)))
-    rows = measured("forge", model, batches.random, plan)
+    rows = measured("forge", model, batches.random[:BATCHES], plan)
     only, to, after = (means(pick(rows, layers=name)) for name in ("only", "to", "from"))
     whole = [row["mean"] for row in pick(rows, layers="all")]
     held = {"1 share": all(row["share"] >= 0.25 for row in whole),
@@ -197,14 +202,19 @@ def variance(model, batches):
        times the untouched one.
     4. Layer 0 alone is not enough: less than 12.5 % at k = 10, at every lambda.
 
-    k = 10 in 8 batches; the other tokens in the first 4, all layers only.
+    k = 10 in 8 batches, in all layers in 16; the other tokens in the first 4, all layers only.
     """
     every, first = range(len(model.layers)), [0]
-    plan = [*stronger(model, "0", first, 10), *stronger(model, "0-3", range(4), 10),
-            *stronger(model, "all", every, 10)]
-    rows = measured("forge", model, batches.random, plan)
+    some = [*stronger(model, "0", first, 10), *stronger(model, "0-3", range(4), 10)]
+    rows = measured("forge", model, batches.random[:BATCHES], some)
+    rows += measured("forge", model, batches.random, stronger(model, "all", every, 10))
     for k in (5, 20, 40):
         rows += measured("forge", model, batches.random[:4], stronger(model, "all", every, k))
+    return {"rows": rows, "held": variance_held(rows)}
+
+
+def variance_held(rows):
+    """Which hypotheses of `variance` hold."""
     held = {"1": True, "2": True, "3": True}
     for k in TOKENS:
         amplified, scaled, shifted = (means(pick(rows, layers="all", k=k, kind=kind))
@@ -216,7 +226,18 @@ def variance(model, batches):
         last = pick(rows, layers="all", k=k, kind="amplify", factor=32)[0]["mean"]
         held["3"] &= last["norm"] >= 10 * last["untouched_norm"]
     alone = means(pick(rows, layers="0", kind="amplify"))
-    return {"rows": rows, "held": held | {"4": max(alone) < 0.125}}
+    return held | {"4": max(alone) < 0.125}
+
+
+def lambda_table(found) -> str:
+    """The whole curve at token 10, all layers: mean and standard deviation over batches."""
+    rows = []
+    for kind, says in (("amplify", "amplified: μ + λ (z - μ)"), ("scale", "scaled: λ z"),
+                       ("shift", "shifted to the same length")):
+        cells = [f"{row['mean']['share']:.0%} ± {row['std']['share']:.0%}"
+                 for row in pick(found["rows"], layers="all", k=10, kind=kind)]
+        rows.append([says, *cells])
+    return runner.markdown(("share of two sinks", *(f"λ = {by}" for by in FACTORS)), rows)
 
 
 def neurons(model, batches):
@@ -492,7 +513,7 @@ def smollm2_and_windows():
     folder = smollm2.fetch()
     model = GPT.from_llama(folder).eval().requires_grad_(False)
     ids = smollm2.encoding(folder).encode_ordinary(english())
-    random = [random_windows(N, T, model.cfg.vocab_size, seed=b) for b in range(BATCHES)]
+    random = [random_windows(N, T, model.cfg.vocab_size, seed=b) for b in range(MANY)]
     return model, SimpleNamespace(random=random, text=text_windows(ids, BATCHES, N, T))
 
 
@@ -515,6 +536,8 @@ def result(name) -> dict:
 
 def render(name, found) -> None:
     figures.save(path(name, "png"), MEASUREMENTS[name][1](found))
+    if name == "variance":
+        runner.fill_page(PAGE, {"lambda": lambda_table(found)})
 
 
 def main(words=None):

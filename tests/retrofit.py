@@ -14,9 +14,11 @@ standard library, all models with the same batches:
                by constants, folded into W_O: it changes heads as headnorm does, but not tokens
     scaled gated   both: the sink is lost at first, and has to come back beside gates
 
-We look at the share of all heads whose attention to token 0 passes SINK, in random tokens. Written
-when headnorm had been seen for 60 steps (share 0.28 at step 40 and 0.03 at step 60, loss 4.5 and
-falling; at a learning rate of 0.001 it did not heal), and nothing of the others:
+We look at the share of all heads whose attention to token 0 passes SINK, in random tokens. (When
+this was measured, `sink_rate` counted pairs of window and head; now it counts heads by their mean
+over windows. The JSON has the old count.) Written when headnorm had been seen for 60 steps (share
+0.28 at step 40 and 0.03 at step 60, loss 4.5 and falling; at a learning rate of 0.001 it did not
+heal), and nothing of the others:
 
     the setting can tell, if softmax and scaled end with at least half of the heads, and the loss of
     each model ends within half a nat of softmax's
@@ -186,7 +188,8 @@ def table(found) -> str:
             row.append(mean_std_words([chain[key] for chain in end[kind]]))
         gap = round(loss_of(end) - base, 2) + 0.0  # no -0.00
         rows.append([*row, f"{loss_of(first):.2f}", f"{loss_of(end):.2f}", f"{gap:+.2f}"])
-    return runner.markdown(("SmolLM2 as", "heads with a sink, before", "after", "after, in text",
+    return runner.markdown(("SmolLM2 as (± sd of batches)", "heads with a sink, before", "after",
+                            "after, in text",
                             "length of token 0", "value drain", "loss before", "after",
                             "minus softmax"), rows)
 

@@ -3,10 +3,14 @@
 A program gives a plan, {path of keys into the JSON: (function, *arguments)}. What stands in the
 JSON already is never measured again: delete an entry to have it measured anew. An empty path is the
 whole file.
+
+On every page ± is the 95 % interval of the mean over seeds where there are seeds, and the standard
+deviation over batches of windows where there is one model; the head of each table says which.
 """
 
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import torch
@@ -16,6 +20,7 @@ import train
 from data.common import Parser, read_json, write_atomically, write_json
 from probe import mean_std
 
+T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, by number of seeds
 
 def parser(name: str, description: str, jobs: int = 2) -> Parser:
     """The flags of the program tests/<name>.py."""
@@ -101,9 +106,25 @@ def markdown(head, rows) -> str:
 
 
 def mean_std_words(values) -> str:
-    """Mean ± standard deviation: two decimals below 10, one below 100, none above."""
-    mean, std = mean_std(values)
-    size = max(abs(mean), std)
+    """Mean ± standard deviation, over batches of windows that one model reads."""
+    return with_spread(*mean_std(values))
+
+
+def interval_words(values) -> str:
+    """Mean ± half of the 95 % interval, over seeds; a single seed has none."""
+    return with_spread(fmean(values), half_interval(values))
+
+
+def half_interval(values) -> float | None:
+    """Half of the 95 % interval of the mean over seeds (Student's t), None for one seed."""
+    if len(values) == 1:
+        return None
+    return T95[len(values)] * stdev(values) / len(values) ** 0.5
+
+
+def with_spread(mean, spread) -> str:
+    """Two decimals below 10, one below 100, none above."""
+    size = max(abs(mean), spread or 0)
     decimals = 2 if size < 10 else 1 if size < 100 else 0
     mean = round(mean, decimals) + 0.0  # no -0.00
-    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+    return f"{mean:.{decimals}f}" + ("" if spread is None else f" ± {spread:.{decimals}f}")

@@ -28,6 +28,19 @@ def test_measured_and_drawn(name, monkeypatch):
     assert len(figures[0].axes) == len(figures[1].axes)
 
 
+def test_the_page_quotes_the_json():
+    page = " ".join(measure.PAGE.read_text(encoding="utf-8").split())
+    rows = read_json(measure.path("mask"))["rows"]
+    to, after = (measure.means(measure.pick(rows, layers=name)) for name in ("to", "from"))
+    assert f"it makes {to[2]:.0%} of the two sinks".replace("%", " %") in page
+    assert f"from layer 5 on {after[5]:.0%}".replace("%", " %") in page
+    found = read_json(measure.path("neurons"))["text"]
+    silent = measure.pick(found, set="writers", tokens="first")[0]["mean"]["loss"]
+    assert f"English costs {silent - found[0]['mean']['loss']:.1f} nats more" in page
+    table = measure.lambda_table(read_json(measure.path("variance")))
+    assert table in measure.PAGE.read_text(encoding="utf-8")
+
+
 def test_choose():
     """Layer 1 of three doubles dimension c; layer 2 takes from it; layer 0 does it for all."""
     writes = torch.zeros(3, 5, 4)

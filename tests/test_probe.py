@@ -31,7 +31,8 @@ def near(a, b, tol=1e-4):
 
 def small(**changes):
     """Three layers and grouped heads."""
-    return tiny_model(num_hidden_layers=3, num_key_value_heads=2, **changes).eval()
+    settings = dict(num_hidden_layers=3, num_key_value_heads=2) | changes
+    return tiny_model(**settings).eval()
 
 
 # ---------------------------------------------------------------- numbers with a known answer
@@ -76,7 +77,6 @@ def test_energy_and_contrast():
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_weight_score():
     block = small().layers[0]
     block.mlp.down_proj.weight[5, 7] = 30
@@ -103,6 +103,22 @@ def test_dominance():
 def test_direction_cos():
     x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
     assert near(probe.direction_cos(x), 1 / 3)  # pairs: 1, 0, 0
+
+
+def test_centred():
+    shared = torch.tensor([9.0, 9.0])
+    x = shared + torch.tensor([[[1.0, 0], [-1, 0]], [[0, 2], [0, -2]]])
+    assert near(probe.direction_cos(x[:, 0]), 0.99, 0.01)
+    assert near(probe.direction_cos(probe.centred(x)[:, 0]), 0)
+
+
+def test_share_of_heads_with_a_sink():
+    """By the mean over windows: the first head has 0.9 and 0, the second 0.2 and 0.3."""
+    model = small(num_hidden_layers=1)
+    score = torch.tensor([[0.9, 0.2], [0.0, 0.3]]).mean(0)
+    assert probe.has_sink(score).tolist() == [True, False]
+    found = probe.layers(model, X)[0][0]
+    assert near(found["sink_rate"], probe.has_sink(found["sink"]).float().mean(1))
 
 
 def test_sink_score_and_that_of_the_queries_asked_for():

@@ -78,6 +78,16 @@ def test_tables_are_those_of_the_json():
         assert fill(text, blocks) == text, f"{path} must be rendered anew"
 
 
+def test_spreads_in_the_text_of_chapters_stand_in_a_table():
+    """Whoever quotes "0.31 ± 0.20" quotes a page of results."""
+    results = "".join(page.read_text(encoding="utf-8") for page in PAGES[2:])
+    for path in (ROOT / "chapters").glob("[0-9]*.py"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("#"):
+                for quoted in re.findall(r"-?[\d.]+ ± [\d.]+", line):
+                    assert quoted in results, (path.name, quoted)
+
+
 @pytest.mark.slow
 def test_first_command_in_a_fresh_folder(tmp_path):
     """The README's first command, cut short, where there is nothing but the source."""

@@ -66,7 +66,7 @@ def first_layer(answer):
         return [probe.later(found["sink"]) for found in both]
 
     first, tenth = attention(-1)
-    resting = first > probe.SINK
+    resting = probe.has_sink(first)
     usual = tenth[resting].mean().item()
     uniform = probe.uniform_sink(x.shape[1])
 

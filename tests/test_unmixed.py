@@ -1,0 +1,76 @@
+"""tests/unmixed.py: each edit sets the mean and the deviation that its name says."""
+
+import pytest
+import torch
+
+import probe
+from model import record
+from tests import unmixed
+from tests.tiny import tiny_model, tokens
+
+K = 5
+MODEL, X = tiny_model(num_hidden_layers=4).eval(), tokens(6)
+MEAN = unmixed.mean_alone(MODEL, torch.arange(50))
+Z = record(MODEL, X, ["0.z"])[1]["0.z"]
+KNOWN = unmixed.Alone(MEAN, unmixed.alone(MODEL, X[:, K]))
+OWN = KNOWN.own[0] - MEAN[0]  # the deviation of each token
+USUAL = Z[:, [t for t in range(24) if t != K]].mean((0, 1))
+
+
+def near(a, b):
+    return torch.allclose(a, b.expand_as(a), atol=1e-4)
+
+
+def test_the_first_token_sees_only_itself():
+    first = unmixed.alone(MODEL, X[:, 0])
+    assert near(Z[:, 0], first[0])
+    assert near(MEAN[0], unmixed.alone(MODEL, torch.arange(50))[0].mean(0))
+
+
+@pytest.mark.parametrize("name, wanted", [
+    ("mean only", MEAN[0]), ("deviation only", USUAL + OWN), ("both", MEAN[0] + OWN),
+    ("neither", USUAL)])
+def test_forgery(name, wanted):
+    assert near(unmixed.FORGERIES[name](Z, K, KNOWN, 0), wanted)
+
+
+def test_shrunk():
+    deviation = unmixed.shrunk(Z, K, KNOWN, 0) - MEAN[0]
+    by_token = probe.variance(Z)
+    usual = torch.cat([by_token[:K], by_token[K + 1:]]).mean()
+    factor = (usual / by_token[K]).sqrt().clamp(max=1)
+    assert near(deviation, factor * OWN)
+
+
+def test_a_random_move_goes_as_far():
+    moved = unmixed.random_forgery(Z, K, KNOWN, 0) - Z[:, K]
+    far = MEAN[0] - Z[:, K]
+    assert near(moved.flatten(1).norm(dim=1), far.flatten(1).norm(dim=1))
+
+
+def test_mu_is_taken_apart():
+    parts = unmixed.along(Z, K, KNOWN, 0) + unmixed.across(Z, K, KNOWN, 0) - USUAL
+    assert near(parts, MEAN[0])
+
+
+def test_a_turned_write_keeps_its_length():
+    top = probe.targets(MODEL, X)[0].neurons
+    names = ["0.mlp_post", "0.mlp_out"]
+    post, before = record(MODEL, X, names)[1].values()
+    after = record(MODEL, X, names, unmixed.turn_write(MODEL, top))[1]["0.mlp_out"]
+    written = post[:, 0, top[0]] @ MODEL.layers[0].mlp.down_proj.weight[:, top[0]].T
+    turned = after[:, 0] - before[:, 0] + written
+    assert near(turned.norm(dim=1), written.norm(dim=1))
+    assert near(torch.nn.functional.normalize(turned, dim=1)[1:],
+                torch.nn.functional.normalize(turned, dim=1)[0])
+    assert torch.equal(after[:, 1:], before[:, 1:])
+
+
+def test_all_that_is_measured_has_a_number():
+    shares = unmixed.shares(MODEL, X, MEAN, K)
+    assert shares.keys() == {"sink", *(name for name, _ in unmixed.interventions())}
+    answers = unmixed.answers(MODEL, X, MEAN, K)
+    assert answers.keys() >= unmixed.QUESTIONS.keys()
+    found = unmixed.neurons_at_0(MODEL, X, K)
+    assert all(map(torch.isfinite, map(torch.tensor, [*shares.values(), *answers.values(),
+                                                      *found.values()])))
