@@ -239,8 +239,8 @@ def keys_used(m, x):
     return keys.mean(0)
 
 
-small = models("softmax", "tiny-softmax")
-reads = {"softmax": windows("rest")[0], "tiny-softmax": windows("text")[0]}
+small = models("copy", "text")
+reads = {"copy": windows("quiet")[0], "text": windows("text")[0]}
 used = {"SmolLM2": keys_used(first, random_tokens()[0])}
 for name, x in reads.items():
     used[name] = keys_used(small[name], x)
@@ -256,7 +256,7 @@ for name, keys in used.items():
 
 # %% [markdown]
 # While these two learn their sinks (chapter 00), most of the variance gap disappears.
-# So a sink does not grow *because the gap grows*. (Of five seeds of `softmax` one has a
+# So a sink does not grow *because the gap grows*. (Of five seeds of `copy` one has a
 # wider gap in the end: `tests/results/claims.md`, C1.) A cue to position exists before
 # training, and the later links have to learn to use it.
 #
@@ -265,7 +265,7 @@ for name, keys in used.items():
 # tokens vary. *Why* a real model leaves its first layer so even is open.
 #
 # Is what is left of it used? Chapter 06 hands the first token what the others are given
-# on average, and the sink goes, in `softmax` and in SmolLM2. But that takes away more
+# on average, and the sink goes, in `copy` and in SmolLM2. But that takes away more
 # than variance: a value that was not mixed with others has another *mean*, too. In
 # SmolLM2 that mean, without any variance, forges a sink, and the variance alone does
 # not.

@@ -257,8 +257,8 @@ def preference(layers):
 
 
 # %%
-small = models("softmax", "tiny-softmax")
-reads = {"softmax": windows("rest")[0], "tiny-softmax": windows("text")[0]}
+small = models("copy", "text")
+reads = {"copy": windows("quiet")[0], "text": windows("text")[0]}
 for name, x in reads.items():
     for when, m in (("before", untrained(name)), ("after", small[name])):
         layers = around(m, x)

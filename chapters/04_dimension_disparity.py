@@ -228,13 +228,13 @@ check("04.prediction", prediction)
 #
 # ## In one that you train
 #
-# `tiny-softmax` reads text after `<|bos|>`, `softmax` letters where there is nothing to
+# `text` reads text after `<|bos|>`, `copy` letters where there is nothing to
 # copy. We look at the states that some later layer reads.
 
 # %%
-small = models("tiny-softmax", "softmax")
-inputs = {"text after <|bos|>": ("tiny-softmax", windows("bos")[0]),
-          "nothing to copy": ("softmax", windows("rest")[0])}
+small = models("text", "copy")
+inputs = {"text after <|bos|>": ("text", windows("bos")[0]),
+          "nothing to copy": ("copy", windows("quiet")[0])}
 for what, (name, tokens) in inputs.items():
     found, _ = probe.layers(small[name], tokens, ks=(0, 32))
     at_0, at_32 = found
@@ -244,7 +244,7 @@ for what, (name, tokens) in inputs.items():
     strongest = probe.summary(at_0)["sink"]
     print(f"{name}, {what}: longest {longest:.1f}, DomRatio {here:.1f}, of "
           f"token 32 {there:.1f}, sink {strongest:.2f}")
-    if name == "tiny-softmax":
+    if name == "text":
         assert longest > 1.5, "its first state is not long"
         assert here > 1.5 * there, "its first state is not dominated"
     else:

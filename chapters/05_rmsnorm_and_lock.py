@@ -262,9 +262,9 @@ def after_first(net, tokens, kind):
     return torch.cat(list(seen.values()), 1)
 
 
-inputs = {"tiny-softmax": windows("bos")[0], "softmax": windows("rest")[0]}
+inputs = {"text": windows("bos")[0], "copy": windows("quiet")[0]}
 key_0, others = {}, {}
-for name, net in models("tiny-softmax", "softmax").items():
+for name, net in models("text", "copy").items():
     scores = after_first(net, inputs[name], "scores")
     pattern = after_first(net, inputs[name], "pattern")
     attends = probe.sink_score(pattern, 0).mean(0)
@@ -278,13 +278,13 @@ for name, net in models("tiny-softmax", "softmax").items():
           f"above 0 for {liked:.0%} of queries; of the others {others[name]:.1f}")
 
 # %%
-assert key_0["tiny-softmax"] > 3, "key 0 is liked"
-assert abs(others["tiny-softmax"]) < 3, "the others are neither liked nor disliked"
-assert others["softmax"] < -2 < key_0["softmax"], "all other keys are disliked"
+assert key_0["text"] > 3, "key 0 is liked"
+assert abs(others["text"]) < 3, "the others are neither liked nor disliked"
+assert others["copy"] < -2 < key_0["copy"], "all other keys are disliked"
 
 # %% [markdown]
-# `tiny-softmax` locks as SmolLM2 does: queries like key 0, and the other keys score
-# about zero. In `softmax`, where nothing is to be copied, the larger part of the gap is
+# `text` locks as SmolLM2 does: queries like key 0, and the other keys score
+# about zero. In `copy`, where nothing is to be copied, the larger part of the gap is
 # that queries dislike all *others*. Softmax sees only *differences*: a key with logit 0
 # is a sink if every other key is disliked. "On the side of the queries" is the paper's
 # count; "above the others" is what attention needs.
@@ -304,7 +304,7 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 # ## What would falsify this
 #
 # Gaps that follow the length of the first state, with the norm in place. Heads with a
-# sink whose queries are on both sides of key 0. In `softmax` the second happens.
+# sink whose queries are on both sides of key 0. In `copy` the second happens.
 #
 # ## Exercises
 #
