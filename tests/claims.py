@@ -400,8 +400,29 @@ def evaluations(found) -> str:
             "distance of two looks is not seen, and equal steps (*tied*) count as held.")
 
 
+def chain_table(found) -> str:
+    """The README's table: a row for each link of SmolLM2 that is cut and forged."""
+    head, rows = ["link", "cut", "share taken", "control", "forged", "share", "control",
+                  "cut; forged"], []
+    sink = fmean(values_of(found, "SmolLM2", "first.sink"))
+    for link in probe.LINKS:
+        cells, words = [f"**{link.name}**"], []
+        for kind in ("cut", "forge"):
+            edit = getattr(link, kind)
+            if edit is None:
+                continue
+            share, control = (values_of(found, "SmolLM2", f"{kind} {link.name}.{key}")
+                              for key in ("share", "control"))
+            cells += [edit.says, percent(share, "SmolLM2"), f"{fmean(control):.0%}"]
+            verdict = {"kind": kind, "share": fmean(share), "controls": [(fmean(control), 0)]}
+            words.append(": ".join(filter(None, probe.judge(verdict, sink))))
+        if words:
+            rows.append([*cells, "; ".join(words)])
+    return runner.markdown(head, rows)
+
+
 def links_table(found) -> str:
-    """The README's table: a row for each link, SmolLM2 as it is, cut, its control, and micro."""
+    """A row for each link: SmolLM2 as it is, cut, forged, with controls, and micro."""
     rows, head = [], (
         "link", "SmolLM2, first token (an ordinary one)",
         "SmolLM2, ± sd of batches, cut: share of the sink taken", "its control",
@@ -446,6 +467,29 @@ def losses_table(found) -> str:
 
 
 FOUND = """
+**In a real Llama a handful of neurons carries the sink.** Silence five of the 1,536 neurons of each
+layer of SmolLM2 at the first token, and all of it is gone ({cut neurons.share %} ± {neurons sd});
+silence all others, and it loses {neurons at 0.all others %} ([chapter 03](chapters/book/03.md)).
+
+**A value that was not mixed with others forges one.** A token of SmolLM2 whose z is the *mean* of
+tokens that see only themselves gets {unmixed.forge, every: mean only %} ± {unmixed sd} of the two
+sinks: variance, the paper's reason, is not needed there, though in our copying model it is
+([chapter 06](chapters/book/06.md)).
+
+**Not every link holds.** W_O does not pass the outlier on, it weakens it: {before} times the median
+before, {after} after ([claim by claim](tests/results/claims.md)).
+
+**The paper's cure, headnorm, takes a part.** Where heads must rest, softmax gives the first token
+{softmax} of its attention, headnorm {headnorm}, and softmax with one learned logit more in its
+denominator none; equal variance alone leaves the sink ([chapter 07](chapters/book/07.md)).
+
+**A cure has a price, and a sink may have a use.** Built into SmolLM2, headnorm leaves a sink in
+{left} of the heads on random tokens, at {price} nats of loss, and in text it came back in one run
+of two; where heads measure their place from the first token, no cure takes the sink ([the
+cures](tests/results/cures.md)).
+"""  # for the README; what stands in braces is a `value_at`, of SmolLM2 where it names no lane
+
+IN_FULL = """
 **A real Llama shows the chain.** In SmolLM2, on random tokens, the first token varies
 {first.variance} times as much as the median (± {sd of variance} over batches), its state is
 {first.norm_ratio} times as long, and {first.sink_rate %} of all heads have a sink on it. Cutting
@@ -460,7 +504,7 @@ by write {neurons at 0.6 to 10 %}, and with the write of the five turned to a ra
 the same length {neurons at 0.turned %}. (Five of like weight take nothing, but they carry only
 {like carries} of that write.) In one training of 500 short steps the model with these five drawn
 anew has {healed}; its strongest head rises all the time, from {strongest}. Let it write without two
-of them: [chapter 03](chapters/book/03.md).
+of them: [chapter 03](../../chapters/book/03.md).
 
 **An unmixed value forges a sink; that it varies is not needed in SmolLM2.** A token that sees only
 itself gets {forge variance.share %} of the two sinks. It gets {unmixed.forge, every: mean only %}
@@ -487,27 +531,26 @@ layer.median} times that of an ordinary token, at most {DomRatio by layer.larges
 **A cure can be judged in a minute.** Where heads have nothing to look for and must be silent
 (`python train.py`; five seeds, one learning rate so far, 95 % interval), a head of the last layer
 gives the ordinary first token {rest}; uniform attention gives 0.11. *Logit* is one learned number a
-head in the denominator of softmax, as in gpt-oss. {rest price} [Heads that must
-rest](tests/results/rest.md).
+head in the denominator of softmax, as in gpt-oss. {rest price} [Heads that must rest](rest.md).
 
 **A sink may be of use, and then no cure takes it.** In copying (`--size micro`, five seeds, one
 learning rate) the strongest head gives token 0 {micro: softmax.first.sink} (softmax), {micro:
 headnorm.first.sink} (headnorm), {micro: gated.first.sink} (gated) and {micro: sigmoid.first.sink}
 (sigmoid, which has not learned the task in any seed). These models measure their place from token 0
-([chapter 07](chapters/book/07.md)). Whether headnorm lowers the loss there is open: {loss} nats
-against softmax, with rates chosen on other seeds (95 % interval; the paper: -0.039). In text
+([chapter 07](../../chapters/book/07.md)). Whether headnorm lowers the loss there is open: {loss}
+nats against softmax, with rates chosen on other seeds (95 % interval; the paper: -0.039). In text
 without `<|bos|>`, trained for an hour (one seed), the sink is {long}, and headnorm's loss is lower
 ({long loss}, standard deviation over batches).
 
 **Built into SmolLM2, headnorm ends most of the sink on random tokens, and costs {price} nats.**
 After 500 steps {retrofit} of the heads (counted in each window) have a sink, where *scaled* brings
 heads, but not tokens, to one length, so that the sink has to come back; in text it does so under
-headnorm with one order of batches of two. More: [the cures](tests/results/cures.md).
-"""  # what stands in braces is a `value_at`, of SmolLM2 where it names no lane
+headnorm with one order of batches of two. More: [the cures](cures.md).
+"""  # the same for claims.md
 
 
-def findings(found) -> str:
-    """FOUND with its numbers, means over batches or seeds."""
+def findings(found, paragraphs) -> str:
+    """FOUND or IN_FULL with its numbers, means over batches or seeds."""
     def fill_in(braces):
         lane, place, as_percent = braces.groups()
         mean = fmean(with_sink_only(values_of(found, lane or "SmolLM2", place)))
@@ -521,7 +564,15 @@ def findings(found) -> str:
     carried = fmean(values_of(found, "SmolLM2", "neurons at 0.like carries"))
     varies = stdev(values_of(found, "SmolLM2", "first.variance"))
     heads = [rebuilt["super redrawn"]["log"][at]["random"][0]["sink"] for at in (0, -1)]
+    neurons, unmixed = (stdev(values_of(found, "SmolLM2", place)) for place in (
+        "cut neurons.share", "unmixed.forge, every: mean only"))
+    by_seed = {attn: rest.interval([rest.weight(seed) for seed in rest.cells(of_rest, attn, lr)])
+               for attn, lr in (("softmax", 0.005), ("headnorm", 0.005))}
     words = {"like carries": f"{carried:.2%}", "sd of variance": f"{varies:.1f}",
+             "neurons sd": f"{neurons:.0%}", "unmixed sd": f"{unmixed:.0%}", **by_seed,
+             "before": f"{fmean(values_of(found, 'SmolLM2', 'first.variance')):.0f}",
+             "after": f"{fmean(values_of(found, 'SmolLM2', 'first.variance_out')):.0f}",
+             "left": f"{retrofit.sink_share(rebuilt, 'headnorm'):.0%}",
              "strongest": " to ".join(f"{head:.2f}" for head in heads),
              "copying": copying(found), "retrofit": retrofit.shares_in_words(rebuilt),
              "healed": retrofit.healed(rebuilt), "loss": cures.gain(of_cures),
@@ -529,7 +580,7 @@ def findings(found) -> str:
              "rest": rest.in_words(of_rest), "rest price": rest.price(of_rest),
              "long loss": cures.long_gap(of_cures, "headnorm")}
     lines = []
-    for text in FOUND.strip().split("\n\n"):
+    for text in paragraphs.strip().split("\n\n"):
         for name, says in words.items():
             text = text.replace(f"{{{name}}}", says)
         text = re.sub(r"\{(?:(\w+): )?(.+?)( %)?\}", fill_in, " ".join(text.split()))
@@ -550,8 +601,9 @@ def copying(found) -> str:
 
 def tables(found) -> dict[str, str]:
     """All blocks of the README and of claims.md, one for each claim among them."""
-    blocks = {"found": findings(found), "links": links_table(found), "losses": losses_table(found),
-              "evaluations": evaluations(found)}
+    blocks = {"found": findings(found, FOUND), "in full": findings(found, IN_FULL),
+              "chain": chain_table(found), "links": links_table(found),
+              "losses": losses_table(found), "evaluations": evaluations(found)}
     tests = tests_of(found)
     for claim in dict.fromkeys(t["claim"] for t in tests):
         blocks[claim] = claim_table([t for t in tests if t["claim"] == claim])

@@ -43,7 +43,7 @@ class Variant:
     no_op: str = ""
     norm: tuple = ()  # layers with head-wise RMSNorm
     eps: float = 1e-5  # of that norm
-    level: bool = False  # `Level` in all layers
+    level: tuple = ()  # layers with `Level`
     uniform: bool = False  # layer 0 attends to all keys alike
     readout: str = "attn_out"
 
@@ -56,9 +56,12 @@ VARIANTS = {
     # the mean square of an untrained z is 0.4 at token 0 and 0.03 at the last: these are levelled
     # nearly as before; a drained one is 0.0002, and stays short
     "headnorm, large eps": Variant("takes", "leaves", norm=(0, 1, 2), eps=0.01),
-    "levelled": Variant("takes", "leaves", level=True),
+    "levelled": Variant("takes", "leaves", level=(0, 1, 2)),
     "headnorm": Variant("takes", "takes", norm=(0, 1, 2)),
     "headnorm, layer 0 uniform": Variant("takes", "takes", norm=(0, 1, 2), uniform=True),
+    # written when those above were known, but for headnorm: layer 1 can begin the chain anew
+    "norm in layers 0 and 1": Variant("takes", "leaves", norm=(0, 1)),
+    "levelled in layers 0 and 1": Variant("takes", "leaves", level=(0, 1)),
     # here nothing has to be silent: what a head says is ignored by the layers behind it
     "softmax, readout final": Variant("leaves", "takes", readout="final"),
     "headnorm, readout final": Variant("takes", "takes", norm=(0, 1, 2), readout="final"),
@@ -101,7 +104,7 @@ def build(variant: Variant, seed: int):
         if i in variant.norm:
             attention.attn = "headnorm"
             attention.z_norm = RMSNorm(attention.D, variant.eps)
-        if variant.level:
+        if i in variant.level:
             attention.__class__ = Level  # the same weights, used otherwise
             model.fused = False  # torch's kernel does not show the pattern
     if variant.uniform:
