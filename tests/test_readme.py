@@ -39,7 +39,7 @@ def test_command(command):
     """It parses, and what it runs is there."""
     program, *words = shlex.split(command)
     if program != "python":
-        assert program in ("pip", "pytest", "jupytext")
+        assert program in ("pip", "pytest", "jupytext", "git", "cd", ".")
     elif words[0] == "-m":
         assert importlib.util.find_spec(words[1])
     elif words[0] == "train.py" and "--help" not in words:
@@ -64,6 +64,12 @@ def test_help_names_every_flag(capsys):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_what_smollm2_writes_stands_in_the_book():
+    book = (ROOT / "chapters/book/03.md").read_text(encoding="utf-8")
+    for line in re.findall(r"^The capital of France is.*$", README, flags=re.M):
+        assert line in book
 
 
 def test_tables_are_those_of_the_json():
