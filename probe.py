@@ -1091,7 +1091,11 @@ def parse(words=None) -> argparse.Namespace:
     parser = Parser(prog="probe.py", description=(__doc__ or "").split("One table")[0],
                     epilog=f"numbers:\n{glossary}",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add_flags(parser.add_argument)
+    return filled(parser.parse_args(words))
+
+
+def add_flags(add):
     add("runs", nargs="*", help="smollm2, or folders of train.py such as out/softmax")
     add("--llama", metavar="FOLDER", help="another Llama, Mistral or Qwen2: a folder in Hugging "
         "Face's format, or a model of its hub, org/name or org/name@revision, to be fetched")
@@ -1110,7 +1114,10 @@ def parse(words=None) -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads (default: 1 for a run, else all cores)")
     add("--out", help="folder for JSON and figures (default: that of the first run, out/smollm2, "
         "or out/ and the name of the checkpoint)")
-    look = parser.parse_args(words)
+
+
+def filled(look) -> argparse.Namespace:
+    """What does not go together is refused; what was not given is filled in."""
     if bool(look.runs) == bool(look.llama) or (look.file and look.runs != ["smollm2"]):
         raise UserError("give smollm2 (with --file, if you have it), or the folders of one or more "
                         "runs, or --llama FOLDER")

@@ -558,6 +558,18 @@ def findings(found, paragraphs) -> str:
             return f"{mean:.0%}"
         return probe.digits(mean) if abs(mean) >= 1 else f"{round(mean, 2) + 0.0:.2f}"
 
+    words, lines = other_numbers(found), []
+    for text in paragraphs.strip().split("\n\n"):
+        for name, says in words.items():
+            text = text.replace(f"{{{name}}}", says)
+        text = re.sub(r"\{(?:(\w+): )?(.+?)( %)?\}", fill_in, " ".join(text.split()))
+        lines.append(textwrap.fill("- " + text, 100, subsequent_indent="  ",
+                                   break_long_words=False, break_on_hyphens=False))
+    return "\n".join(lines)
+
+
+def other_numbers(found) -> dict[str, str]:
+    """The numbers of FOUND and IN_FULL that are no `value_at`: spreads, and those of other JSON."""
     of_cures, rebuilt = read_json(cures.FILE), read_json(retrofit.FILE)
     of_rest = read_json(rest.FILE)
     losses = [retrofit.loss_of(rebuilt[name]["end"]) for name in ("headnorm", "softmax")]
@@ -568,7 +580,7 @@ def findings(found, paragraphs) -> str:
         "cut neurons.share", "unmixed.forge, every: mean only"))
     by_seed = {attn: rest.interval([rest.weight(seed) for seed in rest.cells(of_rest, attn, lr)])
                for attn, lr in (("softmax", 0.005), ("headnorm", 0.005))}
-    words = {"like carries": f"{carried:.2%}", "sd of variance": f"{varies:.1f}",
+    return {"like carries": f"{carried:.2%}", "sd of variance": f"{varies:.1f}",
              "neurons sd": f"{neurons:.0%}", "unmixed sd": f"{unmixed:.0%}", **by_seed,
              "before": f"{fmean(values_of(found, 'SmolLM2', 'first.variance')):.0f}",
              "after": f"{fmean(values_of(found, 'SmolLM2', 'first.variance_out')):.0f}",
@@ -579,14 +591,6 @@ def findings(found, paragraphs) -> str:
              "long": cures.long_sinks(of_cures), "price": f"{losses[0] - losses[1]:+.2f}",
              "rest": rest.in_words(of_rest), "rest price": rest.price(of_rest),
              "long loss": cures.long_gap(of_cures, "headnorm")}
-    lines = []
-    for text in paragraphs.strip().split("\n\n"):
-        for name, says in words.items():
-            text = text.replace(f"{{{name}}}", says)
-        text = re.sub(r"\{(?:(\w+): )?(.+?)( %)?\}", fill_in, " ".join(text.split()))
-        lines.append(textwrap.fill("- " + text, 100, subsequent_indent="  ",
-                                   break_long_words=False, break_on_hyphens=False))
-    return "\n".join(lines)
 
 
 def copying(found) -> str:
