@@ -12,9 +12,10 @@
 # it is. Take it out of sight with a sliding window and the model fails; give this one
 # token back and the loss almost recovers.
 #
-# **You need** PyTorch and a rough idea of attention. **Run time**: ten to twenty
-# seconds, after a download of 93 MB. The last part uses two small models; if they are
-# not in `out/` yet, it trains them first, a few minutes on 2 cores.
+# **You learn** to see an attention sink, to measure it, and to take it away beside a
+# control. **You need** PyTorch and a rough idea of attention. **Run time**: ten to
+# twenty seconds, after a download of 93 MB. The last part uses two small models; if
+# they are not in `out/` yet, it trains them first, a few minutes on 2 cores.
 #
 # Letters in shapes, in all chapters: N windows, T positions, H heads, D head width, C
 # model width, F neurons of an MLP, L layers.
@@ -292,6 +293,9 @@ beside(("model", "Llama-2-7B, Llama-3", "SmolLM2-135M"),
 # on text and not on random tokens would make it a thing of words. And if token 16 had
 # mended the window as well as token 0, any extra token would do. All three are asserted
 # above.
+#
+# **You can now** say how much a head rests on a token, hide a token with a mask, and
+# tell what a control rules out.
 #
 # ## Exercises
 #

@@ -13,6 +13,7 @@
 # on English, and before any training as well. How much more depends on what is read and
 # on the weights.
 #
+# **You learn** why the first token's average varies most, and to derive by how much.
 # **You need** chapter 00, and the variance of a sum. **Run time**: ten seconds, once
 # the models exist.
 
@@ -284,6 +285,9 @@ beside(("model", "Llama-2-7B, Llama-3", "SmolLM2-135M"),
 # moved when the windows were turned round would belong to tokens. An untrained curve
 # far from the law would mean that something else than averaging is at work. All three
 # are asserted.
+#
+# **You can now** derive the variance of an average of values, and tell what training
+# adds to what was there before.
 #
 # ## Exercises
 #

@@ -13,8 +13,9 @@
 # favours them. A positive Kendall tau can be found in all three: it depends on which
 # side of $W_O$ is read, and the row version is nearly automatic.
 #
-# **You need** chapter 01, and what an eigenvector is. **Run time**: ten seconds,
-# once the models exist.
+# **You learn** what a matrix passes on, and to read one number from two sides. **You
+# need** chapter 01, and what an eigenvector is. **Run time**: ten seconds, once the
+# models exist.
 
 # %%
 import math
@@ -297,6 +298,9 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 # A tau of the columns well above chance in most layers of SmolLM2 would make us wrong,
 # and so would shuffled rows with a tau near 0. A tau of the small models that was there
 # before training would make their preference an accident.
+#
+# **You can now** test whether a matrix favours some of its inputs, and say which
+# control such a test needs.
 #
 # ## Exercises
 #

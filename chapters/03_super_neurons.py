@@ -12,9 +12,10 @@
 # and to few others. They can be found by their weights or by their activity, and write
 # into one dimension. Silence them and the model no longer produces sensible text.
 #
-# **You need** chapter 00, and SwiGLU: an MLP whose hidden layer is one linear map times
-# the silu of another, $\mathrm{silu}(u) = u / (1 + e^{-u})$. **Run time**: ten to
-# twenty seconds, once the two small models exist.
+# **You learn** to find the few neurons that write the state of the first token, and to
+# silence them. **You need** chapter 00, and SwiGLU: an MLP whose hidden layer is one
+# linear map times the silu of another, $\mathrm{silu}(u) = u / (1 + e^{-u})$. **Run
+# time**: ten to twenty seconds, once the two small models exist.
 
 # %%
 from lesson import beside, check, look, models, plt, random_tokens, real, show
@@ -314,6 +315,9 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 # if an ordinary token had neurons of its own with the same contrast, or if silencing
 # two others took the sink as well. All three are asserted. Not shown is that *every*
 # Llama does it in one layer: SmolLM2 itself needs two waves, and nobody knows why.
+#
+# **You can now** rank neurons by what they write, silence some of them beside others,
+# and see what the model then says.
 #
 # ## Exercises
 #

@@ -13,8 +13,9 @@
 # dimension is large there are sinks, and where it is erased there are none. It marks a
 # place, and carries no information about the text.
 #
-# **You need** chapter 03: the neurons that write it. **Run time**: ten seconds, once
-# the two small models exist.
+# **You learn** what it means that a state is large in few dimensions, and what noise
+# would give. **You need** chapter 03: the neurons that write it. **Run time**: ten
+# seconds, once the two small models exist.
 
 # %%
 import math
@@ -274,6 +275,9 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 # first token without it. A loss that notices the mean would show that it carries a
 # message. Both are asserted. That a large dimension is not *necessary* for a sink, the
 # model that copies shows.
+#
+# **You can now** compare a state with noise of the same size, and follow one dimension
+# through the layers.
 #
 # ## Exercises
 #

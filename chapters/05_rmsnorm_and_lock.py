@@ -13,8 +13,10 @@
 # every head with a sink the queries point to its side. Leave the norm out of the keys,
 # and the model breaks.
 #
-# **You need** chapter 04: the first state is long, and almost all of it is dimension
-# 507. **Run time**: ten seconds on 2 cores, once the two small models are trained.
+# **You learn** why a norm makes one direction of a long state, and how queries can lock
+# on it. **You need** chapter 04: the first state is long, and almost all of it is
+# dimension 507. **Run time**: ten seconds on 2 cores, once the two small models are
+# trained.
 
 # %%
 from lesson import beside, check, english, figures, models, plt
@@ -246,6 +248,20 @@ assert both / has_sink.sum() > 0.9, "a sink only with the lock"
 assert has_sink[~locked].float().mean() < 0.3, "without it seldom one"
 
 # %% [markdown]
+# Most heads are locked, so a sink with a lock could be chance. The control: on how many
+# heads are nearly all later queries on the side of an *ordinary* key?
+
+# %%
+on_side = {0: locked.sum().item()}
+for key in (1, 32):
+    likes = [(seen[f"{i}.scores"][:, :, key + 1:, key] > 0).float().mean((0, 2))
+             for i in range(1, L)]
+    on_side[key] = (torch.cat(likes) > 0.95).sum().item()
+for key, count in on_side.items():
+    print(f"key {key:2}: {count} of {len(sink)} heads")
+assert max(on_side[1], on_side[32]) < on_side[0] / 4, "ordinary keys are liked as well"
+
+# %% [markdown]
 # The crosses are mostly heads of layers in which the dimension is not there: before it
 # is written, and after it is erased.
 #
@@ -305,6 +321,9 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 #
 # Gaps that follow the length of the first state, with the norm in place. Heads with a
 # sink whose queries are on both sides of key 0. In `copy` the second happens.
+#
+# **You can now** explain why the size of a state does not reach the logits, and measure
+# how a head leans to one key.
 #
 # ## Exercises
 #

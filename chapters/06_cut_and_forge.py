@@ -14,7 +14,8 @@
 # what it is then given the *mean* is enough: that it varies is not needed. Bringing the
 # first token's output to the usual length takes nothing.
 #
-# **You need** chapters 01 to 05. **Run time**: a minute, once the small model is
+# **You learn** to test an explanation: cut a link, forge it, and put a control beside
+# it. **You need** chapters 01 to 05. **Run time**: a minute, once the small model is
 # trained (two minutes more).
 
 # %%
@@ -389,6 +390,9 @@ beside(("token 10 sees only itself: a sink", "yes", share["forge variance"]),
 #   (`tests/results/claims.md` has eight batches).
 # - An edit that breaks more than it aims at. Random tokens cannot tell, because nobody
 #   predicts them: chapter 08 measures on English what silent neurons cost.
+#
+# **You can now** judge a cut and a forgery by their controls, and say what an edit
+# replaces besides what it aims at.
 #
 # ## Exercises
 #

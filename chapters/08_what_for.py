@@ -13,8 +13,8 @@
 # states look low-rank. Without the few neurons that write it the model predicts far
 # worse, until it has learned to do without.
 #
-# **You need** chapters 00, 03 and 04. **Run time**: half a minute, once the small model
-# of text is trained.
+# **You learn** what a sink is good for, and what it costs. **You need** chapters 00, 03
+# and 04. **Run time**: half a minute, once the small model of text is trained.
 
 # %%
 import math
@@ -295,7 +295,7 @@ assert left["super"] < left["others"] / 5, "it needs its sink"
 # Does the small model of text need its first token, `<|bos|>`, too?
 
 # %%
-small = models("tiny-softmax")["tiny-softmax"]
+small = models("text")["text"]
 text = windows("bos")
 toy = {"all keys": late_loss(small, *text),
        "the last 16": late_loss(small, *text, window(16, T=64)),
@@ -325,6 +325,9 @@ beside(("window that keeps first tokens", "as good as all keys (2309.17453)",
 # Another token, kept beside a window, does as much as token 0. One scale works with
 # *any* token exact. The effective rank stays low without token 0. Other neurons cost as
 # much. All are asserted above, for one model and one text.
+#
+# **You can now** run a stream that never ends, and say why coarse numbers break on the
+# first token.
 #
 # ## Exercises
 #
