@@ -1,11 +1,15 @@
 """Solutions of chapter 03."""
 
-prediction = "untouched"  # the pair is nearly silent at every other token anyway
+# The pair is nearly silent at every other token anyway. So silencing it there changes
+# next to nothing, and what it does for the model it does at the first token.
+prediction = "untouched"
 
 
 def twin(x):
+    # The average of two equal values is that value, whatever the weights. So token 1 is
+    # as unmixed as token 0, although it sees two tokens.
     x = x.clone()
-    x[:, 1] = x[:, 0]  # an average of two equal values is that value
+    x[:, 1] = x[:, 0]
     return x
 
 
