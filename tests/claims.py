@@ -481,7 +481,9 @@ before, {after} after ([claim by claim](tests/results/claims.md)).
 
 **The paper's cure, headnorm, takes a part.** Where heads must rest, softmax gives the first token
 {softmax} of its attention, headnorm {headnorm}, and softmax with one learned logit more in its
-denominator none; equal variance alone leaves the sink ([chapter 07](chapters/book/07.md)).
+denominator none. Neither of its two effects,
+equal variance and no silent output, explains that alone ([chapter
+07](chapters/book/07.md)).
 
 **A cure has a price, and a sink may have a use.** Built into SmolLM2, headnorm leaves a sink in
 {left} of the heads on random tokens, at {price} nats of loss, and in text it came back in one run

@@ -12,7 +12,7 @@ import pytest
 import probe
 import train
 from data.common import read_json
-from tests import bench, claims, cures, rest, retrofit
+from tests import bench, claims, cures, rest, retrofit, why
 from tests.runner import fill
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,8 @@ def test_tables_are_those_of_the_json():
     of_cures = cures.tables(read_json(cures.FILE)) | retrofit.tables(read_json(retrofit.FILE))
     made = {page: of_claims for page in claims.PAGES}
     made[cures.PAGE] = of_cures
-    made[rest.PAGE] = rest.tables(read_json(rest.FILE))
+    of_why = {"why": why.table(read_json(why.FILE))}
+    made[rest.PAGE] = rest.tables(read_json(rest.FILE)) | of_why
     made[bench.PAGE] = bench.tables(read_json(bench.FILE))
     for path, blocks in made.items():
         text = path.read_text(encoding="utf-8")

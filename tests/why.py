@@ -1,6 +1,6 @@
 """Why does head-wise RMSNorm take a sink? Two explanations, told apart in the task rest.
 
-    python -m tests.why               # what is missing: 80 runs of a minute on one core
+    python -m tests.why               # what is missing: 120 runs of a minute on one core
     python -m tests.why --render      # only the table of tests/results/rest.md, from the JSON
 
     parity    the first token rests attention because its aggregated value varies most (the paper):
@@ -160,7 +160,8 @@ def verdict(found, name) -> str:
 
 def table(found) -> str:
     head = ("variant", "parity says", "no-op says", "seen", "weight on token 0", "each seed",
-            "learned", "length of its value", "loss at rest, nats above perfect")
+            "largest key of a query", "learned", "length of its value",
+            "loss at rest, nats above perfect")
     rows = []
     for name, variant in VARIANTS.items():
         seeds = runs(found, name)
@@ -171,6 +172,7 @@ def table(found) -> str:
             name, variant.parity or "-", variant.no_op or "-",
             "-" if name == "softmax" else verdict(found, name),
             rest.interval(weights), " ".join(f"{weight:.2f}" for weight in weights),
+            rest.interval([fmean(seed["weights"]["largest"]) for seed in seeds]),
             f"{sum(map(rest.learned, seeds))} of {len(seeds)}",
             rest.interval([seed["chain"]["drain"] for seed in seeds]),
             f"{fmean(seed['loss']['rest'] for seed in seeds):.4f}"))
