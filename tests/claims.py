@@ -39,7 +39,7 @@ from data.common import environment, program, read_json
 from data.runs import read_log
 from data.windows import english, random_windows, text_windows
 from model import GPT, record
-from tests import cures, rest, retrofit, runner, unmixed
+from tests import cures, rest, retrofit, runner, unmixed, why
 
 RESULTS = Path(__file__).parent / "results"
 FILE, HYPOTHESES = RESULTS / "claims.json", RESULTS / "claims.csv"
@@ -480,10 +480,9 @@ sinks: variance, the paper's reason, is not needed there, though in our copying 
 before, {after} after ([claim by claim](tests/results/claims.md)).
 
 **The paper's cure, headnorm, takes a part.** Where heads must rest, softmax gives the first token
-{softmax} of its attention, headnorm {headnorm}, and softmax with one learned logit more in its
-denominator none. Neither of its two effects,
-equal variance and no silent output, explains that alone ([chapter
-07](chapters/book/07.md)).
+{softmax} of its attention, headnorm {headnorm} (ten seeds), and softmax with one learned logit more
+in its denominator none. Neither of its two effects, equal variance and no silent output, explains
+that alone ([chapter 07](chapters/book/07.md)).
 
 **A cure has a price, and a sink may have a use.** Built into SmolLM2, headnorm leaves a sink in
 {left} of the heads on random tokens, at {price} nats of loss, and in text it came back in one run
@@ -580,8 +579,9 @@ def other_numbers(found) -> dict[str, str]:
     heads = [rebuilt["super redrawn"]["log"][at]["random"][0]["sink"] for at in (0, -1)]
     neurons, unmixed = (stdev(values_of(found, "SmolLM2", place)) for place in (
         "cut neurons.share", "unmixed.forge, every: mean only"))
-    by_seed = {attn: rest.interval([rest.weight(seed) for seed in rest.cells(of_rest, attn, lr)])
-               for attn, lr in (("softmax", 0.005), ("headnorm", 0.005))}
+    of_why = read_json(why.FILE)
+    by_seed = {attn: rest.interval([rest.weight(seed) for seed in why.runs(of_why, attn)])
+               for attn in ("softmax", "headnorm")}
     return {"like carries": f"{carried:.2%}", "sd of variance": f"{varies:.1f}",
              "neurons sd": f"{neurons:.0%}", "unmixed sd": f"{unmixed:.0%}", **by_seed,
              "before": f"{fmean(values_of(found, 'SmolLM2', 'first.variance')):.0f}",
