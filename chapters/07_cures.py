@@ -245,7 +245,8 @@ for attn in ATTENTIONS:
 # %%
 runs = read_json(ROOT / "tests/results/why.json")["runs"]
 VARIANTS = {"softmax": "neither", "norm in layer 0": "parity",
-            "norm in layers 0 and 1": "parity", "levelled": "parity",
+            "norm in layers 0 and 1": "parity",
+            "levelled in layers 0 and 1": "parity", "levelled": "parity",
             "norm in layer 2": "no no-op", "norm in layers 0 and 2": "both",
             "headnorm": "both"}
 reached = {}
@@ -254,13 +255,12 @@ for name, what in VARIANTS.items():
     reached[f"{name}: {what}"] = [on_first(run) for run in found]
     largest = fmean(fmean(run["weights"]["largest"]) for run in found)
     varies = fmean(run["parity"] for run in found)
-    print(f"{name:23} {what:9} token 0 varies {varies:.1f} times as much as the median; "
-          f"weight on it {fmean(map(on_first, found)):.2f}, "
-          f"largest key of a query {largest:.2f}")
+    print(f"{name:26} {what:9} token 0 varies {varies:.1f} x the median; weight on it "
+          f"{fmean(map(on_first, found)):.2f}, largest key {largest:.2f}")
 figure, axis = plt.subplots(figsize=(6.4, 3.2))
 figures.dots(axis, reached, "Neither explanation is enough by itself",
              hot=["softmax: neither"], xlabel="weight on token 0, a dot a seed",
-             xlim=(-0.02, 1))
+             xlim=(-0.02, 1.02))
 axis.axvline(uniform, **figures.DOTTED)
 show(figure, "07_why", "Weight on token 0, a row of seeds for each variant: with the "
      "norm in layer 0 near one, in layer 2 spread, in both at a third; levelled low.")
@@ -270,15 +270,14 @@ assert mean["levelled: parity"] < 0.5, "levelled attention keeps the sink"
 assert mean["norm in layers 0 and 2: both"] < mean["norm in layer 2: no no-op"] - 0.1
 
 # %% [markdown]
-# Parity in the layers before the heads that rest leaves the sink, so parity there is
-# not the reason. Without a no-op in layer 2 the seeds disagree. Both together take
-# more than half of it.
+# Parity by the norm, in the layers before the heads that rest, leaves the sink: there,
+# equal variance is not enough. Without a no-op in layer 2, and with levelled attention
+# in layers 0 and 1, the seeds disagree. The norm at both ends takes more than half.
 #
-# Levelled attention takes most of the sink of token 0, and nothing else does so alone.
-# But look at the largest key: its heads still rest on *one* key a query, a letter that
-# they recognise, whose value is nearly nothing. So equal variance in all layers takes
-# away the mark of the first token, not the wish to rest. Sigmoid, gated and logit take
-# away that.
+# Levelled attention in all layers takes most of the sink of token 0, although its heads
+# may say nothing. But look at the largest key: they still put nearly all their
+# attention on *one* key a query, only it is another letter. So where heads rest depends
+# on what marks a token; *that* they rest, only sigmoid, gated and logit change.
 #
 # ## Built into SmolLM2
 #
