@@ -44,7 +44,7 @@ def turn_values(answer):
     assert torch.allclose(got[1] @ got[0], o @ v, atol=1e-4), \
         "W_O W_V has to stay what it was. The inverse of a rotation is its transpose."
 
-    model = models("tiny-softmax")["tiny-softmax"]
+    model = models("text")["text"]
     turned = copy.deepcopy(model)
     D = model.cfg.head_dim
     for block in turned.layers:

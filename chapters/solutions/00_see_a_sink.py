@@ -4,15 +4,20 @@ import torch
 
 
 def sink_score(pattern, k):
-    # Queries before k cannot see it. With them in the mean, a late key scores low.
+    # Queries before k cannot see key k, so their zeros say nothing about what it gets.
+    # With them in the mean, a late key could never score high.
     return pattern[k:, k].mean()
 
 
 def hidden(T, key):
     mask = torch.ones(T, T, dtype=torch.bool).tril()
-    mask[:, key] = False  # hidden from every query
-    mask[key, key] = True  # but its own, which needs a key
+    # What is hidden is a column: rows are queries, and every row loses this one key.
+    # The row of the token itself keeps it, because softmax over no key is not defined.
+    mask[:, key] = False
+    mask[key, key] = True
     return mask
 
 
-prediction = 1  # with token 0 out of sight, token 1 is the one that sees only itself
+# With token 0 out of sight, token 1 is the one that sees only itself. The heads look
+# for a token that has averaged nothing, and do not mind at which position it stands.
+prediction = 1

@@ -2,23 +2,30 @@
 
 import torch
 
-prediction = "rise"  # the queries like this key, and the logit grows with its length
+# Without the norm the key is as long as the state makes it, and a logit is proportional
+# to the length of its key. Most queries point to the side of this key, so logits rise.
+prediction = "rise"
 
 
 def norm_limit(gamma, c, sign):
-    # One entry s among C has root mean square |s| / sqrt(C).
+    # Beside an infinite entry s all others vanish, and the root mean square is
+    # |s| / sqrt(C). So s over it is the sign times sqrt(C), however large s is.
     limit = torch.zeros_like(gamma)
     limit[c] = sign * len(gamma) ** 0.5 * gamma[c]
     return limit
 
 
 def common_direction(q):
-    # The right singular vector of the largest singular value, turned to the mean query.
+    # This unit vector has the largest sum of squared products with the queries, and it
+    # includes their mean, which we want. Its sign is arbitrary, so the mean query fixes
+    # it.
     u = torch.linalg.svd(q, full_matrices=False)[2][0]
     return u if q.mean(0) @ u > 0 else -u
 
 
 def unlock(k, q):
+    # A key turned round has the same length and the opposite logit with every query.
+    # Nearly all queries liked it, so nearly all dislike it now.
     k = k.clone()
-    k[:, 0] = -k[:, 0]  # every query that liked it now dislikes it as much
+    k[:, 0] = -k[:, 0]
     return k

@@ -2,13 +2,18 @@
 
 import torch
 
+# Each of these takes something that the sink needs. The length of what W_O passes on
+# is not needed: RMSNorm divides it out before the next reader sees it.
 prediction = ["variance", "neurons", "disparity", "direction", "lock"]
-first_layer = 10  # alone until layer 11 writes the long state
+
+# Layer 11 writes the long state to a token that has averaged nothing so far. If the mask
+# ends before layer 10, the token has mixed with others when the neurons read it.
+first_layer = 10
 
 
 def shift_to(z, target):
-    # Mean squared length = squared length of the mean + variance, and a shift along the
-    # mean changes only the first.
+    # The mean squared length is the squared length of the mean plus the variance. One
+    # shift for all windows changes the mean alone, so the variance stays as it is.
     mean = z.mean(0)
     variance = (z - mean).square().sum(1).mean()
     wanted = (target - variance).clamp_min(0).sqrt()
@@ -16,7 +21,9 @@ def shift_to(z, target):
 
 
 def alone_mask(T, alone):
-    mask = torch.ones(T, T, dtype=torch.bool)  # rows are queries
+    # Rows are queries: row t says what token t reads. Its column stays open, because the
+    # others may still look at token t.
+    mask = torch.ones(T, T, dtype=torch.bool)
     for t in alone:
         mask[t] = torch.arange(T) == t
     return mask
