@@ -14,9 +14,9 @@ def twin(x):
 
 
 def rescue(out):
-    # Nearly all that the pair writes goes to dimension 507 of token 0, so one number
-    # stands for both: measured there, they write 17,400 and 6,400. For the loss 5,000
-    # would be enough, because RMSNorm keeps the direction and forgets the length.
+    # What the model needs of the pair is in dimension 507 of token 0, where they write
+    # 17,400 and 6,400 (measured with `record`). For the loss alone 5,000 would be enough,
+    # because RMSNorm keeps the direction of a state and forgets its length.
     out = out.clone()
     out[:, 0, 507] += 23_000
     return out

@@ -8,8 +8,8 @@ prediction = "mean"
 
 
 def spike_for(ratio, width):
-    # DomRatio is s over the mean size, (s + width - 1) / width; solve this for s. However
-    # large s is, the mean is at least s / width, so the ratio stays below the width.
+    # DomRatio is s over the mean size, (s + width - 1) / width; this is solved for s.
+    # However large s is, the mean is more than s / width, so the ratio is below `width`.
     return ratio * (width - 1) / (width - ratio) if ratio < width else math.inf
 
 

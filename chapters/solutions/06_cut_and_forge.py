@@ -2,12 +2,12 @@
 
 import torch
 
-# Each of these takes something that the sink needs. The length of what W_O passes on
-# is not needed: RMSNorm divides it out before the next reader sees it.
+# Five of the six take at least half. With `W_O` z keeps its direction and only its length
+# changes, and that takes little, because RMSNorm forgets lengths.
 prediction = ["variance", "neurons", "disparity", "direction", "lock"]
 
-# Layer 11 writes the long state to a token that has averaged nothing so far. If the mask
-# ends before layer 10, the token has mixed with others when the neurons read it.
+# The neurons of layer 11 write the long state to a token that has averaged nothing so
+# far. One layer of mixing before they read weakens this mark a little, two too much.
 first_layer = 10
 
 
@@ -21,8 +21,8 @@ def shift_to(z, target):
 
 
 def alone_mask(T, alone):
-    # Rows are queries: row t says what token t reads. Its column stays open, because the
-    # others may still look at token t.
+    # Rows are queries: row t says what token t may look at. Its column stays open,
+    # because the others may still look at token t.
     mask = torch.ones(T, T, dtype=torch.bool)
     for t in alone:
         mask[t] = torch.arange(T) == t
