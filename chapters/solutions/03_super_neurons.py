@@ -15,7 +15,7 @@ def twin(x):
 
 def rescue(out):
     # What the model needs of the pair is in dimension 507 of token 0, where they write
-    # 17,400 and 6,400 (measured with `record`). For the loss alone 5,000 would be enough,
+    # 17,400 and 6,400 (measured with `record`). For the loss alone 5,000 would do,
     # because RMSNorm keeps the direction of a state and forgets its length.
     out = out.clone()
     out[:, 0, 507] += 23_000
