@@ -9,7 +9,7 @@ prediction = "mean"
 
 def spike_for(ratio, width):
     # DomRatio is s over the mean size, (s + width - 1) / width; this is solved for s.
-    # The mean is more than s / width, however large s is: the ratio stays below `width`.
+    # The mean is more than s / width, however large s is: the ratio is below `width`.
     return ratio * (width - 1) / (width - ratio) if ratio < width else math.inf
 
 
