@@ -4,20 +4,20 @@ import torch
 
 
 def sink_score(pattern, k):
-    # Queries before k cannot see it, and give it nothing. With them in the mean a late
-    # key would score low, however much the queries after it look at it.
+    # Queries before k cannot see key k, so their zeros say nothing about what it gets.
+    # With them in the mean, a late key could never score high.
     return pattern[k:, k].mean()
 
 
 def hidden(T, key):
-    # Softmax needs at least one key to share its weight out to. For key 0 the query of
-    # that token sees no other, so each token keeps sight of itself.
     mask = torch.ones(T, T, dtype=torch.bool).tril()
+    # What is hidden is a column: rows are queries, and every row loses this one key.
+    # The row of the token itself keeps it, because softmax over no key is not defined.
     mask[:, key] = False
     mask[key, key] = True
     return mask
 
 
-# With token 0 out of sight, token 1 sees only itself, as token 0 did. So its value is
-# not mixed with others, and that is what the later heads find.
+# With token 0 out of sight, token 1 is the one that sees only itself. The heads look
+# for a token that has averaged nothing, and do not mind at which position it stands.
 prediction = 1

@@ -4,19 +4,20 @@ import torch
 
 
 def kendall(a, b):
-    # A pair agrees if both lists put it in the same order: the signs have product 1.
-    # The sum over the square of all pairs counts each of them twice.
+    # A pair agrees if both lists put it in the same order: then its two signs have the
+    # product 1, else -1. The sum is the pairs that agree minus those that do not, and
+    # the matrix holds every pair twice.
     n = len(a)
     agree = torch.sign(a[:, None] - a) * torch.sign(b[:, None] - b)
     return agree.sum() / (n * (n - 1))
 
 
-# A column of W_O reads one dimension of z, so its length and the spread of that
-# dimension change when z is turned. Rows write into the state, which stays as it is.
+# The reading by columns uses the lengths of the columns and the variance of z, and the
+# shuffle changes neither. Rows get new entries, so their lengths and W_O z change.
 prediction = "columns"
 
 
 def turn_values(v, o, R):
-    # R.T R is the identity, so that o v stays and the model computes the same. But each
-    # new column of o is a mixture of the old ones, and has another length.
+    # R.T R is the identity, so the product o v, all that the model computes, stays.
+    # But z lies on other axes, and the columns of o have other lengths.
     return R @ v, o @ R.T

@@ -1,21 +1,22 @@
 """Solutions of chapter 03."""
 
-# The pair is nearly silent at every other token anyway. So silencing it there changes
-# next to nothing, and what it does for the model it does at the first token.
+# The two neurons answer to the first token and are nearly silent at every other one.
+# To silence them where they say nothing changes nothing.
 prediction = "untouched"
 
 
 def twin(x):
-    # The average of two equal values is that value, whatever the weights. So token 1 is
-    # as unmixed as token 0, although it sees two tokens.
+    # Token 0 mixes one value, its own, and token 1 mixes two. Of two equal values every
+    # mean is that value, so the pair reads the same in both places.
     x = x.clone()
     x[:, 1] = x[:, 0]
     return x
 
 
 def rescue(out):
-    # The neurons write 17,400 and 6,400 to dimension 507 of token 0. For the loss 5,000
-    # are enough: RMSNorm keeps the direction of a state and forgets its length.
+    # What the model needs of the pair is in dimension 507 of token 0, where they write
+    # 17,400 and 6,400 (measured with `record`). For the loss alone 5,000 would do,
+    # because RMSNorm keeps the direction of a state and forgets its length.
     out = out.clone()
     out[:, 0, 507] += 23_000
     return out

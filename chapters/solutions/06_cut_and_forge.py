@@ -2,17 +2,18 @@
 
 import torch
 
-# All but W_O: giving z_0 the usual length leaves the sink. So the sink does not need a
-# long z, but what z is made of, the neurons, and what follows from them.
+# Five of the six take at least half. `W_O` changes the length of z and not its
+# direction, and that takes little, because RMSNorm forgets lengths.
 prediction = ["variance", "neurons", "disparity", "direction", "lock"]
-# Token 10 has to be unmixed until layer 11 writes the long state, and from then on the
-# mask is no longer needed. Of the two waves the second is the one that counts.
+
+# The neurons of layer 11 write the long state to a token that has averaged nothing so
+# far. One layer of mixing before they read weakens this mark a little, two too much.
 first_layer = 10
 
 
 def shift_to(z, target):
-    # The mean squared length is the squared length of the mean plus the variance. A
-    # shift along the mean changes only the first of them, so the variance stays.
+    # The mean squared length is the squared length of the mean plus the variance. One
+    # shift for all windows changes the mean alone, so the variance stays as it is.
     mean = z.mean(0)
     variance = (z - mean).square().sum(1).mean()
     wanted = (target - variance).clamp_min(0).sqrt()
@@ -20,8 +21,8 @@ def shift_to(z, target):
 
 
 def alone_mask(T, alone):
-    # Rows are queries: a token that is alone may look at itself and at nothing else.
-    # All later tokens may still look at it, so it can become their sink.
+    # Rows are queries: row t says what token t may look at. Its column stays open,
+    # because the others may still look at token t.
     mask = torch.ones(T, T, dtype=torch.bool)
     for t in alone:
         mask[t] = torch.arange(T) == t
