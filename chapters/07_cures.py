@@ -252,9 +252,10 @@ VARIANTS = {"softmax": "neither", "norm in layer 0": "parity",
 reached = {}
 for name, what in VARIANTS.items():
     found = list(runs[name].values())
+    varies = fmean(run["parity"] for run in found)
+    found += grid.get(name, {}).get(RATE, {}).values()  # the five seeds above
     reached[f"{name}: {what}"] = [on_first(run) for run in found]
     largest = fmean(fmean(run["weights"]["largest"]) for run in found)
-    varies = fmean(run["parity"] for run in found)
     print(f"{name:26} {what:9} token 0 varies {varies:.1f} x the median; weight on it "
           f"{fmean(map(on_first, found)):.2f}, largest key {largest:.2f}")
 figure, axis = plt.subplots(figsize=(6.4, 3.2))
