@@ -479,10 +479,11 @@ sinks: variance, the paper's reason, is not needed there, though in our copying 
 **Not every link holds.** W_O does not pass the outlier on, it weakens it: {before} times the median
 before, {after} after ([claim by claim](tests/results/claims.md)).
 
-**The paper's cure, headnorm, takes a part.** Where heads must rest, softmax gives the first token
-{softmax} of its attention, headnorm {headnorm} (ten seeds), and softmax with one learned logit more
-in its denominator none. Neither of its two effects, equal variance and no silent output, explains
-that alone ([chapter 07](chapters/book/07.md)).
+**The paper's cure, headnorm, takes a part or most of it.** Where heads must rest, softmax gives the
+first token {softmax} of its attention, headnorm {headnorm} (ten seeds; at the best learning rate
+{headnorm at best}), and softmax with one learned logit more in its denominator none. Neither of its
+two effects, equal variance and no silent output, explains that alone ([chapter
+07](chapters/book/07.md)).
 
 **A cure has a price, and a sink may have a use.** Built into SmolLM2, headnorm leaves a sink in
 {left} of the heads on random tokens, at {price} nats of loss, and in text it came back in one run
@@ -530,9 +531,10 @@ direction is its own (cosine {first.direction_own} less what all states share, a
 layer.median} times that of an ordinary token, at most {DomRatio by layer.largest} times.
 
 **A cure can be judged in a minute.** Where heads have nothing to look for and must be silent
-(`python train.py`; five seeds, one learning rate so far, 95 % interval), a head of the last layer
-gives the ordinary first token {rest}; uniform attention gives 0.11. *Logit* is one learned number a
-head in the denominator of softmax, as in gpt-oss. {rest price} [Heads that must rest](rest.md).
+(`python train.py`; five seeds, softmax and headnorm at the best of three learning rates, the others
+at one, 95 % interval), a head of the last layer gives the ordinary first token {rest}; uniform
+attention gives 0.11. *Logit* is one learned number a head in the denominator of softmax, as in
+gpt-oss. {rest price} [Heads that must rest](rest.md).
 
 **A sink may be of use, and then no cure takes it.** In copying (`--size micro`, five seeds, one
 learning rate) the strongest head gives token 0 {micro: softmax.first.sink} (softmax), {micro:
@@ -582,8 +584,10 @@ def other_numbers(found) -> dict[str, str]:
     of_why = read_json(why.FILE)
     by_seed = {attn: rest.interval([rest.weight(seed) for seed in why.runs(of_why, attn)])
                for attn in ("softmax", "headnorm")}
+    at_best = rest.cells(of_rest, "headnorm", rest.best_rate(of_rest, "headnorm"))
     return {"like carries": f"{carried:.2%}", "sd of variance": f"{varies:.1f}",
              "neurons sd": f"{neurons:.0%}", "unmixed sd": f"{unmixed:.0%}", **by_seed,
+            "headnorm at best": rest.interval([rest.weight(seed) for seed in at_best]),
              "before": f"{fmean(values_of(found, 'SmolLM2', 'first.variance')):.0f}",
              "after": f"{fmean(values_of(found, 'SmolLM2', 'first.variance_out')):.0f}",
              "left": f"{retrofit.sink_share(rebuilt, 'headnorm'):.0%}",
