@@ -9,13 +9,12 @@
 # # 04 · Dimension disparity
 #
 # **Claim.** In SmolLM2 the state of the first token becomes over a hundred times as
-# long as that of an ordinary one, and nearly all of it is one dimension. Where that
-# dimension is large there are sinks, and where it is erased there are none. It marks a
-# place, and carries no information about the text.
+# long as that of an ordinary token, and nearly all of its length lies in one dimension.
+# Where this dimension is large there are sinks, and where it is erased there are none.
 #
-# **You learn** what it means that a state is large in few dimensions, and what noise
-# would give. **You need** chapter 03: the neurons that write it. **Run time**: ten
-# seconds, once the two small models exist.
+# **You learn** to measure how much a few dimensions dominate a state, and to test
+# whether a number carries information. **You need** chapter 03: the neurons that write
+# this state. **Run time**: 10 to 30 seconds, once the two small models exist.
 
 # %%
 import math
@@ -40,10 +39,10 @@ _, seen = record(model, x, reads + patterns)
 states = [seen[name] for name in reads]  # what each layer reads, (N, T, C)
 
 # %% [markdown]
-# ## Long
+# ## The first state is long
 #
-# The norm of the residual stream, for short the *length of the state*, at the first
-# token over that at the median token:
+# The *state* of a token is its residual stream, a vector; its *length* is the norm. We
+# divide the length at the first token by that at the median token:
 #
 # $$\text{norm ratio} = \frac{\lVert x_0 \rVert}{\operatorname{median}_{t>0}
 # \lVert x_t \rVert}$$
@@ -66,15 +65,16 @@ assert ratio[11] < 3, "it is long before layer 11"
 assert ratio[12] > 100, "layer 11 does not make it a hundred times as long"
 
 # %% [markdown]
-# ## Dominated
+# ## A few dimensions dominate it
 #
-# How much do a few dimensions dominate a state? The paper's number is
+# How much do a few dimensions dominate a state? The paper divides the largest entry by
+# the average entry, both without their signs:
 #
-# $$\mathrm{DomRatio}(x) = \frac{\max_j |x_j|}{\frac1C \sum_j |x_j|} ,$$
+# $$\mathrm{DomRatio}(x) = \frac{\max_j |x_j|}{\frac1C \sum_j |x_j|} .$$
 #
-# from 1 (all alike) to $C$ (one alone). What is the baseline? For $C$ Gaussian
-# numbers of standard deviation 1 the mean of $|x_j|$ is $\sqrt{2/\pi}$, and the
-# largest lies near $\sqrt{2 \ln C}$:
+# It is 1 if all entries have one size, and $C$ if all but one are zero. For noise, $C$
+# Gaussian numbers of standard deviation 1, the mean of $|x_j|$ is $\sqrt{2/\pi}$, and
+# the largest lies near $\sqrt{2 \ln C}$:
 #
 # $$\mathrm{DomRatio}_{\text{Gauss}} \approx \sqrt{2 \ln C} \,\big/ \sqrt{2/\pi}
 # = \sqrt{\pi \ln C}$$
@@ -107,11 +107,11 @@ normed_32 = mean_dominance(normed, 32)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.5))
-figures.by_layer(left, {"token 0": ratio}, "Over 100 times as long as the median",
-                 ["token 0"], yscale="log", ylabel="norm ratio (log)")
+figures.by_layer(left, {"token 0": ratio}, "Token 0 is over 100 times as long",
+                 ["token 0"], yscale="log", ylabel="length / median length (log)")
 curves = {"token 0": raw_0, "token 0, after RMSNorm": normed_0,
           "token 32": raw_32, "token 32, after RMSNorm": normed_32}
-figures.by_layer(right, curves, "And most of it is one dimension",
+figures.by_layer(right, curves, "and more dominated than token 32",
                  ["token 0", "token 0, after RMSNorm"], yscale="log", ylim=(3, 3000),
                  ylabel="DomRatio (log)")
 right.axhline(formula, color="black", lw=0.9, ls=":", label="Gaussian")
@@ -121,11 +121,11 @@ show(figure, "04_disparity", "Left: the norm ratio by layer, 10 in the first wav
      "over 100 from 12 on. Right: DomRatio of token 0 far above that of token 32.")
 
 # %% [markdown]
-# Two things to notice. An ordinary token is no Gaussian vector either: its DomRatio is
-# many times the baseline, because every state has a few large dimensions. So compare
-# the two in the *same* layer: there token 0 has a few times that of token 32. And
-# RMSNorm takes much of the disparity back: its gain $\gamma$ is small just there. The
-# model has learned to turn that dimension down.
+# Notice two things. First, an ordinary token is no Gaussian vector either: every state
+# has a few large dimensions. So compare the two tokens in the *same* layer: the
+# DomRatio of token 0 is a few times that of token 32. Second, RMSNorm undoes much of
+# the difference. Its learned gain $\gamma$, one factor for each dimension, is small in
+# the dimension that dominates: the model has learned to turn it down.
 
 # %%
 squares = states[12][:, 0].square()  # (N, C)
@@ -151,9 +151,9 @@ assert after[deep].mean() > 1.5, "the norm takes the difference away"
 # %% [markdown]
 # ## Two waves, and the sinks follow
 #
-# Which dimensions are large, and where? And how much do the heads of that layer attend
-# to token 0? Nothing is changed here. The model itself writes, erases and writes
-# again, and we look at what attention does.
+# Which dimensions are large, in which layers? And how much do the heads of each layer
+# attend to token 0? We change nothing here: the model itself writes the large
+# dimension, erases it and writes it again.
 
 # %%
 first = torch.stack([state[:, 0].abs().mean(0) for state in states])  # (L, C)
@@ -176,7 +176,7 @@ curves["median dimension"] = first.median(1).values
 figures.by_layer(top, curves, f"Dimension {c} comes, goes and comes again",
                  [f"dimension {c}"], dict(ncols=2), yscale="log", xlabel=None,
                  ylabel="|x| of token 0 (log)", ylim=(0.03, 3e6))
-figures.by_layer(below, {"heads": sink}, "and so do the sinks", ["heads"],
+figures.by_layer(below, {"heads": sink}, "The sinks come and go with it", ["heads"],
                  ylabel="attention to token 0,\nmean of heads", ylim=(0, None))
 below.axhline(baseline, color="black", lw=0.9, ls=":")
 show(figure, "04_waves", "Above: size of three dimensions of token 0 by layer, in two "
@@ -184,16 +184,16 @@ show(figure, "04_waves", "Above: size of three dimensions of token 0 by layer, i
 
 # %% [markdown]
 # Before the first wave and between the two, attention to token 0 is near or below
-# the baseline (dotted: uniform attention). The heads of layer 11 have nothing to find.
-# Such a large entry is called a *massive activation* (Sun et al. 2024, arXiv
-# 2402.17762). The first wave is some thirty times smaller than the second, and has its
-# sinks all the same.
+# that of uniform attention (dotted). The first wave is some thirty times smaller than
+# the second, and there are sinks in it all the same. Such a large entry is called a
+# *massive activation* (Sun et al. 2024, arXiv 2402.17762).
 #
-# ## Does it say anything?
+# ## Does this number depend on the text?
 #
-# Change one number: dimension 507 of token 0, in the state that layer 12 reads. Set it
-# to zero, or set it to the mean that it has on *random* tokens, the same for every
-# text. Predict: which of the two does English text not notice?
+# We change one number: dimension 507 of token 0, in the state that layer 12 reads. We
+# set it to zero, or to the mean that it has on *random* tokens, the same number for
+# every text. Predict (exercise 1): which of the two changes leaves the loss on English
+# text as it was?
 
 # %%
 prediction = ...  # "zero", "mean", "both" or "neither"
@@ -223,14 +223,13 @@ check("04.prediction", prediction)
 
 # %% [markdown]
 # So this dimension carries no information about the text. It is a constant that marks
-# a place, and the rest of the model is built on it. Sun et al. found the same in
-# Llama-2-7B: massive activations set to zero ruin it, set to their mean they change
-# nothing.
+# a place, and the model cannot do without it. Sun et al. found the same in Llama-2-7B,
+# by the same two changes.
 #
-# ## In one that you train
+# ## In small models that you train
 #
-# `text` reads text after `<|bos|>`, `copy` letters where there is nothing to
-# copy. We look at the states that some later layer reads.
+# The model `text` reads text after `<|bos|>`, a token that only marks the start. The
+# model `copy` reads letters, here windows in which there is nothing to copy.
 
 # %%
 small = models("text", "copy")
@@ -250,15 +249,15 @@ for what, (name, tokens) in inputs.items():
         assert here > 1.5 * there, "its first state is not dominated"
     else:
         assert longest < 2, "its first state is long"
-        assert here < 2 * there, "its first state is dominated"
+        assert here < there, "its first state is dominated"
 
 # %% [markdown]
-# The text model agrees with SmolLM2, in small: its first state is the long one, and a
-# few dimensions dominate it. The copying model does not. Where it has nothing to copy,
-# its first state is about as long as the others, and an *ordinary* state is the more
-# dominated one. The sink is there all the same. So a sink does not *need* this link.
-# Why, then, does a real model have it? One guess: it reads many kinds of token, and a
-# state that is a hundred times as long cannot be disturbed by any of them.
+# The text model agrees with SmolLM2, on a smaller scale: its first state is long, and a
+# few dimensions dominate it. The copying model does not agree. Its first state is about
+# as long as the others, an *ordinary* state is more dominated, and the sink is there
+# all the same. So not every sink *needs* this link. Why does a real model have it? One
+# guess, untested here: it reads many kinds of token, and a state a hundred times as
+# long cannot be disturbed by any of them.
 #
 # ## Beside the paper
 
@@ -272,20 +271,19 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 # ## What would falsify this
 #
 # Sinks in layer 11, where the dimension is erased, would show that heads find the
-# first token without it. A loss that notices the mean would show that it carries a
-# message. Both are asserted. That a large dimension is not *necessary* for a sink, the
-# model that copies shows.
+# first token without it. A loss that rises when the mean takes its place would show
+# that it carries information. The assertions above fail in either case.
 #
-# **You can now** compare a state with noise of the same size, and follow one dimension
-# through the layers.
+# **You can now** say whether a few dimensions dominate a state, more than in noise and
+# more than in its neighbours, and whether a large number says anything.
 #
 # ## Exercises
 #
 # **1.** The prediction above the cell that changes one number.
 #
-# **2.** One dimension of a state has size s, all `width` - 1 others have size 1. How
-# large is s for a DomRatio of `ratio`? Give `math.inf` where no s is large enough.
-# Then try the paper's 262.9 with 4096 dimensions and with 64.
+# **2.** One dimension of a state has size s, the other `width` - 1 have size 1. Which s
+# gives a DomRatio of `ratio`? Return `math.inf` where no s is large enough. Then try
+# the paper's 262.9 with 4096 dimensions and with 64.
 
 
 # %%
@@ -296,11 +294,10 @@ def spike_for(ratio, width):
 check("04.spike_for", spike_for)
 
 # %% [markdown]
-# **3.** An experiment. Must the first state be long? Given the state `x` (N, T, C)
-# that layer 12 reads, change token 0 only, make it *at most a tenth as long*, and keep
-# the loss on English text within 0.3 nats of that of the untouched model. To make
-# dimension 507 alone smaller is not the way: try `with_507(9000)` first, and think
-# about why.
+# **3.** An experiment. Must the first state be long? Given the state `x` (N, T, C) that
+# layer 12 reads, change token 0 only, make it *at most a tenth as long*, and keep the
+# loss on English text within 0.3 nats of that of the untouched model. It does not help
+# to make dimension 507 alone smaller: try `with_507(9000)` first, and think about why.
 
 
 # %%

@@ -8,15 +8,15 @@
 # %% [markdown]
 # # 05 · RMSNorm and the lock
 #
-# **Claim.** RMSNorm forgets how long a state is and keeps where it points. So the first
-# token of SmolLM2 has one key, whatever it is, and that key is not long. In nearly
-# every head with a sink the queries point to its side. Leave the norm out of the keys,
-# and the model breaks.
+# **Claim.** RMSNorm removes the length of a state and keeps its direction. So in
+# SmolLM2 the key of the first token is the same, whatever token stands there, and it is
+# not long. In nearly every head with a sink the queries point to the side of this key.
+# For other keys that is rare. Without the norm in the keys, the model breaks.
 #
-# **You learn** why a norm makes one direction of a long state, and how queries can lock
-# on it. **You need** chapter 04: the first state is long, and almost all of it is
-# dimension 507. **Run time**: ten seconds on 2 cores, once the two small models are
-# trained.
+# **You learn** what a norm before attention does to a long state, and to ask of a
+# striking count what it is for another token. **You need** chapter 04: the first state
+# is long, and almost all of it is dimension 507. **Run time**: 10 to 30 seconds, once
+# the two small models are trained.
 
 # %%
 from lesson import beside, check, english, figures, models, plt
@@ -52,13 +52,14 @@ states = [seen[f"{i}.resid_pre"] for i in range(L)]  # (N, T, C)
 # = \sqrt C \; \gamma \odot \frac{x}{\lVert x \rVert} ,$$
 #
 # so the length cancels: $\mathrm{RMSNorm}(b x) = \mathrm{RMSNorm}(x)$ for every $b >
-# 0$. If one dimension $c$ dominates, $x \approx \pm a\,e_c$ with a unit vector $e_c$,
-# then
+# 0$. If one dimension $c$ dominates, then $x \approx \pm a\,e_c$ with the unit vector
+# $e_c$ along it, and
 #
 # $$\mathrm{RMSNorm}(x) \approx \pm \sqrt C \, \gamma_c \, e_c .$$
 #
-# Nothing on the right depends on the token. In SmolLM2 $c$ is 507. How near is the
-# limit, and do the normed states of two windows have one direction?
+# Nothing on the right depends on the token. In SmolLM2 $c$ is 507. How close is the
+# normed state to this limit, and do the normed states of two windows, which begin with
+# different tokens, have the same direction?
 
 # %%
 near = torch.zeros(L)
@@ -84,26 +85,27 @@ print(f"cosine between two windows, layers 12 to 27: token 0 at least {least:.3f
 least_own, usual_own = own_0[second_wave].min(), own_32[second_wave].mean()
 print(f"the same without the mean of all states: token 0 at least {least_own:.3f}, "
       f"token 32 on average {usual_own:.2f}")
-assert near[second_wave].min() > 0.95, "the limit, where 507 is written"
-assert near[11] < 0.5, "and not where it is not"
-assert least > 0.98, "one direction"
-assert usual < 0.88, "and not for every token"
-assert least_own > 0.9, "the direction of token 0 is what all states share"
-assert usual_own.abs() < 0.2, "an ordinary token has a direction of its own"
+assert near[second_wave].min() > 0.95, "far from the limit, though 507 is written"
+assert near[11] < 0.5, "at the limit, though 507 is erased"
+assert least > 0.98, "token 0 has more than one direction"
+assert usual < 0.88, "every token has one direction"
+assert least_own > 0.9, "the direction of token 0 is the one that all states share"
+assert usual_own.abs() < 0.2, "so has an ordinary token, without the shared mean"
 
 # %% [markdown]
-# Ordinary states are not strangers to each other either: all share a mean. Without it
-# nothing of their cosine is left, and token 0 still has one direction: its own.
+# Ordinary states are alike too, because all states share a mean. Subtract this mean:
+# the cosine of token 32 falls to about zero, and token 0 keeps its own direction.
 #
 # A key is a linear map of the normed state, $k_0 = W_K \,\mathrm{RMSNorm}(x_0)$. So one
 # direction means one key, whatever the first token was.
 #
 # ## What if the norm were left out?
 #
-# What would change is *size*. Divide the states that keys are made of by one constant,
-# the median over tokens, instead of each token's own rms. An ordinary key hardly
-# changes. How long is that of token 0, and how large its logit? The *lock gap*
-# (`probe.lock_gap`) is the logit of key 0 above the mean of the other keys,
+# Then keys would change in *length*. The norm divides a state by its *rms*, the root of
+# the mean square. In its place we divide by one constant, the median rms of all tokens.
+# An ordinary key hardly changes. How long does key 0 become, and how large its logit?
+# The *lock gap* (`probe.lock_gap`) says by how much a query prefers key 0: it is the
+# logit of key 0 minus the mean logit of the other keys,
 #
 # $$\mathrm{gap} = \operatorname{mean}_{t>0} \Bigl[ \frac{q_t \cdot k_0}{\sqrt D} -
 # \operatorname{mean}_{1 \le s \le t} \frac{q_t \cdot k_s}{\sqrt D} \Bigr] .$$
@@ -111,7 +113,7 @@ assert usual_own.abs() < 0.2, "an ordinary token has a direction of its own"
 
 # %%
 def without_norm(state):
-    """(N, T): by what every key grows if a constant takes the place of its rms."""
+    """(N, T): the factor by which each key grows if a constant replaces its rms."""
     rms = state.square().mean(-1).sqrt()
     return rms / rms[:, 1:].median()
 
@@ -133,8 +135,8 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.6))
 look = dict(hot=["with RMSNorm"], legend={"loc": "upper left"}, yscale="log")
 figures.by_layer(left, lengths, "RMSNorm keeps key 0 short", **look,
                  ylim=(0.1, 500), ylabel="length of key 0 / median key (log)")
-figures.by_layer(right, gaps, "and its logit near ten nats", **look,
-                 ylim=(0.5, 5000), ylabel="largest lock gap, nats (log)")
+figures.by_layer(right, gaps, "and its lock gap near ten nats", **look,
+                 ylim=(0.05, 5000), ylabel="largest lock gap, nats (log)")
 show(figure, "05_without", "Left: length of key 0 by layer, below 1 with RMSNorm, far "
      "above with a constant. Right: its logit, about 10 nats, and hundreds without.")
 
@@ -152,8 +154,7 @@ assert lengths["with a constant"][second_wave].min() > 1, "a constant does not"
 
 # %% [markdown]
 # In the second wave of chapter 04 the state is many times as long as in the first. With
-# the norm, the logits do not change. With a constant they grow with it, and a softmax
-# with a gap of hundreds of nats is a switch: it puts everything on key 0 or nothing.
+# the norm, the logits do not change. With a constant, they grow as the state does.
 #
 # Now let the model *run* with such keys, and leave all else as it is. Predict (exercise
 # 1): does the mean attention to token 0 of layers 12 to 27 "fall", "stay" or "rise"?
@@ -191,36 +192,41 @@ for name, tap in taps.items():
 # %%
 check("05.prediction", prediction)
 good, bad = loss["with RMSNorm"], loss["with a constant"]
-assert attention["with RMSNorm"] < 0.75, "heads rest as much as they want"
-assert attention["with a constant"] > 0.95, "a switch"
-assert bad > good + 1, "that cannot read"
+assert attention["with RMSNorm"] < 0.75, "all attention is on key 0 anyway"
+assert attention["with a constant"] > 0.95, "some attention is left for other keys"
+assert bad > good + 1, "the model can do without"
 
 # %% [markdown]
-# So RMSNorm does two things for a sink. It makes the direction of a long state the
-# *same* in every window, and it makes its size *ordinary*, so that a head can rest on
-# it as much as it wants and no more.
+# A gap of hundreds of nats makes softmax a switch: all attention goes to key 0, and the
+# head reads nothing else. So RMSNorm does two things for a sink. It gives a long state
+# the *same* direction in every window, and an *ordinary* length, so that a head can
+# divide its attention between key 0 and the others.
 #
 # ## The lock
 #
-# Which unit vector $u$ do the queries of a head lean on most? Let all queries after the
-# first be the rows of a matrix $Q$. What maximises $\lVert Q u \rVert^2$ is its leading
-# *right singular vector* $u_1$; of its two signs take the side of the mean query. The
-# lock is $\cos(u_1, k_0)$ (`probe.lock_cos`; exercise 3 writes it), before *rotation*:
-# a model tells positions by turning $q$ and $k$ by angles that grow with them.
-# Beside it stand the share of later queries with $q_t \cdot k_0 > 0$, and the attention
-# to token 0.
+# Why do all queries of a head prefer key 0? Because they share a direction, and key 0
+# points along it. Let all queries after the first be the rows of a matrix $Q$. The unit
+# vector $u$ with the largest $\lVert Q u \rVert^2$ is the leading *right singular
+# vector* $u_1$ of $Q$; of its two signs take the side of the mean query. The *lock* is
+# $\cos(u_1, k_0)$ (`probe.lock_cos`; exercise 3 writes $u_1$). It is measured before
+# *rotation*, which turns $q$ and $k$ by angles that grow with their positions. We also
+# count the later queries with $q_t \cdot k_0 > 0$, here after rotation.
 
 # %%
-lock, positive, sink = [], [], []
+def liking(t):
+    """Of every head after layer 0: the share of later queries with q · k_t > 0."""
+    likes = [seen[f"{i}.scores"][:, :, t + 1:, t] > 0 for i in range(1, L)]
+    return torch.cat(likes, 1).float().mean((0, 2))
+
+
+lock, sink = [], []
 for i in range(1, L):
     key = seen[f"{i}.k"][:, 0].repeat_interleave(H // K, 1)  # of every query head
     lock.append(probe.lock_cos(seen[f"{i}.q"], key, 0))
-    likes = seen[f"{i}.scores"][:, :, 1:, 0] > 0  # (N, H, T - 1)
-    positive.append(likes.float().mean((0, 2)))
     sink.append(probe.sink_score(seen[f"{i}.pattern"], 0).mean(0))
 lock = torch.cat(lock)  # of all heads after layer 0
-positive = torch.cat(positive)
 sink = torch.cat(sink)
+positive = liking(0)
 locked = positive > 0.95
 has_sink = probe.has_sink(sink)
 
@@ -230,7 +236,7 @@ axis.plot(lock[locked], sink[locked], "o", color=figures.ACCENT,
           label="more than 95 % of its queries have q · k₀ > 0")
 axis.plot(lock[~locked], sink[~locked], "x", color="0.4", label="fewer of its queries")
 axis.axhline(probe.SINK, color="black", lw=0.9, ls=":")
-figures.dress(axis, "A sink only where nearly all queries are on the side of key 0",
+figures.dress(axis, "Nearly every sink has its queries on the side of key 0",
               {"loc": "upper left"}, xlabel="cos(u₁, k₀) of a head, before rotation",
               ylabel="attention to token 0", ylim=(0, 1.15))
 show(figure, "05_heads", "Scatter of 261 heads. Those with nearly all queries on the "
@@ -244,30 +250,21 @@ print(f"{len(sink)} heads: {has_sink.sum()} with a sink, {locked.sum()} locked, 
 locked_share = locked.view(L - 1, H).float().mean(1)  # of each layer from 1 on
 few = 1 + (locked_share < 0.5).nonzero()[:, 0]
 print("layers with few locked:", few.tolist())
-assert both / has_sink.sum() > 0.9, "a sink only with the lock"
-assert has_sink[~locked].float().mean() < 0.3, "without it seldom one"
+control = {t: (liking(t) > 0.95).sum().item() for t in (1, 32)}
+print(f"the same count of locked heads for keys 1 and 32: {control}")
+assert both / has_sink.sum() > 0.9, "sinks without the lock"
+assert has_sink[~locked].float().mean() < 0.3, "heads that are not locked have sinks"
+assert max(control.values()) < locked.sum() / 4, "heads are locked to any key"
 
 # %% [markdown]
-# Most heads are locked, so a sink with a lock could be chance. The control: on how many
-# heads are nearly all later queries on the side of an *ordinary* key?
-
-# %%
-on_side = {0: locked.sum().item()}
-for key in (1, 32):
-    likes = [(seen[f"{i}.scores"][:, :, key + 1:, key] > 0).float().mean((0, 2))
-             for i in range(1, L)]
-    on_side[key] = (torch.cat(likes) > 0.95).sum().item()
-for key, count in on_side.items():
-    print(f"key {key:2}: {count} of {len(sink)} heads")
-assert max(on_side[1], on_side[32]) < on_side[0] / 4, "ordinary keys are liked as well"
-
-# %% [markdown]
-# The crosses are mostly heads of layers in which the dimension is not there: before it
-# is written, and after it is erased.
+# Most heads are locked to key 0, so that sinks are found among locked heads says little
+# by itself. The control says more: to another key few heads are locked. The crosses are
+# mostly heads of layers in which dimension 507 is not yet written, or erased.
 #
-# ## In one that you train
+# ## In small models that you train
 #
-# Of the head with the strongest sink: the mean logit of key 0, and that of the others.
+# In the head with the strongest sink we compare the mean logit of key 0 and of the
+# other keys.
 
 
 # %%
@@ -294,16 +291,15 @@ for name, net in models("text", "copy").items():
           f"above 0 for {liked:.0%} of queries; of the others {others[name]:.1f}")
 
 # %%
-assert key_0["text"] > 3, "key 0 is liked"
-assert abs(others["text"]) < 3, "the others are neither liked nor disliked"
-assert others["copy"] < -2 < key_0["copy"], "all other keys are disliked"
+assert key_0["text"] > 3, "queries do not prefer key 0"
+assert abs(others["text"]) < 3, "the other keys do not score about zero"
+assert others["copy"] < -2 < key_0["copy"], "the other keys do not score below zero"
 
 # %% [markdown]
-# `text` locks as SmolLM2 does: queries like key 0, and the other keys score
-# about zero. In `copy`, where nothing is to be copied, the larger part of the gap is
-# that queries dislike all *others*. Softmax sees only *differences*: a key with logit 0
-# is a sink if every other key is disliked. "On the side of the queries" is the paper's
-# count; "above the others" is what attention needs.
+# `text` locks as SmolLM2 does: key 0 scores high, and the other keys score about zero.
+# In `copy`, where nothing is to be copied, key 0 scores about zero, and the *others*
+# score far below. Softmax sees only *differences*, so both are sinks. The paper counts
+# whether $q \cdot k_0$ is above zero; attention asks whether it is above the others.
 #
 # ## Beside the paper
 
@@ -319,19 +315,19 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 # %% [markdown]
 # ## What would falsify this
 #
-# Gaps that follow the length of the first state, with the norm in place. Heads with a
-# sink whose queries are on both sides of key 0. In `copy` the second happens.
+# Lock gaps that grow with the length of the first state, though the norm is in place.
+# As many heads locked to key 32 as to key 0. Heads with a sink whose queries lie on
+# both sides of key 0: in `copy` this happens.
 #
-# **You can now** explain why the size of a state does not reach the logits, and measure
-# how a head leans to one key.
+# **You can now** say what of a state reaches a key, and why a sink needs no long key.
 #
 # ## Exercises
 #
 # **1.** The prediction above the cell that runs with a constant.
 #
 # **2.** What does RMSNorm make of a state whose dimension `c` goes to plus (`sign` 1)
-# or minus (`sign` -1) infinity, while the others stay? `gamma` is the gain (C,); give
-# (C,).
+# or minus (`sign` -1) infinity, while the others stay? `gamma` is the gain (C,); return
+# the limit (C,).
 
 
 # %%
@@ -342,9 +338,9 @@ def norm_limit(gamma, c, sign):
 check("05.norm_limit", norm_limit)
 
 # %% [markdown]
-# **3.** The direction that the queries `q` (M, D) of one head share: a unit vector
-# (D,), with the mean query on its positive side. Do not subtract the mean.
-# `probe.leading_query` may not be called.
+# **3.** Write $u_1$, the direction that the queries `q` (M, D) of one head share: a
+# unit vector (D,), with the mean query on its positive side. Do not subtract the mean,
+# and do not call `probe.leading_query`.
 
 
 # %%
@@ -355,10 +351,10 @@ def common_direction(q):
 check("05.common_direction", common_direction)
 
 # %% [markdown]
-# **4.** An experiment. Take the sinks away by the keys of token 0 alone. Given `k` (N,
-# T, K, D), the keys of a layer before rotation, and `q` (N, T, H, D), its queries,
+# **4.** An experiment. Remove the sinks by changing only the keys of token 0. Given `k`
+# (N, T, K, D), the keys of a layer before rotation, and `q` (N, T, H, D), its queries,
 # return keys in which `k[:, 0]` is changed, and is *as long as before*. The check uses
-# it in layers 12 to 27 and wants the mean attention to token 0 below 0.15.
+# them in layers 12 to 27 and wants the mean attention to token 0 below 0.15.
 
 
 # %%

@@ -8,15 +8,14 @@
 # %% [markdown]
 # # 06 · Cut and forge
 #
-# **Claim.** In SmolLM2 the neurons, the direction of the first state and its key
-# carry the sink: cut one of them and it is gone, forge one at an ordinary token and
-# that token becomes a sink. A token that may see only itself becomes one too, and of
-# what it is then given the *mean* is enough: that it varies is not needed. Bringing the
-# first token's output to the usual length takes nothing.
+# **Claim.** Some links of the chain carry the sink of SmolLM2: cut one of them at the
+# first token, and the sink is gone; build it at an ordinary token, and this token
+# becomes a sink. Other links change nothing. A token that may see only itself becomes a
+# sink too. Its value differs from others in two ways, and one of them is enough.
 #
-# **You learn** to test an explanation: cut a link, forge it, and put a control beside
-# it. **You need** chapters 01 to 05. **Run time**: a minute, once the small model is
-# trained (two minutes more).
+# **You learn** to go from "A and B happen together" to "A makes B": cut, forge, and a
+# control for both. **You need** chapters 01 to 05. **Run time**: one to three minutes,
+# once the small model is trained (one to three more).
 
 # %%
 from functools import partial
@@ -38,28 +37,27 @@ k = 10
 # %% [markdown]
 # ## The logic
 #
-# So far we have seen things happen together. To say that A makes B, change A and
-# nothing else, and look at B.
+# So far we saw things happen together. To say that A makes B, change A alone.
 #
-# - **Cut**: spoil one link at token 0. If the sink goes, the link was *needed*.
-# - **Forge**: build one link at an ordinary token $k = 10$. If a sink appears there,
-#   the link is *enough*.
-# - **Control**: do the same to something that the story does not name: other neurons of
-#   like weight, a random direction, another token. If that moves the sink as well, the
-#   first result says nothing about the link.
+# - **Cut**: destroy one link at token 0. If the sink disappears, it *needs* this link.
+# - **Forge**: build one link at an ordinary token, here $k = 10$. If a sink appears
+#   there, the link is *enough*.
+# - **Control**: do the same to something that the explanation does not name: other
+#   neurons, a random direction, another token. If the control changes the sink as well,
+#   the first result says nothing about the link.
 #
 # ### Predict first (exercise 1)
 #
 # | name | cut at token 0, in every layer |
 # |---|---|
-# | `variance` | $z_0$, what attention hands on, becomes the mean of the others |
-# | `W_O` | $z_0$ keeps its direction and gets the usual length |
-# | `neurons` | the five neurons that write most there answer nothing |
-# | `disparity` | its three largest dimensions are clipped to what others have |
-# | `direction` | its state is turned to where another token points |
-# | `lock` | its key loses the part that the queries share |
+# | `variance` | the output $z_0$ of each head becomes the mean of the other tokens' |
+# | `W_O` | $z_0$ keeps its direction and gets the length of the other tokens' |
+# | `neurons` | the five neurons of the MLP that write most there are set to zero |
+# | `disparity` | its three largest dimensions are clipped to the size at other tokens |
+# | `direction` | its state gets the direction of another token's and keeps its length |
+# | `lock` | its key loses its part along the direction that the queries share |
 #
-# Which of these six take *at least half* of the sink? Put their names into the list.
+# Which of these six cuts take *at least half* of the sink? Put their names in the list.
 
 # %%
 prediction = [...]
@@ -67,15 +65,15 @@ prediction = [...]
 # %% [markdown]
 # ## One cut and one forgery, seen
 #
-# `probe.targets` reads from the untouched model which neurons write most at token 0.
-# `make_tap` changes activations while the model runs; a mask says who may look where.
+# `probe.targets` finds in the untouched model which neurons write most at token 0.
+# `make_tap` changes activations during a run; a mask says which keys a query may see.
 
 # %%
 target, _ = probe.targets(model, x)
 
 
 def silence(neurons):
-    """An edit: these neurons answer nothing at token 0."""
+    """An edit: these neurons are zero at token 0."""
     def silent(post):
         return post[:, 0].index_fill(-1, neurons, 0)
     return probe.at_token(0, silent)
@@ -111,22 +109,23 @@ assert silent[0] < untouched[0] / 3, "one taken"
 assert forged[k] > 10 * untouched[k], "one made"
 
 # %% [markdown]
-# In the middle map tokens 1 to 4 take over a part: nothing is silent there, and of all
-# tokens that are left they average the fewest others.
+# In the middle map tokens 1 to 4 inherit a part of the attention. Their neurons are not
+# silent, and apart from token 0 they have averaged the fewest others.
 #
 # ## The same in one number
 #
-# Let $\alpha_j$ be the mean attention to token $j$, of the heads that have a sink in
-# the untouched model ($\alpha > 0.3$), after the first layer. A prime marks the
-# changed model, $u$ is uniform attention.
+# Which share of the sink does a cut take? Of two sinks, which share has the forged one?
+# Let $\alpha_j$ be the mean attention to token $j$, of the heads after the first layer
+# that have a sink in the untouched model, $u$ uniform attention, and a prime the
+# changed model.
 #
 # $$\text{cut} = \frac{\alpha_0 - \alpha_0'}{\alpha_0 - u}, \qquad
 # \text{forged} = \frac{\alpha_k' - \alpha_k}
 # {(\alpha_k' - \alpha_k) + (\alpha_0' - u)}.$$
 #
-# Two equal sinks share each row, so 50 % is a perfect forgery. A cut counts from 50 %
-# on, a forgery from 25 %, and only if no control does half as much: `probe.RULE`, fixed
-# before measuring. `probe.cuts` does every edit and its controls, 26 runs of the model.
+# A perfect forgery is as strong as the first sink: then they have 50 % each. By a rule
+# fixed before measuring (`probe.RULE`), a link *holds* if its cut takes at least 50 %
+# or its forgery reaches 25 %, and no control does half as much (`probe.cuts` runs all).
 
 # %%
 table = probe.cuts(model, x, y, k)
@@ -139,6 +138,7 @@ for verdict in verdicts:
 
 # %%
 figure = figures.cut({"SmolLM2": verdicts}, probe.WHOLE)
+figure.suptitle("Neurons, direction and key carry the sink, the length of $z_0$ none")
 show(figure, "06_shares", "Bars: cutting variance, neurons, direction and lock takes "
      "most of the sink, cutting W_O nothing; forgeries make one; controls are short.")
 check("06.prediction", prediction)
@@ -148,21 +148,21 @@ for link in ("neurons", "direction", "lock"):
 assert share["cut W_O"] < 0.25, "the length of z_0 carries the sink"
 
 # %% [markdown]
-# Cutting *variance* does more than its name says: a $z_0$ that is the mean of the
-# others has lost its variance, and everything else that made it distinct. Cutting
-# *W_O* takes its length only, and moves little. What separates the two is that $z_0$
-# is *unmixed*.
+# *Disparity* is forged hardly better by its own dimensions than by others. The cut of
+# *variance* does more than its name says: when $z_0$ becomes the mean of the others, it
+# loses its variance and everything else that made it distinct. So this cut alone does
+# not show that variance matters.
 #
-# ## Is it variance? Three ways to be long
+# ## Is it the variance? The paper's test
 #
-# The paper amplifies the variance of one token over windows, with $\mu$ the mean of
-# $z_k$ over windows, and compares with scaling:
+# The paper makes the $z_k$ of one token vary more over windows, around its mean $m_k$.
+# It compares with a $z_k$ that is only longer:
 #
-# $$\text{amplify: } \mu + \lambda (z_k - \mu), \qquad \text{scale: } \lambda z_k.$$
+# $$\text{amplify: } m_k + \lambda (z_k - m_k), \qquad \text{scale: } \lambda z_k.$$
 #
-# Both multiply the variance by $\lambda^2$. So we add a third: a constant *shift*
-# along $\mu$ that makes $z_k$ as long as `amplify` does, and leaves its variance
-# alone. All act in every layer.
+# Both multiply the variance by $\lambda^2$; scaling multiplies the mean too. We add a
+# third way: a constant *shift* along $m_k$ makes $z_k$ as long as `amplify` does, and
+# leaves its variance as it is. Each acts in every layer.
 
 # %%
 def attention(tap=None):
@@ -213,31 +213,46 @@ axis.set_xticks(factors, factors)
 show(figure, "06_lambda", "Share of the forged sink over lambda: amplified deviations "
      "come near a half, scaling and a constant shift stay far below.")
 amplified = curves["amplify"][-1]
-assert amplified > 2 * max(curves["scale"]), "amplifying does more than scaling"
-assert amplified > 2 * max(curves["shift"]), "variance does more than length"
+assert amplified > 2 * max(curves["scale"]), "scaling does as much"
+assert amplified > 2 * max(curves["shift"]), "length alone does as much"
 
 # %% [markdown]
-# This is the paper's finding, with a stricter control. Beyond 10 more does not help,
-# and scaling catches up (`tests/results/smollm2.md`). Yet it need not be the
-# *variance*.
+# So the paper's finding is seen here, with a stricter control. (Above $\lambda = 10$
+# more does not help, and scaling catches up: `tests/results/smollm2.md`.) It shows that
+# much variance *can* make a sink. Does the first token have its sink for that reason?
+
+# %%
+_, seen = record(model, x, ["0.z"])
+varies = probe.variance(seen["0.z"])  # (T,)
+for factor in factors:
+    times = factor**2 * varies[k] / varies[0]
+    print(f"λ = {factor}: token 10 varies {times:.1f} times as much as token 0")
+assert 4 * varies[k] < varies[0] < 25 * varies[k] / 3, "λ = 2 or 5: not as told below"
+
+# %% [markdown]
+# At $\lambda = 2$ token 10 varies nearly as much as token 0, and is no sink. It becomes
+# one when it varies several times as much as token 0.
 #
 # ## Or is it that the value is unmixed?
 #
-# The first token is given a value, all others an average of values. That is two things.
-# In every layer, let $\mu$ be the mean $z$ of tokens that see only themselves, each in
-# a window of length 1, and $m$ the mean of ordinary tokens.
+# The first token sees only itself: its $z$ is one value, *unmixed*. The $z$ of a later
+# token is an average of many values. Averaging changes two things:
 #
-# - The *mean* is another: $\mu$ in place of $m$, because attention chooses what it
-#   averages.
-# - It *varies* more: the deviation $d = z - \mu$ of this token, alone, is many times as
-#   large as what averaging leaves.
+# - the **mean** over windows: $\mu$ for a token that sees only itself, $m$ for ordinary
+#   tokens, because attention chooses which values it mixes.
+# - the **deviation** from this mean in one window. A single value deviates by
+#   $d = z - \mu$, much more than an average does. Variance is its mean square.
 #
-# So token 10 is given, in every layer,
+# Let us take the two apart. In every layer token 10 gets one of these in place of its
+# own $z$, where $d$ is its deviation in windows where it sees only itself:
 #
-# $$\text{mean only: } \mu, \qquad \text{deviation only: } m + d, \qquad
-# \text{both: } \mu + d, \qquad \text{neither: } m .$$
+# | | mean of unmixed values | mean of ordinary tokens |
+# |---|---|---|
+# | no deviation | $\mu$: *mean only* | $m$: *neither* |
+# | deviation of an unmixed value | $\mu + d$: *both* | $m + d$: *deviation only* |
 #
-# Predict: which of the first two makes a sink?
+# If the cause is variance, *deviation only* makes a sink and *mean only* none. Predict:
+# is it so?
 
 # %%
 names = [f"{i}.z" for i in range(L)]
@@ -254,7 +269,7 @@ own = alone_z(x[:, k])
 
 
 def given(mean, deviation):
-    """A tap: the mean of z_k is mu or m; its deviation is d or none."""
+    """A tap: z_k gets the mean mu (or m), and the deviation d (or none)."""
     edits = {}
     for i in range(L):
         def change(z, i=i):
@@ -266,8 +281,9 @@ def given(mean, deviation):
 
 
 # %% [markdown]
-# And who notices? The five neurons of layers 0 to 2 that write most at token 0: what do
-# they write at token 10, as a part of what they write at token 0?
+# Which of the two do the super neurons respond to? In each of layers 0 to 2 take the
+# five neurons that write most at token 0. Their *answer* is what they write at token
+# 10, as a fraction of what they write at token 0.
 
 # %%
 def written(tap, t):
@@ -293,9 +309,9 @@ with torch.no_grad():
 # %%
 figure, axis = plt.subplots(figsize=(6.4, 3))
 bars = {"share of the two sinks": made, "answer of the first neurons": answer}
-figures.bars(axis, bars, "The mean of unmixed values makes a sink, a deviation none",
+figures.bars(axis, bars, "The unmixed mean makes a sink, the deviation none",
              ["share of the two sinks"], {"loc": "upper left", "ncols": 2},
-             xlabel="what token 10 is given", ylim=(0, 1.3))
+             xlabel="what token 10 gets", ylabel="share, or fraction", ylim=(0, 1.3))
 show(figure, "06_unmixed", "Bars: with the mean of unmixed values, or with all of "
      "them, token 10 has nearly half of the two sinks, and the first neurons answer as "
      "at token 0; with the deviation only, or with neither, nothing.")
@@ -306,12 +322,17 @@ assert answer["mean only"] > 0.5, "the first neurons do not read the mean"
 assert answer["deviation only"] < 0.25, "the first neurons read the deviation"
 
 # %% [markdown]
-# A token whose $z$ does not vary at all becomes a sink, and one that varies many times
-# as much does not. So in SmolLM2 the larger variance is a *sign* that a value was not
-# mixed. What its first super neurons answer to is a fixed direction, which averaging
-# takes away. In 16 batches, in text, and for the cut at token 0:
-# `tests/results/claims.md`, Q8 and Q9. The paper says variance, of other models; the
-# same test there would settle it. In the copying model below it *is* the deviation.
+# With *mean only* token 10 has the same $z$ in every window, no variance at all, and it
+# becomes a sink. With *deviation only* it varies as an unmixed value does, and does
+# not. So in SmolLM2 variance is a *sign* that a value was not mixed. What makes the
+# sink is the mean: the first super neurons respond to its direction, and mixing removes
+# it. (16 batches, text, the cut at token 0: `tests/results/claims.md`, Q8 and Q9.)
+#
+# **The paper** says that variance makes the sink. It studied larger models and, as
+# reported, did not take the two apart. These four cases in its Llama-2-7B would settle
+# it: if *deviation only* makes a sink there, the models differ; if *mean only* does,
+# the cause is the mean there too. Models can differ: in the one that copies, only the
+# deviation makes a sink, and in the small one below each of the two a weak one (Q8).
 #
 # ## In which layers must token 10 be alone?
 
@@ -325,7 +346,7 @@ for name, layers in depths.items():
 
 # %%
 figure, axis = plt.subplots(figsize=(6.4, 2.8))
-figures.bars(axis, {"share": masked}, "The mask must last until the state is long",
+figures.bars(axis, {"share": masked}, "Token 10 must be alone until its state is long",
              hot=["share"], xlabel="layers in which token 10 sees only itself",
              ylabel="share of the two sinks")
 show(figure, "06_layers", "Share of the forged sink by masked layers: all layers and "
@@ -335,14 +356,14 @@ assert masked["only 0"] < 0.1, "one layer is not enough"
 assert masked["12 to 29"] < 0.1, "after the first waves it is too late"
 
 # %% [markdown]
-# One layer is not enough, though the *variance* at its output is then all there. And
-# after layer 11, which writes the long state (chapter 03), it is too late. In between,
-# each layer that mixes other tokens into token 10 weakens the mark.
+# One layer is not enough, though its output then has all of the variance. After layer
+# 11, which writes the long state (chapter 03), it is too late.
 #
-# ## In one that you train
+# ## In a small model that you train
 #
-# `softmax`, which `python train.py` trains, has ordinary first tokens, as SmolLM2 has.
-# Its heads must rest at most tokens (chapter 07), and these queries are asked.
+# `python train.py` trains the model `softmax`. Like SmolLM2 it reads ordinary first
+# tokens. At most positions its heads have nothing to look for and *rest* (chapter 07).
+# We measure the attention of these resting queries.
 
 # %%
 small = models("softmax")["softmax"]
@@ -362,14 +383,13 @@ assert toy["cut disparity"] < 0.25, "here the long state does not carry the sink
 
 # %% [markdown]
 # Two things are as in SmolLM2. A token that sees only itself becomes a sink, and token
-# 0 is none if its state points where that of another token does.
+# 0 loses its sink if its state gets the direction of another token's.
 #
-# The rest is not. Neither the few neurons nor the few large dimensions carry the sink:
-# the state grew long only after the sink was there (chapter 00). Take the lock from the
-# key, and another direction does its work. Five seeds agree: `tests/results/rest.md`.
-# In a third model, which copies, it is different again (`tests/results/claims.md`). One
-# thing holds in all three: a token that sees only itself becomes a sink. By which links
-# the heads find it is up to the model.
+# The rest differs. Neither the few neurons nor the few large dimensions carry the sink:
+# the state grew long only after the sink was there (chapter 00). Without its part along
+# the shared query, the key still keeps the sink. This is one seed; for five see
+# `tests/results/rest.md`. In a third model, which copies, the links differ again
+# (`tests/results/claims.md`). So models find the first token by different links.
 #
 # ## Beside the paper
 
@@ -384,23 +404,22 @@ beside(("token 10 sees only itself: a sink", "yes", share["forge variance"]),
 # %% [markdown]
 # ## What would falsify this
 #
-# - A control that moves the sink as much as its edit. In the toy the forged lock has
-#   one.
-# - A batch in which the turned direction, or the cut key, leaves the sink
-#   (`tests/results/claims.md` has eight batches).
-# - An edit that breaks more than it aims at. Random tokens cannot tell, because nobody
-#   predicts them: chapter 08 measures on English what silent neurons cost.
+# - A control that changes the sink nearly as much as its edit, as for *disparity*.
+# - A batch (`tests/results/claims.md` has eight) in which the sink survives the turned
+#   direction or the cut key.
+# - An edit that breaks more than it is meant to. Random tokens cannot show this, as
+#   nobody predicts them: chapter 08 measures on English what silent neurons cost.
 #
-# **You can now** judge a cut and a forgery by their controls, and say what an edit
-# replaces besides what it aims at.
+# **You can now** test whether a link is needed, whether it is enough, and which part of
+# an edit does the work.
 #
 # ## Exercises
 #
 # **1.** The prediction at the start.
 #
-# **2.** A fair control. Move `z` (N, D), one vector a window, by one constant vector
-# along its mean, so that its mean squared length becomes `target` (not less than it
-# has). The variance over windows must not change.
+# **2.** A fair control. `z` (N, D) holds one vector a window. Add the same vector to
+# all, along their mean, so that the mean squared length becomes `target` (at least the
+# present one). The variance over windows must not change.
 
 
 # %%
@@ -411,9 +430,9 @@ def shift_to(z, target):
 check("06.shift_to", shift_to)
 
 # %% [markdown]
-# **3.** A mask for several tokens: (T, T), True where query t may look at key s.
-# Every token in `alone` may see only itself, all others everything. (The model adds
-# causality.)
+# **3.** A mask for several tokens: (T, T), True where query t may see key s. Each token
+# in `alone` may see only itself, every other token all keys. (The model itself hides
+# later keys.)
 
 
 # %%
@@ -435,8 +454,8 @@ check("06.first_layer", first_layer)
 # %% [markdown]
 # ## Appendix: the whole matrix
 #
-# Its column *sink* is the strongest head that is left after an edit. The bars above are
-# the mean of all heads that had a sink before: a cut can spare one of them.
+# Here *sink* is the strongest head after the edit; the bars above are a mean of heads.
+# So one head can keep its sink although the bar is long.
 
 # %%
 rows = list(probe.matrix([table]))
