@@ -138,7 +138,7 @@ for verdict in verdicts:
 
 # %%
 figure = figures.cut({"SmolLM2": verdicts}, probe.WHOLE)
-figure.suptitle("Neurons, direction and key carry the sink, the length of $z_0$ none")
+figure.suptitle("Neurons, direction and key carry the sink, not the length of $z_0$")
 show(figure, "06_shares", "Bars: cutting variance, neurons, direction and lock takes "
      "most of the sink, cutting W_O nothing; forgeries make one; controls are short.")
 check("06.prediction", prediction)
@@ -230,7 +230,7 @@ for factor in factors:
 assert 4 * varies[k] < varies[0] < 25 * varies[k] / 3, "λ = 2 or 5: not as told below"
 
 # %% [markdown]
-# At $\lambda = 2$ token 10 varies nearly as much as token 0, and is no sink. It becomes
+# At $\lambda = 2$ token 10 varies less than token 0, and is no sink. It becomes
 # one when it varies several times as much as token 0.
 #
 # ## Or is it that the value is unmixed?
