@@ -377,7 +377,7 @@ for verdict in probe.verdicts([small_table], T=16):
     strongest = max(0, *controls)
     print(f"{name:16} {toy[name]:4.0%}   strongest control {strongest:4.0%}")
 assert toy["cut direction"] > 0.5, "as in SmolLM2"
-assert toy["forge variance"] > 0.25, "as in SmolLM2"
+assert toy["forge variance"] > 0.15, "as in SmolLM2"
 assert toy["cut neurons"] < 0.25, "here a few neurons do not carry the sink"
 assert toy["cut disparity"] < 0.25, "here the long state does not carry the sink"
 
