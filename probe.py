@@ -802,6 +802,11 @@ def judge(verdict, sink) -> tuple[str, str]:
     return "holds" if effect >= whole else "partly", ""
 
 
+def spoken(word, why) -> str:
+    """What `judge` says, as "no: control 22 %"."""
+    return f"{word}: {why}" if why else word
+
+
 def matrix(tables):
     """The cut matrix, means over tables of `cuts`: ("edit" or "control", label, numbers before,
     numbers after) of every edit; before the first one of a token, that token "untouched"."""
@@ -1038,7 +1043,7 @@ def print_cuts(found):
     """The verdicts. All numbers behind them are in cut.json."""
     rows = [("link", "", "what is done", "verdict", "share", "its controls")]
     for v in found:
-        word = f"{v['word']}: {v['why']}" if v["why"] else v["word"]
+        word = spoken(v["word"], v["why"])
         controls = ", ".join(f"{c:.0%} ±{s:.0%}" for c, s in v["controls"])
         share = f"{v['share']:.0%} ±{v['spread']:.0%}"
         rows.append((v["link"], v["kind"], v["says"], word, share, controls))

@@ -17,7 +17,6 @@ its tests are, and partly when any is at least partly.
 """
 
 import csv
-import functools
 import itertools
 import math
 import operator
@@ -25,7 +24,7 @@ import re
 import sys
 import textwrap
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -53,9 +52,8 @@ K, T = 10, 64
 def plan() -> dict:
     """{path into claims.json: (function, arguments)}"""
     jobs = {("environment",): (environment, torch.device("cpu"), 1)}
-    for (where, part), (measure, batches) in PARTS.items():
+    for path, (measure, batches) in PARTS.items():
         for batch in range(batches):
-            path = ("softmax", part) if where == "softmax" else (part,)
             jobs["SmolLM2", str(batch), *path] = (measure_batch, measure, batch)
     for lane, size in SIZES.items():
         for seed, attn in itertools.product(range(LANES[lane]), ATTENTIONS):
@@ -144,7 +142,7 @@ def rows_that_write(model, x):
     return fmean(taus)
 
 
-@functools.cache
+@cache
 def real():
     """SmolLM2, the batches of each kind of windows that it reads, and the mean z of a token of that
     kind that sees only itself. English has 16 batches of 4 windows where it has not 8 of 8."""
@@ -158,7 +156,7 @@ def real():
     return model, windows, tokens
 
 
-@functools.cache
+@cache
 def unmixed_mean(kind):
     """Half a minute."""
     model, _, tokens = real()
@@ -192,7 +190,7 @@ def controls_in(kind, model, windows, b):
 
 
 FORGE = "forge variance", "forge W_O"
-PARTS = {  # of SmolLM2, {(where in the record, name): (function, number of batches)}
+PARTS = {  # of SmolLM2, {path into the record of a batch: (function, number of batches)}
     ("softmax", "random"): (partial(chain_in, "random"), 16),
     ("softmax", "text"): (partial(chain_in, "text"), 8),
     ("softmax", "effects"): (partial(effects_in, "random", K, ()), 8),
@@ -202,12 +200,12 @@ PARTS = {  # of SmolLM2, {(where in the record, name): (function, number of batc
     ("softmax", "agreement"): (partial(in_random, agreement), 8),
     ("softmax", "screen"): (partial(in_random, screen), 8),
     ("softmax", "tau of rows"): (partial(in_random, rows_that_write), 8),
-    ("", "answers"): (partial(with_mean, unmixed.answers, "random"), 16),
-    ("", "answers in text"): (partial(with_mean, unmixed.answers, "short text"), 16),
-    ("", "unmixed"): (partial(with_mean, unmixed.shares, "random"), 16),
-    ("", "unmixed in text"): (partial(with_mean, unmixed.shares, "short text"), 16),
-    ("", "neurons at 0"): (partial(controls_in, "random"), 16),
-    ("", "neurons at 0 in text"): (partial(controls_in, "short text"), 16)}
+    ("answers",): (partial(with_mean, unmixed.answers, "random"), 16),
+    ("answers in text",): (partial(with_mean, unmixed.answers, "short text"), 16),
+    ("unmixed",): (partial(with_mean, unmixed.shares, "random"), 16),
+    ("unmixed in text",): (partial(with_mean, unmixed.shares, "short text"), 16),
+    ("neurons at 0",): (partial(controls_in, "random"), 16),
+    ("neurons at 0 in text",): (partial(controls_in, "short text"), 16)}
 
 
 def measure_seed(lane, run):
@@ -280,18 +278,9 @@ def ready(record) -> dict:
     for name, effect in record.get("effects", {}).items():
         found[name] = effect | ({"control": max(effect["controls"])} if has_sink else nothing)
     if "birth" in record:
-        found["half"] = {key: half_time(record["birth"], key) for key in
+        found["half"] = {key: runner.half_time(record["birth"], key) for key in
                          ("sink", "lock_gap", "norm_ratio", "neuron_contrast")}
     return found
-
-
-def half_time(birth, key):
-    """The first step at which a number has gone half of its way from the first to the last."""
-    values = [row[key] for row in birth]
-    middle = (values[0] + values[-1]) / 2
-    for row, value in zip(birth, values):
-        if (value - middle) * (values[-1] - middle) >= 0:
-            return row["step"]
 
 
 OPERATIONS = {" minus ": operator.sub, " over ": operator.truediv}
@@ -370,11 +359,11 @@ def in_words(values, lane) -> str:
         middle, least, most = map(probe.digits, (median(there), least, most))
         text = f"median {middle} ({least} to {most})"
     else:
-        text = WORDS[lane == "SmolLM2"](there)
+        words = runner.mean_std_words if lane == "SmolLM2" else runner.interval_words
+        text = words(there)
     return text + (f", {without} without a sink" if without else "")
 
 
-WORDS = {True: runner.mean_std_words, False: runner.interval_words}  # one model, or seeds?
 SPREAD = {lane: "± sd of batches" if lane == "SmolLM2" else "± 95 % of seeds" for lane in LANES}
 
 
@@ -415,7 +404,7 @@ def chain_table(found) -> str:
                               for key in ("share", "control"))
             cells += [edit.says, percent(share, "SmolLM2"), f"{fmean(control):.0%}"]
             verdict = {"kind": kind, "share": fmean(share), "controls": [(fmean(control), 0)]}
-            words.append(": ".join(filter(None, probe.judge(verdict, sink))))
+            words.append(probe.spoken(*probe.judge(verdict, sink)))
         if words:
             rows.append([*cells, "; ".join(words)])
     return runner.markdown(head, rows)
@@ -586,17 +575,17 @@ def other_numbers(found) -> dict[str, str]:
                for attn in ("softmax", "headnorm")}
     at_best = rest.cells(of_rest, "headnorm", rest.best_rate(of_rest, "headnorm"))
     return {"like carries": f"{carried:.2%}", "sd of variance": f"{varies:.1f}",
-             "neurons sd": f"{neurons:.0%}", "unmixed sd": f"{unmixed:.0%}", **by_seed,
+            "neurons sd": f"{neurons:.0%}", "unmixed sd": f"{unmixed:.0%}", **by_seed,
             "headnorm at best": rest.interval([rest.weight(seed) for seed in at_best]),
-             "before": f"{fmean(values_of(found, 'SmolLM2', 'first.variance')):.0f}",
-             "after": f"{fmean(values_of(found, 'SmolLM2', 'first.variance_out')):.0f}",
-             "left": f"{retrofit.sink_share(rebuilt, 'headnorm'):.0%}",
-             "strongest": " to ".join(f"{head:.2f}" for head in heads),
-             "copying": copying(found), "retrofit": retrofit.shares_in_words(rebuilt),
-             "healed": retrofit.healed(rebuilt), "loss": cures.gain(of_cures),
-             "long": cures.long_sinks(of_cures), "price": f"{losses[0] - losses[1]:+.2f}",
-             "rest": rest.in_words(of_rest), "rest price": rest.price(of_rest),
-             "long loss": cures.long_gap(of_cures, "headnorm")}
+            "before": f"{fmean(values_of(found, 'SmolLM2', 'first.variance')):.0f}",
+            "after": f"{fmean(values_of(found, 'SmolLM2', 'first.variance_out')):.0f}",
+            "left": f"{retrofit.sink_share(rebuilt, 'headnorm'):.0%}",
+            "strongest": " to ".join(f"{head:.2f}" for head in heads),
+            "copying": copying(found), "retrofit": retrofit.shares_in_words(rebuilt),
+            "healed": retrofit.healed(rebuilt), "loss": cures.gain(of_cures),
+            "long": cures.long_sinks(of_cures), "price": f"{losses[0] - losses[1]:+.2f}",
+            "rest": rest.in_words(of_rest), "rest price": rest.price(of_rest),
+            "long loss": cures.long_gap(of_cures, "headnorm")}
 
 
 def copying(found) -> str:

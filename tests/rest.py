@@ -28,7 +28,7 @@ and forged in them, by the rules of probe.py.
 import math
 import sys
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 
 import torch
 
@@ -46,8 +46,6 @@ FOLLOWED = range(5)  # seeds of softmax
 TOLD = {"variance": "variance of z", "drain": "value", "sink": "sink", "lock_gap": "lock",
         "norm_ratio": "length of the state", "neuron_contrast": "neurons"}
 LEARNED = 0.01  # nats above a perfect predictor
-T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
-       10: 2.262}  # Student's t, by number of seeds
 RESULTS = Path(__file__).parent / "results"
 FILE, PAGE = RESULTS / "rest.json", RESULTS / "rest.md"
 
@@ -175,8 +173,7 @@ def uniform(T=16) -> float:
 
 def interval(values, decimals=2) -> str:
     """Mean and 95 % interval over seeds."""
-    half = T95[len(values)] * stdev(values) / len(values) ** 0.5
-    return f"{fmean(values):.{decimals}f} ± {half:.{decimals}f}"
+    return f"{fmean(values):.{decimals}f} ± {runner.half_interval(values):.{decimals}f}"
 
 
 def verdict(found, attn) -> str:
@@ -269,22 +266,13 @@ def grid_table(found) -> str:
     return runner.markdown(("", *(f"{lr:g}" for lr in RATES)), rows)
 
 
-def half_time(birth, key):
-    """The first evaluation at which a number has gone half of its way from first to last."""
-    values = [row[key] for row in birth]
-    middle = (values[0] + values[-1]) / 2
-    for row, value in zip(birth, values):
-        if (value - middle) * (values[-1] - middle) >= 0:
-            return row["step"]
-
-
 def birth_table(found) -> str:
     """When does each number move? Ordered by the median step."""
     rows = []
     for key, name in TOLD.items():
         births = [seed["birth"] for seed in found["chain"].values()]
         first, last = (fmean(birth[at][key] for birth in births) for at in (0, -1))
-        steps = [half_time(birth, key) for birth in births]
+        steps = [runner.half_time(birth, key) for birth in births]
         rows.append((median(steps), (name, probe.digits(first), probe.digits(last),
                                      f"{median(steps)} ({min(steps)} to {max(steps)})")))
     head = ("number at token 0", "untrained", "at the end", "step at half of its way")
@@ -295,12 +283,11 @@ def cuts_table(found) -> str:
     """A row for each edit of LINKS: mean share and 95 % interval over seeds, its strongest control,
     the verdict."""
     def percent(mean, spread):
-        half = T95[len(found["chain"])] * spread / len(found["chain"]) ** 0.5
-        return f"{mean:.0%} ± {half:.0%}"
+        return f"{mean:.0%} ± {runner.half_width(spread, len(found['chain'])):.0%}"
 
     rows = []
     for verdict in probe.verdicts([seed["cuts"] for seed in found["chain"].values()], T=16):
-        word = f"{verdict['word']}: {verdict['why']}" if verdict["why"] else verdict["word"]
+        word = probe.spoken(verdict["word"], verdict["why"])
         rows.append((f"{verdict['kind']} {verdict['link']}", verdict["says"],
                      percent(verdict["share"], verdict["spread"]),
                      percent(*max(verdict["controls"])), word))

@@ -20,7 +20,9 @@ import train
 from data.common import Parser, read_json, write_atomically, write_json
 from probe import mean_std
 
-T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, by number of seeds
+T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
+       10: 2.262}  # Student's t, by number of seeds
+
 
 def parser(name: str, description: str, jobs: int = 2) -> Parser:
     """The flags of the program tests/<name>.py."""
@@ -80,6 +82,16 @@ def listed(words) -> str:
     return f"{', '.join(most)} and {last}"
 
 
+def half_time(birth, key):
+    """The first step at which a number has gone half of its way from the first to the last of the
+    rows `birth`, {"step": .., key: ..}."""
+    values = [row[key] for row in birth]
+    middle = (values[0] + values[-1]) / 2
+    for row, value in zip(birth, values):
+        if (value - middle) * (values[-1] - middle) >= 0:
+            return row["step"]
+
+
 # ---------------------------------------------------------------- pages
 
 def fill(text: str, blocks: dict) -> str:
@@ -116,10 +128,13 @@ def interval_words(values) -> str:
 
 
 def half_interval(values) -> float | None:
-    """Half of the 95 % interval of the mean over seeds (Student's t), None for one seed."""
-    if len(values) == 1:
-        return None
-    return T95[len(values)] * stdev(values) / len(values) ** 0.5
+    """Half of the 95 % interval of the mean over seeds, None for one seed."""
+    return half_width(stdev(values), len(values)) if len(values) > 1 else None
+
+
+def half_width(spread, n) -> float:
+    """The same from the standard deviation over n seeds (Student's t)."""
+    return T95[n] * spread / n ** 0.5
 
 
 def with_spread(mean, spread) -> str:
