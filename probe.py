@@ -29,6 +29,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
+import functools
 import math
 import re
 import shlex
@@ -230,7 +231,7 @@ class Activations(dict):
         self.k = k
         self.queries = queries
 
-    @property
+    @functools.cached_property
     def normed(self):
         """(N, T, C): the state after this layer, as the next layer reads it."""
         return self.reader(self["resid_post"])
@@ -536,19 +537,25 @@ def as_rows(found) -> list[dict]:
 
 
 @torch.no_grad()
-def resting_weight(model, x, queries) -> list[float]:
-    """The weight on token 0 that reaches the output, for each head of the last layer: its mean over
-    the queries that are True in `queries` (N, T). Gated: times the gate, because a head whose gate
-    is shut may look anywhere."""
+def reaching(model, x):
+    """(N, H, T, T): the weights of the last layer's heads that reach the output. Gated: attention
+    times the gate, because a head whose gate is shut may look anywhere."""
     last = len(model.layers) - 1
     names = [f"{last}.{name}" for name in ("pattern", "z", "z_raw")]
     if model.cfg.attn != "gated":
         names = names[:1]
     kept = record(model, x, names)[1]
-    weight = kept[f"{last}.pattern"][..., 0].transpose(1, 2)  # (N, T, H)
-    if model.cfg.attn == "gated":
-        gate = kept[f"{last}.z"].norm(dim=-1) / kept[f"{last}.z_raw"].norm(dim=-1)
-        weight = weight * gate
+    pattern = kept[f"{last}.pattern"]
+    if model.cfg.attn != "gated":
+        return pattern
+    gate = kept[f"{last}.z"].norm(dim=-1) / kept[f"{last}.z_raw"].norm(dim=-1)  # (N, T, H)
+    return pattern * gate.transpose(1, 2)[..., None]
+
+
+def resting_weight(model, x, queries) -> list[float]:
+    """The weight on token 0 that reaches the output, for each head of the last layer: its mean over
+    the queries that are True in `queries` (N, T)."""
+    weight = reaching(model, x)[..., 0].transpose(1, 2)  # (N, T, H)
     return weight[queries].mean(0).tolist()
 
 
@@ -949,10 +956,11 @@ def look_at(prompt, states, layer=None, head=None) -> dict:
     shown = {"text": prompt.decode(prompt.ids), "words": [prompt.word(i) for i in prompt.ids],
              "layer": layer, "head": head, "states": {}}
     for state in states[:2]:
-        heads = [int((prompt.sink(state, k) > SINK).sum()) for k in range(len(prompt.ids))]
+        scores = [prompt.sink(state, k) for k in range(len(prompt.ids))]
         shown["states"][state["label"]] = {
-            "says": state["says"], "next": prompt.next(state), "heads with a sink": heads,
-            "sink": prompt.sink(state).tolist(), "gives": prompt.sink(state)[layer, head].item(),
+            "says": state["says"], "next": prompt.next(state),
+            "heads with a sink": [int(has_sink(score).sum()) for score in scores],
+            "sink": scores[0].tolist(), "gives": scores[0][layer, head].item(),
             "map": state["pattern"][layer, head].tolist()}
     return shown
 
@@ -1060,7 +1068,7 @@ def print_words(prompt, shown):
           f"with more than {SINK} of their attention (uniform attention: {even:.2f})")
     sinks = torch.tensor(usual["sink"])
     for layer, sink in enumerate(sinks):
-        heads = (sink > SINK).nonzero()[:, 0].tolist()
+        heads = has_sink(sink).nonzero()[:, 0].tolist()
         if heads:
             numbers = " ".join(map(str, heads))
             print(f"layer {layer:2}, at most {sink.max():.2f}: heads {numbers}")
@@ -1136,8 +1144,7 @@ def filled(look) -> argparse.Namespace:
     if look.windows < 2 or look.batches < 1:
         raise UserError("--windows must be at least 2, and --batches at least 1")
     if look.out is None:
-        name = Path(look.llama or "smollm2").resolve().name
-        look.out = f"{OUT}/{name}" if look.is_llama else look.runs[0]
+        look.out = f"{OUT}/{checkpoint_name(look)}" if look.is_llama else look.runs[0]
     return look
 
 
@@ -1205,25 +1212,15 @@ def fitting(prompt) -> Prompt:
 
 
 def llama_prompt(look, text) -> Prompt:
-    from data import llama, smollm2
-    from data.windows import llama_bos, llama_tokenizer
-    text = SENTENCE if text is None else text
-    if not look.llama:
-        folder = smollm2.fetch(look.file)
-        encoding = smollm2.encoding(folder)
-        model = GPT.from_llama(folder).eval()
-        return Prompt("SmolLM2-135M", model, encoding.encode_ordinary(text), encoding.decode)
-    folder = llama.find(look.llama)
-    tokenizer = llama_tokenizer(folder)
-    if tokenizer is None:
+    from data.windows import llama_bos
+    folder = checkpoint_folder(look)
+    model, encode, decode = open_checkpoint(look, folder)
+    if encode is None:
         raise UserError(f"{folder} has no tokenizer.json, which --text needs")
-
-    def encode(words):
-        return tokenizer.encode(words, add_special_tokens=False).ids
-    ids = encode(text)
+    ids = encode(SENTENCE if text is None else text)
     if look.bos:
         ids = [llama_bos(folder, encode)[0], *ids]
-    return Prompt(Path(look.llama).name, GPT.from_llama(folder).eval(), ids, tokenizer.decode)
+    return Prompt(checkpoint_name(look) if look.llama else "SmolLM2-135M", model, ids, decode)
 
 
 def run_prompt(folder, text) -> Prompt:
@@ -1245,19 +1242,41 @@ def run_prompt(folder, text) -> Prompt:
                   resting, film)
 
 
+def checkpoint_name(look) -> str:
+    return Path(look.llama or "smollm2").expanduser().resolve().name
+
+
+def checkpoint_folder(look) -> Path:
+    """Where SmolLM2 lies, or what --llama names; it is fetched, if need be. Raises UserError."""
+    from data import llama, smollm2
+    return llama.find(look.llama) if look.llama else smollm2.fetch(look.file)
+
+
+def open_checkpoint(look, folder):
+    """The model in that folder, and its tokenizer: encode, text -> ids, and decode. Both are None,
+    where --llama names a folder without one."""
+    from data import smollm2
+    from data.windows import llama_encoder, llama_tokenizer
+    model = GPT.from_llama(folder).eval()
+    if not look.llama:
+        encoding = smollm2.encoding(folder)
+        return model, encoding.encode_ordinary, encoding.decode
+    tokenizer = llama_tokenizer(folder)
+    if tokenizer is None:
+        return model, None, None
+    return model, llama_encoder(folder, tokenizer, model.cfg.vocab_size), tokenizer.decode
+
+
 def open_llama(look) -> dict[str, Opened]:
     """SmolLM2, or another checkpoint: the same on random tokens and on English text."""
-    from data import llama, smollm2
-    from data.windows import (english, llama_bos, llama_encoder, put_first, random_windows,
-                              text_windows)
-    folder = llama.find(look.llama) if look.llama else smollm2.fetch(look.file)
+    from data import llama
+    from data.windows import english, llama_bos, put_first, random_windows, text_windows
+    folder = checkpoint_folder(look)
     if look.llama:
         print(llama.memory(folder), file=sys.stderr)
-    model = GPT.from_llama(folder).eval()
-    if look.llama:
-        encode = llama_encoder(folder, model.cfg.vocab_size)
-    else:
-        encode = smollm2.encoding(folder).encode_ordinary
+    model, encode, _ = open_checkpoint(look, folder)
+    if encode is None:
+        print(f"{folder} has no tokenizer.json: random tokens only")
     N, V, T = look.windows, model.cfg.vocab_size, 64
     seeds = range(look.seed, look.seed + look.batches)
     kinds = {"random tokens": [random_windows(N, T, V, seed) for seed in seeds]}
@@ -1267,8 +1286,7 @@ def open_llama(look) -> dict[str, Opened]:
         bos, token = llama_bos(folder, encode)
         kinds = {f"{kind} after {token}": [put_first(bos, x, y) for x, y in batches]
                  for kind, batches in kinds.items()}
-    name = Path(look.llama or folder).expanduser().resolve().name
-    return {name: Opened(model, kinds, None)}
+    return {checkpoint_name(look): Opened(model, kinds, None)}
 
 
 def open_runs(look) -> dict[str, Opened]:
@@ -1374,10 +1392,10 @@ def show_cuts(models, look):
     return {"rule": RULE, "cut": saved}, (drawn, WHOLE)
 
 
-def show_words(prompt, look):
+def show_words(prompt, layer=None, head=None, silence=None, every=False):
     """Print what one text shows -> (what is saved, what is drawn, the states of the page)."""
-    states = buttons(prompt, look.silence, every=look.page)
-    shown = look_at(prompt, states, look.layer, look.head)
+    states = buttons(prompt, silence, every)
+    shown = look_at(prompt, states, layer, head)
     print_words(prompt, shown)
     return shown, word_maps(prompt, shown), states
 
@@ -1422,7 +1440,7 @@ def main_words(look, out):
     """--text, --from or --page."""
     prompt = open_prompt(look)
     out.mkdir(parents=True, exist_ok=True)
-    shown, drawn, states = show_words(prompt, look)
+    shown, drawn, states = show_words(prompt, look.layer, look.head, look.silence, look.page)
     write_json(out / "words.json", shown)
     written = "words.json" + draw("words", drawn, out / f"words.{look.format}")
     if look.page:

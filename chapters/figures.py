@@ -115,7 +115,7 @@ def tex(text):
 
 
 def plain(name):
-    """A folder's name as it is: `$` begins no formula, and what is no UTF-8 is `?`."""
+    """A name or word as it is: `$` begins no formula, and what is no UTF-8 is `?`."""
     return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
@@ -249,17 +249,16 @@ def words(maps, words, nexts, title) -> Figure:
     height = side + 1 if beside else n * (side + 1)
     figure, axes = new(height + 0.4, *(1, n) if beside else (n, 1), sharey=beside)
     short_words = [word if len(word) < 13 else word[:11] + "\u2026" for word in words]
-    short_words = [word.replace("$", r"\$") for word in short_words]
     for ax, (name, pattern), following in zip(axes.flat, maps.items(), nexts):
         attention(ax, pattern, name)
-        ax.set_xticks(range(T), short_words, rotation=90)
-        ax.set_yticks(range(T), short_words)
+        ax.set_xticks(range(T), map(plain, short_words), rotation=90)
+        ax.set_yticks(range(T), map(plain, short_words))
         likely = [f"{word} {p:.0%}" for word, p in following]
-        text = "\n".join(["next word:", *likely]).replace("$", r"\$")
+        text = plain("\n".join(["next word:", *likely]))
         ax.text(0.99, 0.99, text, ha="right", va="top", transform=ax.transAxes)
         first = name == next(iter(maps))
         ax.set(xlabel="looked at", ylabel="reader" if first or not beside else "")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     return figure
 
 

@@ -272,11 +272,9 @@ def look(text, layer=None, head=None, silence=None, name="words"):
         model, encoding = real()
         ids = encoding.encode_ordinary(text)
         prompt = probe.fitting(probe.Prompt("SmolLM2", model, ids, encoding.decode))
-        states = probe.buttons(prompt, silence)
-        shown = probe.look_at(prompt, states, layer, head)
-    probe.print_words(prompt, shown)
+        shown, drawn, _ = probe.show_words(prompt, layer, head, silence)
     usual, quiet = shown["states"].values()
-    show(figures.words(*probe.word_maps(prompt, shown)), name,
+    show(figures.words(*drawn), name,
          f"Two maps of one head with words on the axes. {usual['gives']:.0%} of its "
          f"attention is in column 0; with the neurons silent {quiet['gives']:.0%}.")
 

@@ -29,9 +29,9 @@ def write(path, content) -> None:
     states = content["states"]
     text = html(content)
     while len(text.encode()) > MOST and any("k" in state for state in states):
-        alone = [state for state in states if "k" in state]
+        alone = [state["k"] for state in states if "k" in state]
         left_out = alone[1::2] or alone
-        states = [state for state in states if not any(state is s for s in left_out)]
+        states = [state for state in states if state.get("k") not in left_out]
         text = html(content | {"states": states})
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 

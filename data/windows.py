@@ -39,23 +39,6 @@ def text_windows(ids, batches: int, N: int, T: int):
     return [(x[:, b], y[:, b]) for b in range(batches)]
 
 
-def llama_encoder(folder: Path, vocab_size: int):
-    """Text -> ids, by the tokenizer.json of a Llama's folder; None, with the reason printed, if
-    there is none. Raises UserError for a damaged one, and for an id that the model has not."""
-    tokenizer = llama_tokenizer(folder)
-    if tokenizer is None:
-        print(f"{folder} has no tokenizer.json: random tokens only")
-        return None
-
-    def encode(text):
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        if max(ids, default=0) >= vocab_size:
-            raise UserError(f"{folder / 'tokenizer.json'} is of another model: it gives the id "
-                            f"{max(ids)}, and this model has {vocab_size}; fetch the folder again")
-        return ids
-    return encode
-
-
 def llama_tokenizer(folder: Path):
     """The tokenizers.Tokenizer of a Llama's folder, None without tokenizer.json. Raises UserError
     for a damaged one."""
@@ -67,6 +50,18 @@ def llama_tokenizer(folder: Path):
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"{path}: {reason(error)}") from None
+
+
+def llama_encoder(folder: Path, tokenizer, vocab_size: int):
+    """Text -> ids, by the tokenizer of a Llama's folder. It raises UserError for an id that the
+    model has not."""
+    def encode(text):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if max(ids, default=0) >= vocab_size:
+            raise UserError(f"{folder / 'tokenizer.json'} is of another model: it gives the id "
+                            f"{max(ids)}, and this model has {vocab_size}; fetch the folder again")
+        return ids
+    return encode
 
 
 def llama_bos(folder: Path, encode) -> tuple[int, str]:

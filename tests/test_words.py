@@ -78,7 +78,8 @@ def test_neurons_are_silent_at_every_token():
 
 def test_words_on_the_axes():
     maps = {"a": torch.eye(3), "b": torch.eye(3)}
-    figure = figures.words(maps, ["Dear", "$x", "a" * 20], [[("so", 0.5)]] * 2, "title")
+    figure = figures.words(maps, ["Dear", "$x", "a" * 20], [[("so", 0.5)]] * 2, "a$b")
+    assert figure.get_suptitle() == r"a\$b"
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert labels == ["Dear", r"\$x", "a" * 11 + "…"]
     assert "so 50%" in figure.axes[1].texts[0].get_text()
