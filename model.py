@@ -316,6 +316,10 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(C, V, bias=False)
         if cfg.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        if cfg.readout == "attn_out":  # then nothing reads what comes after the last attention
+            last = self.layers[-1]
+            for module in (last.post_attention_layernorm, last.mlp, self.norm):
+                module.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
 
         def is_gate(named):

@@ -255,12 +255,7 @@ def learning_rate(step: int, run: Run) -> float:
 
 def make_optimizer(model: GPT, run: Run, device) -> torch.optim.AdamW:
     """AdamW (betas 0.9, 0.95); weight decay on matrices only, not on the gains of the norms."""
-    never_read = set()  # they get no gradient, and AdamW would keep no moments of them
-    if model.cfg.readout == "attn_out":
-        last = model.layers[-1]
-        for module in (last.post_attention_layernorm, last.mlp, model.norm):
-            never_read |= set(module.parameters())
-    trained = [p for p in model.parameters() if p not in never_read]
+    trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() >= 2]
     gains = [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": run.weight_decay},
