@@ -257,15 +257,16 @@ for title, (name, kind) in cases.items():
 # and that of its state. Does the state grow before the sink is born, as the story says?
 
 # %%
-names = {"sink": "sink", "value": "drain", "length of the state": "norm_ratio"}
-figure = figures.birth(log("softmax"), names, "links_rest",
+rows = log("softmax")
+told = {"sink": "sink", "value": "drain", "length of the state": "norm_ratio"}
+figure = figures.birth(rows, told, "links_rest",
                        "The sink comes first, the long state later")
 show(figure, "00_birth", "Three lines over the steps of training: the sink rises while "
      "the value of the first token shrinks; its state grows long only afterwards.")
 half = {}
-for name, key in names.items():
-    steps = [row["step"] for row in log("softmax")]
-    values = [row["links_rest"][key] for row in log("softmax")]
+for name, key in told.items():
+    steps = [row["step"] for row in rows]
+    values = [row["links_rest"][key] for row in rows]
     middle = (values[0] + values[-1]) / 2
     way = [(value - middle) * (values[-1] - middle) >= 0 for value in values]
     half[name] = steps[way.index(True)]
