@@ -159,23 +159,9 @@ assert excess(mask=mask) < 2 * excess(), "token 1 is a worse place to rest"
 # %%
 trained = models(*ATTENTIONS)  # what is missing is trained, two at a time
 letters = torch.randint(TASK.K, (256, 16), generator=torch.Generator().manual_seed(1))
-
-
-def weights(model, x):
-    """(T, T), mean over windows and over the heads of the last layer."""
-    names = ["2.pattern", "2.z"]
-    if model.cfg.attn == "gated":
-        names.append("2.z_raw")
-    with torch.no_grad():
-        seen = record(model, x, names)[1]
-    pattern = seen["2.pattern"]  # (N, H, T, T)
-    if model.cfg.attn == "gated":
-        gate = seen["2.z"].norm(dim=-1) / seen["2.z_raw"].norm(dim=-1)  # (N, T, H)
-        pattern = pattern * gate.transpose(1, 2)[..., None]
-    return pattern.mean((0, 1))
-
-
-patterns = {attn: weights(model, letters) for attn, model in trained.items()}
+patterns = {}
+for attn, model in trained.items():
+    patterns[attn] = probe.reaching(model, letters).mean((0, 1))  # (T, T)
 figure = figures.maps(patterns, [(0,)] * 5, "A cure lets a head be silent without a "
                       "place to rest")
 show(figure, "07_maps", "Maps of five models: a full column at token 0 under softmax, "
