@@ -9,8 +9,8 @@
 # # 00 · See a sink, and take it away
 #
 # **Claim.** In a real Llama most heads *rest* on the first token of a text: they give
-# it most of their attention, whatever it is. Hide it with a sliding window and the
-# model fails; give this one token back and the loss almost recovers.
+# it a large part of their attention, whatever it is. Hide it with a sliding window and
+# the model fails; give this one token back and the loss almost recovers.
 #
 # **You learn** to see an attention sink, to measure it, and to take it away beside a
 # control. **You need** PyTorch and a rough idea of attention. **Run time**: ten to
