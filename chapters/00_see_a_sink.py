@@ -8,9 +8,9 @@
 # %% [markdown]
 # # 00 · See a sink, and take it away
 #
-# **Claim.** In a real Llama most heads rest on the first token of the window, whatever
-# it is. Take it out of sight with a sliding window and the model fails; give this one
-# token back and the loss almost recovers.
+# **Claim.** In a real Llama most heads *rest* on the first token of a text: they give
+# it a large part of their attention, whatever it is. Hide it with a sliding window and
+# the model fails; give this one token back and the loss almost recovers.
 #
 # **You learn** to see an attention sink, to measure it, and to take it away beside a
 # control. **You need** PyTorch and a rough idea of attention. **Run time**: ten to
@@ -44,8 +44,8 @@ print(f"SmolLM2-135M: {L} layers, {H} heads a layer")
 # ## Your own words
 #
 # Put your own sentence here. Each row of a map is a word that reads, each column a word
-# that it looks at. On the right five neurons of every layer are silent at the first
-# word; chapter 03 tells which.
+# that is looked at. On the right, five neurons of every layer are silent at the first
+# word; chapter 03 says which neurons these are.
 
 # %%
 look("Dear students, today we look inside a language model", name="00_words")
@@ -61,8 +61,8 @@ look("Dear students, today we look inside a language model", name="00_words")
 #
 # In `model.py` this tensor is called `pattern`, shape (N, H, T, T). `record` runs the
 # model and hands over any activation by its name. We ask for it on English that the
-# model has never seen, and on tokens drawn at random: if heads look at the first token
-# even there, it is not because of what it *says*.
+# model has never seen, and on tokens drawn at random. If heads look at the first token
+# even of random tokens, its meaning cannot be the reason.
 
 # %%
 texts = {"English": english()[0], "random tokens": random_tokens()[0]}
@@ -78,8 +78,9 @@ for kind, x in texts.items():
 # %% [markdown]
 # ## How much is a sink?
 #
-# The usual measure (Gu et al. 2025) is the mean weight that all queries give to the
-# first key. A head *has a sink* when the mean of that over windows is above 0.3:
+# The usual measure (Gu et al. 2025), the *sink score*, is the mean weight that all
+# queries give to the first key. A head *has a sink* when its mean score over windows is
+# above 0.3:
 #
 # $$\alpha_0 = \frac1T \sum_{t} A_{t0}$$
 #
@@ -118,8 +119,8 @@ show(figure, "00_maps", "Three attention maps. In layer 0 attention is spread ov
      "earlier keys; in the later head nearly all of it is in column 0.")
 
 # %% [markdown]
-# Every row is a query, and in the later head nearly all rows rest on column 0. Now all
-# heads at once, one cell each.
+# Every row is a query, and in the later head nearly all rows rest on column 0. The next
+# figure shows all heads, one cell each.
 
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(8.8, 4.6), width_ratios=[24, 1])
@@ -129,20 +130,20 @@ for axis, (kind, sink) in zip(axes[:, 0], sinks.items()):
     title = f"{kind}: attention of each head to the first token"
     figures.dress(axis, title, ylabel="head")
 axes[1, 0].set_xlabel("layer")
-figures.shades(axes[0, 1])
-axes[1, 1].axis("off")
+axes[0, 1].axis("off")
+figures.shades(axes[1, 1])
 show(figure, "00_heads", "A cell for every head of every layer. Layers 3 to 9 and 12 "
-     "to 29 are dark, layers 0, 1, 10 and 11 are not.")
+     "to 29 are deep orange, layers 0, 1, 10 and 11 are pale.")
 
 # %% [markdown]
 # Two stretches of layers have sinks, and layers 10 and 11 between them have none.
-# Chapter 03 shows what switches it off and on again.
+# Chapter 03 shows what switches the sinks off and on again.
 #
 # ## It looks, but it takes nothing
 #
-# The weights of a row must add up to 1, so a head that has nothing to say still has to
-# put them somewhere. Weight on a value of length zero adds nothing. *Value drain* is
-# the length of $v_0$ over the mean length.
+# The weights of a row must add up to 1, so a head that has nothing to add must still
+# put its attention somewhere. Attention to a value of length zero adds nothing. *Value
+# drain* is the length of $v_0$, the value of the first token, over the mean length.
 
 # %%
 v = kept[f"{layer}.v"]  # (N, T, K, D), of the random tokens
@@ -158,10 +159,10 @@ assert own < 0.25, "the value of the first token is as long as the others"
 # %% [markdown]
 # ## Take it away
 #
-# If the first token is only a place to rest, a model should do without. Give it a
-# *sliding window*: each query sees the last 32 tokens and no others. `mask` is True
-# where a query may look. One mask gives token 0 back. Another gives back token 16
-# instead, as a *control*: if one more token helps, is it because of *which* one?
+# Does the model need the first token, or could it rest anywhere? Give it a *sliding
+# window*: each query sees the last 32 tokens and no others. `mask` is True where a
+# query may look. One mask gives token 0 back. Another gives token 16 back instead. That
+# is the *control*: if any extra token helps, token 16 must help as well.
 
 # %%
 def window_mask(T, width, keep=()):
@@ -174,8 +175,8 @@ def window_mask(T, width, keep=()):
     return mask
 
 
-T, width = 160, 32
-x, y = english(N=4, T=T)
+T, width = 128, 32
+x, y = english(T=T)
 masks = {"all tokens": window_mask(T, T),
          "last 32": window_mask(T, width),
          "last 32 and token 0": window_mask(T, width, [0]),
@@ -194,7 +195,7 @@ for name, loss in losses.items():
     curves[name] = loss.view(-1, 16).mean(1)
 figures.lines(axis, curves, x=middles, hot=["last 32 and token 0"])
 axis.axvline(width, color="black", lw=0.9, ls=":")
-title = "Without the first token the model fails; with it, it is nearly whole"
+title = "Hide the first token and the model fails; show it and the loss hardly rises"
 figures.dress(axis, title, {}, xlabel="position (dotted: token 0 goes out of sight)",
               ylabel="loss on English, nats")
 axis.set_ylim(2.5, 6.9)
@@ -213,17 +214,17 @@ assert extra["last 32 and token 0"] < 0.35 * extra["last 32"], "token 0 mends no
 assert extra["last 32 and token 16"] > 0.7 * extra["last 32"], "any token would do"
 
 # %% [markdown]
-# One token of text that is long past cannot be worth that much as *text*. It is where
-# heads rest. StreamingLLM (Xiao et al. 2023) uses this: keep a window of keys and
-# values, and the first four tokens. Chapter 08 lets the model write that way.
+# One old token cannot be worth that much as *text*. Its worth is that heads rest on it.
+# StreamingLLM (Xiao et al. 2023) uses this: keep a window of keys and values, and the
+# first four tokens. Chapter 08 lets the model write that way.
 #
 # ## In one that you train
 #
-# A finished model cannot show how a sink is *born*. For that there are two small ones.
+# A finished model cannot show how a sink is *born*. Two small models can.
 #
-# - `softmax` is what `python train.py` trains in a minute. Its tokens are drawn at
-#   random, so that the first one is as ordinary as all others. Its heads have something
-#   to look for only at a few tokens; at all others they must rest (chapter 07).
+# - `softmax` is what `python train.py` trains. Its tokens are drawn at random, so that
+#   the first one is as ordinary as all others. At a few tokens its heads must look for
+#   something; at all others there is nothing to find, and they must rest (chapter 07).
 # - `text` has read the Python standard library byte by byte, and each of its windows
 #   began with one special token, `<|bos|>`.
 
@@ -247,24 +248,26 @@ for title, (name, kind) in cases.items():
         assert after > 2.5 * before, "the sink was there before training"
 
 # %% [markdown]
-# The text model rests on `<|bos|>` and not on other first tokens: it knows that one by
-# its embedding. In SmolLM2 and in `softmax` nothing but its *place* tells the first
-# token apart, and they find it all the same. How they do it is the question of
-# chapters 01 to 05.
+# The text model rests on `<|bos|>` and not on other first tokens: it recognises
+# `<|bos|>` by its embedding. In SmolLM2 and in `softmax` any token can come first, and
+# only its *place* tells it apart. How they find it is the question of chapters 01 to
+# 05.
 #
-# `train.py` measures every link of the story while it trains. Three of them, each from
-# its least to its greatest value: attention to the first token, the length of its value
-# and that of its state. Does the state grow before the sink is born, as the story says?
+# The story of the paper is a chain, and `train.py` measures every link while it trains.
+# The figure shows three, each from its least to its greatest value: attention to the
+# first token (the sink), the length of its value, and the length of its *state*, the
+# vector that the layers pass on. Does the state grow before the sink, as the story
+# says?
 
 # %%
 rows = log("softmax")
-told = {"sink": "sink", "value": "drain", "length of the state": "norm_ratio"}
-figure = figures.birth(rows, told, "links_rest",
+links = {"sink": "sink", "value": "drain", "length of the state": "norm_ratio"}
+figure = figures.birth(rows, links, "links_rest",
                        "The sink comes first, the long state later")
 show(figure, "00_birth", "Three lines over the steps of training: the sink rises while "
      "the value of the first token shrinks; its state grows long only afterwards.")
 half = {}
-for name, key in told.items():
+for name, key in links.items():
     steps = [row["step"] for row in rows]
     values = [row["links_rest"][key] for row in rows]
     middle = (values[0] + values[-1]) / 2
@@ -274,9 +277,9 @@ for name, key in told.items():
 assert half["sink"] < half["length of the state"], "the long state comes first"
 
 # %% [markdown]
-# Here the long state comes *after* the sink, so it cannot have brought it about. Five
-# seeds agree (`tests/results/rest.md`). In SmolLM2 the long state is needed (chapter
-# 06). So a finished model does not tell how its sink was born.
+# Here the long state comes *after* the sink, so it cannot be the cause of the sink.
+# Five seeds agree (`tests/results/rest.md`). Yet the finished SmolLM2 needs its long
+# state (chapter 06). So a finished model does not tell how its sink was born.
 #
 # ## Beside the paper
 
@@ -290,10 +293,9 @@ beside(("model", "Llama-2-7B, Llama-3", "SmolLM2-135M"),
 # %% [markdown]
 # ## What would falsify this
 #
-# A sink in the untrained model would make it a thing of the causal mask alone. A sink
-# on text and not on random tokens would make it a thing of words. And if token 16 had
-# mended the window as well as token 0, any extra token would do. All three are asserted
-# above.
+# If the untrained model had a sink, the causal mask alone would make it. If sinks came
+# on text and not on random tokens, words would make them. If token 16 had helped as
+# much as token 0, any extra token would do. The assertions above exclude all three.
 #
 # **You can now** say how much a head rests on a token, hide a token with a mask, and
 # tell what a control rules out.
@@ -327,14 +329,14 @@ check("00.hidden", hidden)
 
 # %% [markdown]
 # **3.** Predict before you run the next cell: hide token 0 from all others, in English.
-# Each head that rested there must look elsewhere. Which position will they rest on now?
-# Give a number from 0 to 63, or "nowhere" if you think that their attention will be
-# spread.
+# The heads that rested there must look elsewhere. At which position will they rest now?
+# Give a number from 0 to 63, or "nowhere" if you think that their attention will spread
+# over many tokens.
 
 # %%
 prediction = ...
 mask = hidden(64, 0)
-if mask is not None:
+if mask is not None and prediction is not ...:
     x, y = english()
     _, seen = record(model, x, names[12:], mask=mask)
     moved = torch.cat(list(seen.values()))

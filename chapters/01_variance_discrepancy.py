@@ -8,10 +8,10 @@
 # %% [markdown]
 # # 01 · The variance discrepancy
 #
-# **Claim.** Averaging makes things alike, and the first token averages nothing but
-# itself. So what the first layer hands it varies most: in SmolLM2 on random tokens and
-# on English, and before any training as well. How much more depends on what is read and
-# on the weights.
+# **Claim.** Averages vary less than what is averaged, and the first token averages
+# nothing but itself. So the attention output of the first layer varies most at the
+# first token: in SmolLM2 on random tokens and on English, and before any training as
+# well. How much more depends on the text and on the weights.
 #
 # **You learn** why the first token's average varies most, and to derive by how much.
 # **You need** chapter 00, and the variance of a sum. **Run time**: ten seconds, once
@@ -35,8 +35,8 @@ model, _ = real()
 # %% [markdown]
 # ## The law of averaging
 #
-# A head hands position $t$ a weighted sum of the values of all positions that it may
-# see:
+# A head gives position $t$ a weighted sum of the values of all positions that this
+# position may see:
 #
 # $$z_t = \sum_{s \le t} a_{ts}\, v_s$$
 #
@@ -62,7 +62,7 @@ model, _ = real()
 # ## The law in a real Llama
 #
 # Only the first layer is needed, so we take a model of one layer with SmolLM2's
-# weights. Beside it stands the same shape with random weights: it has learned nothing.
+# weights. Beside it we put a model of the same shape with random weights.
 # What we measure is the variance of $z_t$ over windows at each position, averaged over
 # heads and their dimensions:
 #
@@ -107,8 +107,8 @@ def law(pattern, v):
 
 
 # %% [markdown]
-# A control belongs to it: give each window the attention weights of its *neighbour* in
-# the batch (the last four lines). These cannot know what they average.
+# As a control, give each window the attention weights of its *neighbour* in the batch
+# (the last four lines). These weights do not depend on the values that they average.
 
 # %%
 measured, expected, strangers = {}, {}, {}
@@ -132,7 +132,7 @@ for axis, name in zip(axes, cases):
     legend = {} if axis is axes[0] else None
     figures.by_position(axis, lines, name, legend)
 axes[0].set_ylabel("variance / its median")
-figure.suptitle("What the first token is given varies most (large dots)")
+figure.suptitle("The attention output varies most at the first token (large dots)")
 show(figure, "01_law", "Variance by position, three panels. All fall from position 0 "
      "on. Without training as by the law, with training less.")
 
@@ -162,13 +162,13 @@ assert off_stranger["random tokens"] < 1.25, "with a neighbour's weights it fail
 # %% [markdown]
 # Token 0 is the outlier each time. Without training the law says how much: the
 # architecture alone makes a gap. After training the law overrates averaging, and the
-# control says why: with a neighbour's weights it is right again. Trained weights depend
-# on what they average, and the law takes them as given.
+# control says why: with a neighbour's weights the law is right again. Trained weights
+# depend on the values that they average, and the law takes the weights as given.
 #
 # ## Is it about the tokens?
 #
-# Turn every window round: the token that stood last is now first. If the outlier
-# belonged to tokens it would move to the other end.
+# Reverse every window: the token that stood last is now first. If the outlier belonged
+# to certain tokens, it would move to the other end.
 
 # %%
 def first_z(m, x, mask=None):
@@ -183,16 +183,16 @@ def first_gap(m, x):
 
 for name, (m, x) in cases.items():
     turned = first_gap(m, x.flip(1))
-    print(f"{name:13} as it is {gap[name]:4.1f}, turned round {turned:4.1f}")
+    print(f"{name:13} as it is {gap[name]:4.1f}, reversed {turned:4.1f}")
     assert turned > 2, "the outlier is not bound to position 0"
 
 # %% [markdown]
 # ## The trap
 #
 # Many models see one fixed token first, such as `<|bos|>`. Give SmolLM2's windows the
-# same first token. It sees nothing else, so its variance *over windows* is zero: the
-# outlier has become its opposite. So use ordinary first tokens, as above, or the
-# *spread*, the variance over the dimensions of one vector. That sees a fixed token too.
+# same first token. It sees nothing else, so its variance *over windows* is zero, the
+# least of all. So use ordinary first tokens, as above, or the *spread*, the variance
+# over the dimensions of one vector. The spread is large for a fixed token too.
 
 # %%
 fixed = random_tokens()[0].clone()
@@ -208,15 +208,16 @@ assert over_dimensions > 1.3, "the spread hides it too"
 # %% [markdown]
 # ## Deeper layers
 #
-# The later chapters say that the first state becomes *one fixed vector*. If so, the
-# same trap must open by itself, on random tokens.
+# Chapter 04 says that the state of the first token becomes *one fixed vector*, whatever
+# the token is. If so, its variance must be the least in deep layers, on random tokens
+# too.
 
 # %%
 names = [f"{i}.z" for i in range(model.cfg.num_hidden_layers)]
 _, seen = record(model, random_tokens()[0], names)
 depth = torch.tensor([discrepancy(variance(seen[name])) for name in names])
 figure, axis = plt.subplots(figsize=(8.8, 3))
-title = "The outlier of the first layer becomes the token that varies least"
+title = "Token 0 varies most in the first layer and hardly at all in deep ones"
 figures.by_layer(axis, {"token 0": depth}, title, hot=["token 0"], yscale="log",
                  ylabel="$V_0$ / median of the others (log)")
 axis.axhline(1, color="black", lw=0.9, ls=":")
@@ -228,8 +229,10 @@ assert depth[12:28].max() < 0.1, "the first state is no fixed vector"
 # %% [markdown]
 # ## In one that you train
 #
-# The same gap before and after training, on windows with ordinary first tokens. And,
-# since the law is $\sigma^2 / n_t$, how many keys the last position uses, head by head.
+# `copy` has learned to continue random letters that repeat; `text` is that of chapter
+# 00. We measure the discrepancy before and after training, on windows with ordinary
+# first tokens. The law says $\sigma^2 / n_t$, so we also count how many keys the last
+# position uses, $n_t$, in each head.
 
 # %%
 def keys_used(m, x):
@@ -256,20 +259,21 @@ for name, keys in used.items():
     print(f"{name:12}", *counts)
 
 # %% [markdown]
-# While these two learn their sinks (chapter 00), most of the variance gap disappears.
-# So a sink does not grow *because the gap grows*. (Of five seeds of `copy` one has a
-# wider gap in the end: `tests/results/claims.md`, C1.) A cue to position exists before
-# training, and the later links have to learn to use it.
+# While these two are trained, most of the variance gap disappears. So a sink does not
+# grow *because the gap grows*. (Of five seeds of `copy` one has a wider gap in the end:
+# `tests/results/claims.md`, C1.) The small models show only that a cue to position, the
+# larger variance, exists before training. They do not show that a sink uses it.
 #
-# SmolLM2 and these two disagree: its first layer has kept a third of what its shape has
-# before training, theirs little. They have heads that look at few keys, so that all
-# tokens vary. *Why* a real model leaves its first layer so even is open.
+# SmolLM2 differs from these two: it keeps a third of the gap that its shape has before
+# training, and they keep little. They have heads that look at few keys, which average
+# little, so all their tokens vary. *Why* the heads of SmolLM2's first layer look at so
+# many keys is open.
 #
-# Is what is left of it used? Chapter 06 hands the first token what the others are given
-# on average, and the sink goes, in `copy` and in SmolLM2. But that takes away more
-# than variance: a value that was not mixed with others has another *mean*, too. In
-# SmolLM2 that mean, without any variance, forges a sink, and the variance alone does
-# not.
+# Does the sink use the gap that is left? Chapter 06 gives the first token the mean
+# attention output of the others, and SmolLM2's sink goes. But this edit takes away more
+# than variance: a value that was not mixed with others also has another *mean*. In
+# SmolLM2, on random tokens, this mean alone makes a sink at another token, and the
+# variance alone does not. In `copy` it is the variance alone that does.
 #
 # ## Beside the paper
 
@@ -281,10 +285,10 @@ beside(("model", "Llama-2-7B, Llama-3", "SmolLM2-135M"),
 # %% [markdown]
 # ## What would falsify this
 #
-# A flat curve without training would mean that the outlier is learned. An outlier that
-# moved when the windows were turned round would belong to tokens. An untrained curve
-# far from the law would mean that something else than averaging is at work. All three
-# are asserted.
+# A flat curve before training would mean that the outlier is learned. An outlier that
+# moved when the windows were reversed would belong to certain tokens. An untrained
+# curve far from the law would mean that averaging is not the reason. The assertions
+# above exclude all three.
 #
 # **You can now** derive the variance of an average of values, and tell what training
 # adds to what was there before.

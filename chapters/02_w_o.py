@@ -8,12 +8,12 @@
 # %% [markdown]
 # # 02 · What W_O passes on
 #
-# **Claim.** In SmolLM2 the output projection lets the outlier of chapter 01 through,
-# weakened, and does not favour the dimensions that vary most. In two small models it
-# favours them. A positive Kendall tau can be found in all three: it depends on which
-# side of $W_O$ is read, and the row version is nearly automatic.
+# **Claim.** In SmolLM2 the output projection $W_O$ weakens the outlier of chapter 01
+# and does not favour the dimensions that vary most. In two small models it favours
+# them. A positive Kendall tau can be found in all three if one compares the rows of
+# $W_O$ and not its columns, but the row version is nearly automatic.
 #
-# **You learn** what a matrix passes on, and to read one number from two sides. **You
+# **You learn** what a matrix passes on, and why one measure has two readings. **You
 # need** chapter 01, and what an eigenvector is. **Run time**: ten seconds, once the
 # models exist.
 
@@ -63,9 +63,9 @@ seen = {"random tokens": around(model, random_tokens()[0]),
 # $$V^{out}_t = \frac1C \operatorname{tr}\big(W_O\, \Sigma_t\, W_O^\top\big),
 #   \qquad E\big[V^{out}_t\big] = w^2 \operatorname{tr} \Sigma_t$$
 #
-# The second holds if the entries of $W_O$ are independent with mean 0 and variance
-# $w^2$: then $W_O^\top W_O$ is $C w^2$ times the identity, in the mean. So *any* random
-# matrix passes an outlier on. It takes a special matrix to weaken it.
+# The second formula holds if the entries of $W_O$ are independent with mean 0 and
+# variance $w^2$: then $W_O^\top W_O$ is $C w^2$ times the identity, in the mean. So a
+# random matrix passes an outlier on as it is. Only a special matrix weakens it.
 
 # %%
 def over_median(x):
@@ -105,12 +105,12 @@ show(figure, "02_through", "Variance by position before and after W_O. After it,
 
 # %% [markdown]
 # On random tokens token 0 still stands out after $W_O$. On English it does not, in this
-# layer: $W_O$ answers more to what varies at *later* tokens. The sink is there on
-# English all the same.
+# layer: $W_O$ passes on more of the variance of *later* tokens. Yet English has a sink
+# too.
 #
 # ## Does it prefer what varies? The columns
 #
-# The paper asks more: that $W_O$ *favours* dimensions of high variance. For dimension
+# The paper claims more: that $W_O$ *favours* dimensions of high variance. For dimension
 # $j$ of $z$ take its standard deviation $d_j$, and the length $\lVert c_j \rVert$ of
 # the column of $W_O$ that reads it. Do the two lists rank the dimensions alike?
 # Kendall's $\tau$ counts $+1$ for a pair in the same order in both lists, $-1$ for a
@@ -121,7 +121,7 @@ show(figure, "02_through", "Variance by position before and after W_O. After it,
 #     \operatorname{sign}\big(\lVert c_i \rVert - \lVert c_j \rVert\big)$$
 #
 # For two unrelated rankings its mean is 0 and its standard deviation $\sqrt{2(2n+5) /
-# (9n(n-1))}$. That is its null.
+# (9n(n-1))}$. Chance gives no more than about twice this.
 
 # %%
 def tau(a, b):
@@ -151,10 +151,10 @@ print(f"n = {n}: two unrelated rankings have tau 0 +- {null:.3f}")
 # %% [markdown]
 # ## The rows, and why they mislead
 #
-# One can also look at the other side. Row $i$ of $W_O$ writes dimension $i$ of the
-# output. Do long rows write dimensions that vary much? They do, and they must: a long
-# row makes a large output *whatever comes in*. The control shuffles the entries of
-# each row. Lengths stay, and every relation to the input is gone.
+# One can also compare rows. Row $i$ of $W_O$ writes dimension $i$ of the output. Do
+# long rows write dimensions that vary much? They do, and they must: a long row makes a
+# large output *whatever the input is*. The control shuffles the entries of each row.
+# This keeps the length of the row and removes every relation to the input.
 
 # %%
 def tau_rows(out, W):
@@ -207,15 +207,15 @@ show(figure, "02_tau", "Kendall tau by layer. Columns lie around 0, rows near 0.
      "shuffled rows almost as high.")
 
 # %% [markdown]
-# The paper reports 0.32, for the spread of what $W_O$ *reads*: the columns, as we take
-# it. By these SmolLM2 has none of it in the mean of its layers, though the first layer
-# agrees. By the rows it has more than that, and so has a matrix that knows nothing of
-# its input.
+# The paper reports 0.32, for the spread of what $W_O$ *reads*. We take this to mean the
+# columns. By columns SmolLM2 shows no such preference (in most layers tau is below 0),
+# though its first layer does. By rows its tau is above 0.32, but so is that of shuffled
+# rows, which know nothing of the input.
 #
 # ## A direction is not a dimension
 #
-# Tau sees single dimensions, but variance may lie along no single dimension. A matrix
-# stretches a unit vector $u$ to squared length $\lVert W_O u \rVert^2$. Over all
+# Tau compares single dimensions, but variance may lie along no single dimension. A
+# matrix stretches a unit vector $u$ to squared length $\lVert W_O u \rVert^2$. Over all
 # directions the mean of this is $\lVert W_O \rVert_F^2 / n$. So for the $m$ widest
 # directions $u_i$ of $z$, its leading eigenvectors, the *gain*
 #
@@ -246,8 +246,9 @@ for kind, layers in seen.items():
 # %% [markdown]
 # ## In one that you train
 #
-# The same numbers, before and after training: the outlier, the gain as a mean over
-# layers, and tau of the columns layer by layer.
+# For `copy` and `text` (chapter 01) the same numbers before and after training: the
+# outlier of the first layer, before and after $W_O$; the mean gain over layers; and tau
+# of the columns in each layer.
 
 # %%
 def preference(layers):
@@ -277,10 +278,10 @@ for name, x in reads.items():
             assert g > 1.6, "W_O does not favour the widest directions"
 
 # %% [markdown]
-# Before training $W_O$ passes the outlier on as it is; after it the outlier comes out
-# weaker, as in SmolLM2. But training also makes what the paper reports: by directions,
-# and by columns in some layers, these $W_O$ favour what varies. Here the real
-# model and the small ones disagree, and why is open.
+# Before training $W_O$ passes the outlier on as it is; after training $W_O$ weakens it,
+# as in SmolLM2. But training also makes what the paper reports: by directions, and by
+# columns in most layers, these $W_O$ favour the dimensions that vary. Here the real
+# model and the small ones disagree, and nobody knows why.
 #
 # ## Beside the paper
 
@@ -290,14 +291,14 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
        ("tau, rows", "not reported", mean["English", "rows that write"]))
 
 # %% [markdown]
-# Nothing here says that the sink *needs* $W_O$. Chapter 06 intervenes: it gives the
-# first token's $z$ the size that the others have, and SmolLM2's sink stays.
+# Nothing here shows that the sink *needs* $W_O$. That takes an experiment: chapter 06
+# gives the first token's $z$ the length of the others', and SmolLM2's sink stays.
 #
 # ## What would falsify this
 #
-# A tau of the columns well above chance in most layers of SmolLM2 would make us wrong,
-# and so would shuffled rows with a tau near 0. A tau of the small models that was there
-# before training would make their preference an accident.
+# We would be wrong if the columns had a tau well above chance in most layers of
+# SmolLM2, or if shuffled rows had a tau near 0. If the small models had their tau
+# before training, their preference would not be learned.
 #
 # **You can now** test whether a matrix favours some of its inputs, and say which
 # control such a test needs.

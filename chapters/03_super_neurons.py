@@ -9,8 +9,8 @@
 # # 03 · Super neurons
 #
 # **Claim.** In SmolLM2 two of the 1,536 neurons of layer 11 answer to the first token
-# and to few others. They can be found by their weights or by their activity, and write
-# into one dimension. Silence them and the model no longer produces sensible text.
+# and to few others. They can be found by their weights or by their activity, and both
+# write into one dimension. Silence them and the model writes no sensible text.
 #
 # **You learn** to find the few neurons that write the state of the first token, and to
 # silence them. **You need** chapter 00, and SwiGLU: an MLP whose hidden layer is one
@@ -79,15 +79,16 @@ pair = relative[11].topk(2).indices
 #
 # ## Found by activity
 #
-# The other way is to watch. The *energy* of a write is the squared length of what a
-# neuron adds to the state of a token. The *contrast* is what the five neurons that
-# write most to token $k$ write there, over what they write to the median token:
+# The other way is to watch the answers. The *energy* of a write is the squared length
+# of what a neuron adds to the state of a token. Take the five neurons that write most
+# to token $k$. Their *contrast* is their energy there over that at the median token:
 #
 # $$e_i = a_i^2 \; \lVert W_{down,\cdot i} \rVert^2, \qquad
 # \mathrm{contrast}_k = \frac{f_k}{\operatorname{median}_{t \ne k} f_t}, \qquad
 # f_t = \operatorname{mean}_{\text{windows}} \sum_{i \in \mathrm{top}} e_{i,t}$$
 #
-# Picking the strongest gives more than 1 by itself, so do the same for token 32.
+# Choosing the strongest neurons makes the contrast larger than 1 at any token. So token
+# 32 is the control.
 
 # %%
 down = model.layers[11].mlp.down_proj.weight
@@ -125,11 +126,11 @@ show(figure, "03_neurons", "Scatter of 1,536 neurons, weight score against energ
 
 # %% [markdown]
 # On the right the pair is on top too. The right panel is a mean dominated by a few
-# tokens: to the median one they write next to nothing, as the contrast says. Exercise 3
-# of chapter 08 finds one of these few.
+# tokens: to the median token the pair writes almost nothing, as the contrast says.
+# Exercise 3 of chapter 08 finds one of these few tokens.
 #
-# How do they recognise the first token, when it can be any token? It sees nothing
-# except itself. So let tokens 10, 25 and 45 see only themselves:
+# How do the two recognise the first token, when it can be any token? The first token
+# sees only itself. So let tokens 10, 25 and 45 see only themselves:
 
 # %%
 mask = torch.ones(64, 64, dtype=torch.bool)  # where a query may look
@@ -146,9 +147,9 @@ assert answer.min() > 0.8 * answer[0], "they know the first token by something e
 # %% [markdown]
 # ## Write, erase, write again
 #
-# Each of the two writes along its column of $W_{down}$, and nearly all of a column lies
-# in one dimension. Look at this dimension of token 0 in every layer, and at the neuron
-# that writes most to it.
+# Each of the two writes along its column of $W_{down}$, and nearly all of the squared
+# length of this column lies in one dimension. Look at this dimension of token 0 in
+# every layer, and at the neuron that writes most to it.
 
 # %%
 squares = down[:, pair].square()  # (C, 2)
@@ -195,13 +196,13 @@ assert late > 10 * early, "the second wave is no larger than the first"
 
 # %% [markdown]
 # Each of these neurons is among the first three of its layer by weight. So the weights
-# tell where to look. They do not tell how much is written: the neuron of layer 27, with
-# 174 times the usual score, moves the state by less than 1 %.
+# tell where to look. They do not tell how much a neuron writes: the one of layer 27,
+# with 174 times the usual score, moves the state by less than 1 %.
 #
 # ## What if they are silent?
 #
-# So far this is a portrait. Now an experiment: the pair answers 0 at every token. As a
-# control, silence the two neurons next in score.
+# So far we have only observed. Now an experiment: the pair answers 0 at every token. As
+# a control, silence the two neurons next in score.
 
 
 # %%
@@ -235,25 +236,27 @@ show(figure, "03_silent", "Attention to token 0 by layer. Up to layer 11 the cur
      "are one; after it that of the silent pair falls to the baseline by layer 21.")
 
 # %% [markdown]
-# The same in one head, with words on the axes:
+# Here is one head, with words on the axes:
 
 # %%
 look("Dear students, today we look inside a language model and ask why it looks back",
      layer=24, head=3, silence={11: pair.tolist()}, name="03_words")
 
 # %% [markdown]
-# Layers 12 to 15 keep a part of their sinks. By what these heads know the first token
-# is not tested here.
+# In the figure before, layers 12 to 15 keep a part of their sinks. How their heads
+# recognise the first token without the pair is not tested here.
 #
 # ## Let it write
 #
-# Four times the same prompt: nothing silent, the pair, two others, and the pair silent
-# at every token *but the first*. Predict before you run: does the last one write like
-# the "untouched" one, or like the one with the pair "silent"?
+# The model continues a prompt as it is, with the pair silent, and with two others
+# silent. Predict a fourth text: the pair is silent at every token *but the first*. Will
+# it be like the "untouched" text, or like that with the pair "silent"? Your prediction
+# adds the fourth text.
 
 # %%
 prediction = ...  # "untouched" or "silent"
-taps["but at token 0"] = silent(pair, start=1)
+if prediction is not ...:
+    taps["but at token 0"] = silent(pair, start=1)
 prompt = encoding.encode_ordinary("The capital of France is")
 texts = {}
 for name, tap in taps.items():
@@ -273,8 +276,8 @@ check("03.prediction", prediction)
 # ## In one that you train
 #
 # `softmax` is what `python train.py` trains, and any letter can come first. `text`
-# reads text after `<|bos|>`. This is the largest contrast of a layer that attention
-# follows.
+# reads text after `<|bos|>`. Of all layers but the last, whose writes no attention
+# reads, we print the largest contrast.
 
 # %%
 def largest_contrast(model, x):
@@ -292,8 +295,8 @@ for name, x in inputs.items():
     assert after > 2 * before, "the neurons are there before training"
 
 # %% [markdown]
-# In them, too, a few neurons answer to the first token. How much depends on these,
-# chapter 06 asks: there the models disagree.
+# In them, too, a few neurons answer to the first token. Chapter 06 asks how much of the
+# sink depends on these neurons: there the models disagree.
 #
 # ## Beside the paper
 
@@ -311,10 +314,10 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 #
 # ## What would falsify this
 #
-# The story fails if the two lists, by weight and by activity, had nothing in common,
-# if an ordinary token had neurons of its own with the same contrast, or if silencing
-# two others took the sink as well. All three are asserted. Not shown is that *every*
-# Llama does it in one layer: SmolLM2 itself needs two waves, and nobody knows why.
+# The story would fail if weight and activity found different neurons, if an ordinary
+# token had neurons of its own with the same contrast, or if silencing two others took
+# the sink as well. The assertions above exclude all three. Not shown is that *every*
+# Llama has its pair in one layer: SmolLM2 writes in two waves, and nobody knows why.
 #
 # **You can now** rank neurons by what they write, silence some of them beside others,
 # and see what the model then says.
