@@ -56,5 +56,6 @@ def rescue(answer):
     usual = record(model, x, ["11.mlp_out"])[1]["11.mlp_out"]
     share = written[0][:, 0, DIMENSION] / usual[:, 0, DIMENSION]
     assert (share - 1).abs().max() < 0.1, \
-        (f"The loss is back, with {share.mean():.0%} of what the untouched MLP adds. "
-         "Add what the two neurons wrote, to within a tenth.")
+        ("The loss is back, but a guess does that too: your number is "
+         f"{share.mean():.0%} of what the untouched MLP adds. Measure with `record` "
+         "what the two neurons wrote, and come within a tenth of it.")

@@ -10,7 +10,8 @@ import probe
 
 def prediction(answer):
     assert answer in ("fall", "stay", "rise"), 'Answer "fall", "stay" or "rise".'
-    assert answer == "rise", "A key that all queries like, made many times as long?"
+    assert answer == "rise", \
+        "Most queries like this key. What does a longer key do to its logits?"
 
 
 @torch.no_grad()
@@ -20,13 +21,13 @@ def norm_limit(answer):
     assert got is not None, "Return a vector of the shape of gamma."
     assert got.shape == gamma.shape, "One number for each dimension."
     single = (got != 0).sum() == 1 and got[3] != 0
-    assert single, "Against infinity all other dimensions vanish. Which one is left?"
+    assert single, "Beside infinity all other dimensions vanish. Which one is left?"
     for c, sign in ((3, 1), (0, -1), (11, -1)):
         norm, state = RMSNorm(12, 1e-5), torch.ones(12)
         norm.weight.copy_(gamma)
         state[c] = sign * 1e6
         assert torch.allclose(answer(gamma, c, sign), norm(state), atol=1e-3), \
-            "What is the root mean square of one entry among zeros? Is the gain in?"
+            "What is the root mean square of one entry among zeros? And the gain?"
 
 
 def common_direction(answer):
@@ -38,7 +39,8 @@ def common_direction(answer):
     assert got is not None, "Return the leading right singular vector of q."
     assert got.shape == (8,), "One vector of width D: the right singular vectors."
     assert abs(float(got.norm()) - 1) < 1e-4, "It has to be a unit vector."
-    assert abs(float(got @ fixed)) > 0.98, "The largest singular value, mean left in."
+    assert abs(float(got @ fixed)) > 0.98, \
+        "Take the vector of the largest singular value; do not subtract the mean."
     turned = got @ fixed > 0 and answer(-q) @ fixed < 0
     assert turned, "A singular vector has no sign: turn it towards the mean query."
     few, wanted = q[:5], probe.leading_query(q[:5, None, None])[0]

@@ -10,8 +10,9 @@ import probe
 
 def prediction(answer):
     names = ("variance", "W_O", "neurons", "disparity", "direction", "lock")
-    assert set(answer) <= set(names), f"Names out of {', '.join(names)}."
-    assert "W_O" not in answer, "A usual length takes nothing: RMSNorm forgets it."
+    assert set(answer) <= set(names), f"Use only these names: {', '.join(names)}."
+    assert "W_O" not in answer, \
+        "`W_O` changes only the length of z_0, and RMSNorm forgets lengths."
     missing = {"variance", "neurons", "direction", "lock"} - set(answer)
     assert not missing, f"Look at the bars: {', '.join(sorted(missing))} as well."
 
@@ -43,13 +44,13 @@ def alone_mask(answer):
     right = got.dtype == torch.bool and got.shape == (6, 6)
     assert right, "The model takes a boolean mask of shape (T, T)."
     alone = torch.eye(6, dtype=torch.bool)
-    assert torch.equal(got[2], alone[2]), "Rows are queries."
+    assert torch.equal(got[2], alone[2]), "Row t says what query t may look at."
     assert got[[0, 1, 3, 5], 2].all(), "The others may still look at token 2."
-    assert answer(5, []).all(), "Nobody alone: everything is allowed."
+    assert answer(5, []).all(), "If no token is alone, everything is allowed."
 
 
 def first_layer(answer):
-    """Layers before the answer are too few, layers up to it enough."""
+    """A mask in the layers before the answer is too little; with it, it is enough."""
     assert type(answer) is int and 0 <= answer < 30, "A layer, from 0 to 29."
     model, _ = real()
     x, _ = random_tokens(4)

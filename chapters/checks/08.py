@@ -5,7 +5,7 @@ import math
 
 def prediction(answer):
     right = sorted(set(answer)) == [0]
-    assert right, "Look at the printed shares: which tokens bring back more than half?"
+    assert right, "Look at the printed shares: which tokens undo more than half?"
 
 
 def rank_of_rows(answer):

@@ -18,6 +18,7 @@ prediction = "columns"
 
 
 def turn_values(v, o, R):
-    # R.T R is the identity, so the product o v, all that the model computes, stays.
-    # But z lies on other axes, and the columns of o have other lengths.
+    # R.T R is the identity, so the product o v stays, and the model's output depends on
+    # this product alone. But z lies on other axes, and the columns of o have other
+    # lengths, so tau changes.
     return R @ v, o @ R.T

@@ -18,5 +18,5 @@ def rescue(out):
     # 17,400 and 6,400 (measured with `record`). For the loss alone 5,000 would do,
     # because RMSNorm keeps the direction of a state and forgets its length.
     out = out.clone()
-    out[:, 0, 507] += 23_000
+    out[:, 0, 507] += 17_400 + 6_400
     return out
