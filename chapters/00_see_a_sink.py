@@ -131,7 +131,7 @@ for axis, (kind, sink) in zip(axes[:, 0], sinks.items()):
     figures.dress(axis, title, ylabel="head")
 axes[1, 0].set_xlabel("layer")
 axes[0, 1].axis("off")
-figures.shades(axes[1, 1])
+figures.shades(axes[1, 1], [figures.ACCENT])
 show(figure, "00_heads", "A cell for every head of every layer. Layers 3 to 9 and 12 "
      "to 29 are deep orange, layers 0, 1, 10 and 11 are pale.")
 
@@ -198,7 +198,7 @@ axis.axvline(width, color="black", lw=0.9, ls=":")
 title = "Hide the first token and the model fails; show it and the loss hardly rises"
 figures.dress(axis, title, {}, xlabel="position (dotted: token 0 goes out of sight)",
               ylabel="loss on English, nats")
-axis.set_ylim(2.5, 6.9)
+axis.set_ylim(2.5, 5.9)
 show(figure, "00_window", "Loss by position. With the last 32 tokens alone it rises by "
      "more than a nat when token 0 is out of sight, and stays low if that is kept.")
 

@@ -211,15 +211,16 @@ def without_frame(ax):
     ax.grid(False)
 
 
-def shades(ax):
-    """The scale of `attention`, drawn into narrow axes: other keys, and the sink."""
+def shades(ax, colors=("black", ACCENT)):
+    """The scale of `attention`, drawn into narrow axes: other keys (black), and the sink."""
     a = torch.linspace(1, 0, 128) ** 2  # evenly spaced in shade
-    image = torch.stack([shade(a, "black"), shade(a, ACCENT)], 1)
-    ax.imshow(image.numpy(), aspect=24, extent=(0, 2, 0, 1), interpolation="nearest")
+    image = torch.stack([shade(a, color) for color in colors], 1)
+    ax.imshow(image.numpy(), aspect=24, extent=(0, len(colors), 0, 1), interpolation="nearest")
     without_frame(ax)
     ticks = (0, 0.05, 0.2, 0.5, 1)
     ax.set_yticks([math.sqrt(tick) for tick in ticks], ticks)
-    ax.set_xticks([0.3, 1.7], ["others", "sink"], rotation=90)
+    names = ["sink" if color == ACCENT else "others" for color in colors]
+    ax.set_xticks([0.3, 1.7][:len(colors)], names, rotation=90)
     ax.yaxis.tick_right()
     ax.set_title("attention", fontsize=9, fontweight="normal", loc="right")
 
