@@ -41,8 +41,12 @@ HF_FAMILY = {  # model_type: the keys that it has besides, and what a missing ke
                   mlp_bias=False),
     "mistral": dict(rms_norm_eps=1e-6, max_position_embeddings=131072, num_key_value_heads=8,
                     sliding_window=4096),
-    "qwen2": dict(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32,
-                  qkv_bias=True),
+    "qwen2": dict(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32),
+}
+HF_NEVER_NULL = {  # null means a missing key, but not in these
+    "llama": ("hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+    "mistral": ("hidden_act", "tie_word_embeddings", "num_key_value_heads"),
+    "qwen2": ("hidden_act", "use_sliding_window", "head_dim"),
 }
 # Keys that change the forward pass, and the values of each that we compute. The other keys of a
 # config.json (token ids, dtype, cache, dropout, versions) change nothing and are dropped.
@@ -120,7 +124,11 @@ class Config:
             if found is not None and found not in ours:
                 wanted = " or ".join(map(str, ours)) or "absent"
                 raise UserError(f"{key} must be {wanted}, not {found!r:.60}")
-        usual = HF_FAMILY[raw.get("model_type") or "llama"]
+        family = raw.get("model_type") or "llama"
+        for key in HF_NEVER_NULL[family]:
+            if key in raw and raw[key] is None:
+                raise UserError(f"{key} must not be null")
+        usual = HF_FAMILY[family]
         sizes = {key: raw.get(key, usual.get(key)) for key in (*HF_SIZES, *usual)}
         theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         rope.pop("partial_rotary_factor", None)  # checked above
@@ -128,7 +136,8 @@ class Config:
         if rope.get("rope_type", rope.get("type")) == "llama3":  # the top level wins
             rope[original] = raw.get(original, rope.get(original, sizes["max_position_embeddings"]))
         tie = raw.get("tie_word_embeddings", False)
-        return cls(**sizes, rope_theta=theta, rope_scaling=rope or None, tie_word_embeddings=tie)
+        return cls(**sizes, rope_theta=theta, rope_scaling=rope or None, tie_word_embeddings=tie,
+                   qkv_bias=family == "qwen2")
 
 
 # ---------------------------------------------------------------- positions

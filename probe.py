@@ -1255,8 +1255,10 @@ def checkpoint_folder(look) -> Path:
 def open_checkpoint(look, folder):
     """The model in that folder, and its tokenizer: encode, text -> ids, and decode. Both are None,
     where --llama names a folder without one."""
-    from data import smollm2
+    from data import llama, smollm2
     from data.windows import llama_encoder, llama_tokenizer
+    if look.llama:
+        print(llama.memory(folder), file=sys.stderr)
     model = GPT.from_llama(folder).eval()
     if not look.llama:
         encoding = smollm2.encoding(folder)
@@ -1269,11 +1271,8 @@ def open_checkpoint(look, folder):
 
 def open_llama(look) -> dict[str, Opened]:
     """SmolLM2, or another checkpoint: the same on random tokens and on English text."""
-    from data import llama
     from data.windows import english, llama_bos, put_first, random_windows, text_windows
     folder = checkpoint_folder(look)
-    if look.llama:
-        print(llama.memory(folder), file=sys.stderr)
     model, encode, _ = open_checkpoint(look, folder)
     if encode is None:
         print(f"{folder} has no tokenizer.json: random tokens only")

@@ -100,6 +100,7 @@ SAME = {
     "mistral, window of the text": (dict(sliding_window=40), {}, save),
     "qwen2, a window unused": (SHAPES["qwen2"], dict(sliding_window=9, use_sliding_window=False),
                                save),
+    "qwen2, qkv_bias": (SHAPES["qwen2"], dict(qkv_bias=None), save),  # no key of theirs
     "qwen2, untied": (dict(qkv_bias=True), {}, save),
     "qwen2, attention_bias": (SHAPES["qwen2"], dict(attention_bias=True), save),
     "llama, a window unused": ({}, dict(sliding_window=9), save),
@@ -196,6 +197,12 @@ REFUSED = {  # and words of the line
     "theta a word": ({}, dict(rope_theta="1e4"), save, "rope_theta"),
     "a width in words": ({}, dict(hidden_size="32"), save, "hidden_size"),
     "a width with a point": ({}, dict(hidden_size=32.0), save, "hidden_size"),
+    **{f"{key} null": ({}, {key: None}, save, f"{key} must not be null") for key in (
+        "hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias")},
+    **{f"mistral, {key} null": (dict(sliding_window=99), {key: None}, save, "must not be null")
+       for key in ("hidden_act", "tie_word_embeddings", "num_key_value_heads")},
+    **{f"qwen2, {key} null": (SHAPES["qwen2"], {key: None}, save, "must not be null")
+       for key in ("hidden_act", "use_sliding_window", "head_dim")},
     "no width": ({}, dict(hidden_size=GONE), save, "hidden_size"),
     "no heads": ({}, dict(num_attention_heads=0), save, "num_attention_heads"),
     "a list": ({}, None, save, "config.json"),
