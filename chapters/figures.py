@@ -212,10 +212,11 @@ def without_frame(ax):
 
 
 def shades(ax, colors=("black", ACCENT)):
-    """The scale of `attention`, drawn into narrow axes: other keys (black), and the sink."""
+    """The scale of `attention`, in narrow axes: other keys (black), and the sink."""
     a = torch.linspace(1, 0, 128) ** 2  # evenly spaced in shade
     image = torch.stack([shade(a, color) for color in colors], 1)
-    ax.imshow(image.numpy(), aspect=24, extent=(0, len(colors), 0, 1), interpolation="nearest")
+    extent = (0, len(colors), 0, 1)
+    ax.imshow(image.numpy(), aspect=24, extent=extent, interpolation="nearest")
     without_frame(ax)
     ticks = (0, 0.05, 0.2, 0.5, 1)
     ax.set_yticks([math.sqrt(tick) for tick in ticks], ticks)
