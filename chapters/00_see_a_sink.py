@@ -63,6 +63,9 @@ look("Dear students, today we look inside a language model", name="00_words")
 # model and hands over any activation by its name. We ask for it on English that the
 # model has never seen, and on tokens drawn at random. If heads look at the first token
 # even of random tokens, its meaning cannot be the reason.
+#
+# A chapter reads one batch of 8 windows, to be quick (chapter 06: four). The README has
+# means over 8 or 16 batches, which differ a little.
 
 # %%
 texts = {"English": english()[0], "random tokens": random_tokens()[0]}

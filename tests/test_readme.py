@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -93,6 +94,54 @@ def test_spreads_in_the_text_of_chapters_stand_in_a_table():
             if line.startswith("#"):
                 for quoted in re.findall(r"-?[\d.]+ ± [\d.]+", line):
                     assert quoted in results, (path.name, quoted)
+
+
+# Numbers that several pages name: the page, its words (# is the number), and what the JSON has. Of
+# SmolLM2 those of the batch that the chapters read, the first one of claims.json.
+BATCH = read_json(claims.FILE)["SmolLM2"]["0"]["softmax"]
+FIRST = BATCH["random"]["first"]
+RETROFIT = read_json(retrofit.FILE)
+
+
+def sinks_left(name, kind):
+    """% of the heads, of SmolLM2 with a cure."""
+    return 100 * fmean(chain["sink_rate"] for chain in RETROFIT[name]["end"][kind])
+
+
+def extra_loss(name):
+    loss, usual = (fmean(RETROFIT[model]["end"]["losses"]) for model in (name, "softmax"))
+    return loss - usual
+
+
+NAMED = [
+    ("chapters/book/00.md", "random tokens: strongest head #", FIRST["sink"]),
+    ("chapters/book/00.md", "head 8 reads a value of #", FIRST["drain"]),
+    ("chapters/book/01.md", "random tokens discrepancy #", FIRST["variance"]),
+    ("chapters/book/01.md", "random tokens .*, by the law #", FIRST["variance_law"]),
+    ("chapters/book/02.md", "random tokens, .* before W_O #", FIRST["variance"]),
+    ("chapters/book/02.md", "random tokens, .*, after #, after a random", FIRST["variance_out"]),
+    ("chapters/book/02.md", "random tokens  columns .* over layers #", FIRST["wo_tau"]),
+    ("chapters/book/02.md", "random tokens  columns .* alone  #", BATCH["random"]["tau of layer 0"]),
+    ("chapters/book/03.md", "contrast at token 0 #", FIRST["neuron_contrast"]),
+    ("chapters/book/04.md", "token 0 after RMSNorm .*  #\n", FIRST["dominance"]),
+    ("chapters/book/07.md", "\nheadnorm  .* sink #% on random", sinks_left("headnorm", "random")),
+    ("chapters/book/07.md", "\nheadnorm  .* tokens, #% in text", sinks_left("headnorm", "text")),
+    ("chapters/book/07.md", "at a loss that is # nats", extra_loss("headnorm")),
+    ("README.md", "in\\s+#% of the heads", sinks_left("headnorm", "random")),
+    ("README.md", "at #\\s+nats of loss", extra_loss("headnorm")),
+    ("tests/results/cures.md", "but its loss is # nats", extra_loss("headnorm")),
+    ("tests/results/cures.md", "a loss that is .* to # higher", extra_loss("scaled")),
+    ("tests/results/cures.md", "first ones # %", sinks_left("headnorm", "text")),
+    ("tests/results/cures.md", "others # %", sinks_left("headnorm, other batches", "text")),
+]
+
+
+@pytest.mark.parametrize("page, words, value", NAMED)
+def test_pages_agree(page, words, value):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    quoted = re.search(words.replace("#", r"([-+]?\d[\d.]*\d|\d)"), text)[1]
+    digits = len(quoted.partition(".")[2])
+    assert float(quoted) == pytest.approx(value, abs=0.51 * 10**-digits)
 
 
 @pytest.mark.slow
