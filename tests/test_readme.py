@@ -98,8 +98,8 @@ def test_spreads_in_the_text_of_chapters_stand_in_a_table():
 
 # Numbers that several pages name: the page, its words (# is the number), and what the JSON has. Of
 # SmolLM2 those of the batch that the chapters read, the first one of claims.json.
-BATCH = read_json(claims.FILE)["SmolLM2"]["0"]["softmax"]
-FIRST = BATCH["random"]["first"]
+RANDOM = read_json(claims.FILE)["SmolLM2"]["0"]["softmax"]["random"]
+FIRST = RANDOM["first"]
 RETROFIT = read_json(retrofit.FILE)
 
 
@@ -121,7 +121,7 @@ NAMED = [
     ("chapters/book/02.md", "random tokens, .* before W_O #", FIRST["variance"]),
     ("chapters/book/02.md", "random tokens, .*, after #, after a random", FIRST["variance_out"]),
     ("chapters/book/02.md", "random tokens  columns .* over layers #", FIRST["wo_tau"]),
-    ("chapters/book/02.md", "random tokens  columns .* alone  #", BATCH["random"]["tau of layer 0"]),
+    ("chapters/book/02.md", "random tokens  columns .* alone  #", RANDOM["tau of layer 0"]),
     ("chapters/book/03.md", "contrast at token 0 #", FIRST["neuron_contrast"]),
     ("chapters/book/04.md", "token 0 after RMSNorm .*  #\n", FIRST["dominance"]),
     ("chapters/book/07.md", "\nheadnorm  .* sink #% on random", sinks_left("headnorm", "random")),
