@@ -281,7 +281,7 @@ assert half["sink"] < half["length of the state"], "the long state comes first"
 
 # %% [markdown]
 # Here the long state comes *after* the sink, so it cannot be the cause of the sink.
-# Five seeds agree (`tests/results/rest.md`). Yet the finished SmolLM2 needs its long
+# Five seeds agree (`tests/results/claims.md`). Yet the finished SmolLM2 needs its long
 # state (chapter 06). So a finished model does not tell how its sink was born.
 #
 # ## Beside the paper

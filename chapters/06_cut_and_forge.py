@@ -388,8 +388,8 @@ assert toy["cut disparity"] < 0.25, "here the long state does not carry the sink
 # The rest differs. Neither the few neurons nor the few large dimensions carry the sink:
 # the state grew long only after the sink was there (chapter 00). Without its part along
 # the shared query, the key still keeps the sink. This is one seed; for five see
-# `tests/results/rest.md`. In a third model, which copies, the links differ again
-# (`tests/results/claims.md`). So models find the first token by different links.
+# `tests/results/claims.md`. In a third model, which copies, the links differ again. So
+# models find the first token by different links.
 #
 # ## Beside the paper
 

@@ -5,10 +5,10 @@
 
 `SmolLM2` is one trained model, so it has no seeds: its spread is that of 8 or 16 disjoint batches
 of 8 windows of 64 tokens, random ones unless a line says text. The others are five seeds each of
-models that train.py makes: `text` is `--size tiny` (each window starts with <|bos|>, which a head
-can know by its embedding), `micro` is copying (first tokens are ordinary, and are read in windows
-of random symbols, where nothing is to be copied), `rest` is the default, asked in Q8 alone: all
-else about it is in tests/rest.py.
+models that train.py makes: `rest` is the default (heads that must rest, read at the queries that
+do), `text` is `--size tiny` (each window starts with <|bos|>, which a head can know by its
+embedding), `micro` is copying (read in windows of random symbols, where nothing is to be copied).
+Token k is token 10, in rest 6; the middle token is 32, in rest 8.
 
 The hypotheses and margins in claims.csv were written down before they were measured; `place` says
 where in the JSON a number stands (`value_at`). A test holds in a batch (or seed) or it does not:
@@ -45,8 +45,8 @@ FILE, HYPOTHESES = RESULTS / "claims.json", RESULTS / "claims.csv"
 PAGES = (Path("README.md"), RESULTS / "claims.md")
 SIZES = {"text": "tiny", "micro": "micro"}  # of train.py
 ATTENTIONS = ("softmax", "headnorm", "sigmoid", "gated")
-LANES = {"SmolLM2": 16, "text": 5, "micro": 5, "rest": 5}  # batches, seeds
-K, T = 10, 64
+LANES = {"SmolLM2": 16, "rest": 5, "text": 5, "micro": 5}  # batches, seeds
+K, T, REST_K = 10, 64, 6  # the token of a forgery, of so many; in windows of rest, of 16
 
 
 def plan() -> dict:
@@ -63,14 +63,16 @@ def plan() -> dict:
         for seed in range(LANES[lane]):
             run = train.Run(size=lane, seed=seed, out=f"out/claims/{lane}-softmax-{seed}")
             jobs[lane, str(seed), "unmixed"] = (unmixed_seed, run)
+            if lane == "rest":
+                jobs[lane, str(seed), "softmax"] = (rest_seed, run)
     return jobs
 
 
 # ---------------------------------------------------------------- measuring one batch or seed
 
-def numbers(model, x, y):
+def numbers(model, x, y, queries=None):
     """The chain of token 0 and of the ordinary token T / 2: {first, ordinary}."""
-    both, loss = probe.layers(model, x, ks=(0, T // 2), y=y)
+    both, loss = probe.layers(model, x, ks=(0, x.shape[1] // 2), y=y, queries=queries)
     first, ordinary = (probe.summary(found) for found in both)
     ratio = both[0]["dominance"] / both[1]["dominance"]  # (L,)
     return {"first": first | {"loss": loss}, "ordinary": ordinary,
@@ -78,11 +80,11 @@ def numbers(model, x, y):
             "tau of layer 0": both[0]["wo_tau"][0].item()}
 
 
-def effects(model, x, y, k=K, names=()):
+def effects(model, x, y, k=K, names=(), queries=None):
     """Every cut and forgery: {"cut neurons": {share, controls, before, after}}, the last two being
     the attention of the strongest head to the token that is cut or forged."""
     found = {}
-    for row in probe.cuts(model, x, y, k, names=names):
+    for row in probe.cuts(model, x, y, k, names=names, queries=queries):
         name, at = f"{row['kind']} {row['link']}", int(row["token"] != 0)
         if row["control"]:
             found[name]["controls"].append(probe.share(row, T))
@@ -93,7 +95,7 @@ def effects(model, x, y, k=K, names=()):
 
 
 @torch.no_grad()
-def agreement(model, x, k=K):
+def agreement(model, x, k=K, queries=None):
     """Q7. The first layer's z_k is given one mean and, head by head, one variance over windows:
 
         z_k = mean + d,   d being the deviation that a token has which sees only itself,
@@ -112,7 +114,7 @@ def agreement(model, x, k=K):
         z = free.mean(0) + deviation
         edit = probe.at_token(k, lambda _, z=z: z)
         tap = probe.make_tap(model.cfg, {"0.z": edit})
-        found[name] = probe.chain(model, x, tap, k=k)["sink"]
+        found[name] = probe.chain(model, x, tap, k, queries=queries)["sink"]
     return found
 
 
@@ -233,6 +235,20 @@ def measure_seed(lane, run):
                   "agreement": agreement(model, main[0]),
                   "tau of rows": rows_that_write(model, main[0])}
     return found
+
+
+def rest_seed(run):
+    """One seed of the default, softmax, read at the queries that rest."""
+    trained(run, jobs=1)
+    model, corpus, settings = train.load_run(run.out)
+    x, y = corpus.task.batch(256, settings["seq_len"], torch.Generator().manual_seed(0))
+    queries, untrained = corpus.task.resting(x), GPT(model.cfg, seed=run.seed).eval()
+    birth = [{"step": row["step"]} | row["links_rest"] for row in read_log(run.out)]
+    main = numbers(model, x, y, queries)
+    return {"main": main, "random": main, "untrained": numbers(untrained, x, y, queries),
+            "effects": effects(model, x, y, REST_K, queries=queries), "birth": birth,
+            "screen": screen(model, x), "agreement": agreement(model, x, REST_K, queries),
+            "tau of rows": rows_that_write(model, x)}
 
 
 def unmixed_seed(run):
@@ -411,11 +427,11 @@ def chain_table(found) -> str:
 
 
 def links_table(found) -> str:
-    """A row for each link: SmolLM2 as it is, cut, forged, with controls, and micro."""
+    """A row for each link: SmolLM2 as it is, cut, forged, with controls, and rest."""
     rows, head = [], (
         "link", "SmolLM2, first token (an ordinary one)",
         "SmolLM2, ± sd of batches, cut: share of the sink taken", "its control",
-        "forged: share of two sinks", "its control", "own model, ± 95 % of seeds, cut",
+        "forged: share of two sinks", "its control", "rest, ± 95 % of seeds, cut",
         "its control", "forged", "its control")
     for link in probe.LINKS:
         headline = link.numbers[0]
@@ -423,7 +439,7 @@ def links_table(found) -> str:
                            for token in ("first", "ordinary"))
         cells = [f"**{link.name}**: {headline.says}",
                  f"{probe.digits(first)} ({probe.digits(ordinary)})"]
-        for lane, kind, key in itertools.product(("SmolLM2", "micro"), ("cut", "forge"),
+        for lane, kind, key in itertools.product(("SmolLM2", "rest"), ("cut", "forge"),
                                                  ("share", "control")):
             place = f"{kind} {link.name}.{key}"
             edit = getattr(link, kind)
@@ -436,6 +452,23 @@ def percent(values, lane) -> str:
     there = with_sink_only(values)
     spread = stdev if lane == "SmolLM2" else runner.half_interval
     return f"{fmean(there):.0%} ± {spread(there):.0%}"
+
+
+BORN = {"variance": "variance of z", "drain": "value", "sink": "sink", "lock_gap": "lock",
+        "norm_ratio": "length of the state", "neuron_contrast": "neurons"}
+
+
+def birth_table(found) -> str:
+    """When does each number of `rest` move? Ordered by the median step."""
+    rows = []
+    for key, name in BORN.items():
+        births = [seed["softmax"]["birth"] for seed in found["rest"].values()]
+        first, last = (fmean(birth[at][key] for birth in births) for at in (0, -1))
+        steps = [runner.half_time(birth, key) for birth in births]
+        rows.append((median(steps), (name, probe.digits(first), probe.digits(last),
+                                     f"{median(steps)} ({min(steps)} to {max(steps)})")))
+    head = ("number at token 0", "untrained", "at the end", "step at half of its way")
+    return runner.markdown(head, [row for _, row in sorted(rows)])
 
 
 def losses_table(found) -> str:
@@ -602,7 +635,8 @@ def tables(found) -> dict[str, str]:
     """All blocks of the README and of claims.md, one for each claim among them."""
     blocks = {"found": findings(found, FOUND), "in full": findings(found, IN_FULL),
               "chain": chain_table(found), "links": links_table(found),
-              "losses": losses_table(found), "evaluations": evaluations(found)}
+              "birth": birth_table(found), "losses": losses_table(found),
+              "evaluations": evaluations(found)}
     tests = tests_of(found)
     for claim in dict.fromkeys(t["claim"] for t in tests):
         blocks[claim] = claim_table([t for t in tests if t["claim"] == claim])

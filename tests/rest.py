@@ -1,6 +1,6 @@
 """Heads that must rest: a sink on an ordinary first token, under five attentions.
 
-    python -m tests.rest              # what is missing: 80 runs of a minute on one core
+    python -m tests.rest              # what is missing: 75 runs of a minute on one core
     python -m tests.rest --render     # only the tables of tests/results/rest.md, from the JSON
 
 The setting is `train.py --size rest`. Data, order and first weights are equal for all runs of a
@@ -22,29 +22,23 @@ Our criteria, written before these seeds were trained; pilots with other seeds h
     does not, if in one seed it takes less than a fifth
     where less than 3 seeds have learned, nothing is said
 
-Five more seeds of softmax are followed from step to step, and then every link of the chain is cut
-and forged in them, by the rules of probe.py.
+The chain in five more seeds of softmax, its birth, cuts and forgeries: tests/claims.py.
 """
 import math
 import sys
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
 import torch
 
 import probe
 import train
-from chapters.lesson import trained
 from data.common import environment, program
-from data.runs import read_log
 from model import ATTENTIONS, record
 from tests import runner
 from tests.cures import rank
 
 SEEDS, RATES = range(10, 15), (2.5e-3, 5e-3, 1e-2)
-FOLLOWED = range(5)  # seeds of softmax
-TOLD = {"variance": "variance of z", "drain": "value", "sink": "sink", "lock_gap": "lock",
-        "norm_ratio": "length of the state", "neuron_contrast": "neurons"}
 LEARNED = 0.01  # nats above a perfect predictor
 RESULTS = Path(__file__).parent / "results"
 FILE, PAGE = RESULTS / "rest.json", RESULTS / "rest.md"
@@ -56,8 +50,6 @@ def plan() -> dict:
         for attn in ("headnorm", "softmax", "gated", "logit", "sigmoid"):  # what is asked first
             for seed in SEEDS:
                 jobs["grid", attn, f"{lr:g}", str(seed)] = (train_and_measure, attn, lr, seed)
-    for seed in FOLLOWED:
-        jobs["chain", str(seed)] = (follow, seed)
     return jobs
 
 
@@ -118,23 +110,6 @@ def weights(model, task, x) -> dict:
             "itself": by_head(attention.diagonal(dim1=-2, dim2=-1)),
             "largest": by_head(attention.amax(-1)),
             "by key": keys.tolist()}
-
-
-def follow(seed) -> dict:
-    """One seed of softmax: the numbers of TOLD at each evaluation, and all cuts and forgeries."""
-    run = train.Run(seed=seed, out=f"out/rest/softmax-{seed}")
-    trained(run, jobs=1)
-    model, corpus, _ = train.load_run(run.out)
-    x, y = corpus.task.batch(256, 16, torch.Generator().manual_seed(4321))
-    birth = []
-    for row in read_log(run.out):
-        numbers = row["links_rest"]
-        birth.append({"step": row["step"]} | {key: numbers[key] for key in TOLD})
-    rows = probe.cuts(model, x, y, k=6, queries=corpus.task.resting(x))
-    for row in rows:  # what `probe.verdicts` needs
-        for when in ("before", "after"):
-            row[when] = [{key: at[key] for key in ("resting", "sink")} for at in row[when]]
-    return {"birth": birth, "cuts": rows}
 
 
 # ---------------------------------------------------------------- reading the records
@@ -266,34 +241,6 @@ def grid_table(found) -> str:
     return runner.markdown(("", *(f"{lr:g}" for lr in RATES)), rows)
 
 
-def birth_table(found) -> str:
-    """When does each number move? Ordered by the median step."""
-    rows = []
-    for key, name in TOLD.items():
-        births = [seed["birth"] for seed in found["chain"].values()]
-        first, last = (fmean(birth[at][key] for birth in births) for at in (0, -1))
-        steps = [runner.half_time(birth, key) for birth in births]
-        rows.append((median(steps), (name, probe.digits(first), probe.digits(last),
-                                     f"{median(steps)} ({min(steps)} to {max(steps)})")))
-    head = ("number at token 0", "untrained", "at the end", "step at half of its way")
-    return runner.markdown(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
-
-
-def cuts_table(found) -> str:
-    """A row for each edit of LINKS: mean share and 95 % interval over seeds, its strongest control,
-    the verdict."""
-    def percent(mean, spread):
-        return f"{mean:.0%} ± {runner.half_width(spread, len(found['chain'])):.0%}"
-
-    rows = []
-    for verdict in probe.verdicts([seed["cuts"] for seed in found["chain"].values()], T=16):
-        word = probe.spoken(verdict["word"], verdict["why"])
-        rows.append((f"{verdict['kind']} {verdict['link']}", verdict["says"],
-                     percent(verdict["share"], verdict["spread"]),
-                     percent(*max(verdict["controls"])), word))
-    return runner.markdown(("link", "edit", "share", "its control", "verdict"), rows)
-
-
 def so_far(found) -> str:
     """How much of the plan has been measured."""
     done = sum(len(seeds) for rates in found["grid"].values() for seeds in rates.values())
@@ -306,8 +253,7 @@ def so_far(found) -> str:
 
 def tables(found) -> dict[str, str]:
     return {"so far": so_far(found), "rest": comparison(found),
-            "chain": chain_table(found), "grid": grid_table(found),
-            "birth": birth_table(found), "cuts": cuts_table(found)}
+            "chain": chain_table(found), "grid": grid_table(found)}
 
 
 def main():
