@@ -1,4 +1,4 @@
-"""Four measurements of SmolLM2 that are too long for a chapter, each with its JSON and its figure.
+"""Three measurements of SmolLM2 that are too long for a chapter, each with its JSON and its figure.
 
     python -m tests.measure all            what is missing in tests/results/smollm2_*.json
     python -m tests.measure mask           one of them; delete its JSON to measure it anew
@@ -6,22 +6,19 @@
 
 The docstring of a measurement is its hypothesis with its margins. They were written before the
 first run; the JSON says which held (`held`). Windows are 8 x 64 random tokens, whose first token
-has no meaning (the paper's control), and English text where it says so. Measured is what probe.py
-measures: attention to a token of the heads that have a sink (> 0.3) at token 0 in the untouched
-model, layers after 0, and a forged sink's share of two sinks.
+has no meaning (the paper's control). Measured is what probe.py measures: attention to a token of
+the heads that have a sink (> 0.3) at token 0 in the untouched model, layers after 0, and a forged
+sink's share of two sinks.
 
 Spread is the standard deviation over disjoint batches of windows: one model has no seeds.
 """
 import json
 import os
 import platform
-import statistics
 import sys
-import textwrap
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from matplotlib.ticker import PercentFormatter
@@ -32,9 +29,9 @@ from chapters import figures
 from chapters.figures import ACCENT
 from data import smollm2
 from data.common import program
-from data.windows import english, random_windows, text_windows
+from data.windows import random_windows
 from model import GPT, compose, make_tap, record
-from probe import TOP, at_token, later, sink_score
+from probe import at_token, later, sink_score
 from tests import runner
 from tests.unmixed import no_logits
 
@@ -47,49 +44,38 @@ FACTORS = (2, 4, 8, 16, 32)
 
 # ---------------------------------------------------------------- one pass, and its numbers
 
-def look(model, x, y, tap, ks):
-    """One pass over windows x (N, T): for each token of ks its sink (L, H) and norm ratio (L,);
-    and the loss, None where the targets y are None."""
+def look(model, x, tap, ks):
+    """One pass over windows x (N, T): for each token of ks its sink (L, H) and norm ratio (L,)."""
     wanted = [probe.metric("sink"), probe.metric("norm_ratio")]
-    if y is None:
-        tap = compose(tap, no_logits)
-    found, loss = probe.layers(model, x, tap, ks, y, wanted)
-    return dict(zip(ks, found)) | {"loss": loss}
+    found, _ = probe.layers(model, x, compose(tap, no_logits), ks, wanted=wanted)
+    return dict(zip(ks, found))
 
 
-def effect(kind, free, found, k):
-    """The effect of a "cut" or "forge" at token k, from `look` at the untouched model and with it:
-    its share by probe.RULE; attention to tokens 0 and k; the longest state of token k; for a cut
-    the loss and the mean sink of each layer."""
+def effect(free, found, k):
+    """The effect of a forgery at token k, from `look` at the untouched model and with it: its share
+    by probe.RULE; attention to tokens 0 and k; the longest state of token k."""
     heads = probe.with_sink(free[0]["sink"])
 
     def attention(seen):
         return [later(seen[token]["sink"])[heads].mean().item() for token in (0, k)]
 
     before, after = attention(free), attention(found)
-    row = {"kind": kind, "before": [{"resting": a} for a in before],
+    row = {"kind": "forge", "before": [{"resting": a} for a in before],
            "after": [{"resting": a} for a in after]}
-    values = {"share": probe.share(row, T), "first": after[0], "resting": after[1],
-              "untouched_first": before[0], "untouched": before[1],
-              "norm": found[k]["norm_ratio"].max().item(),
-              "untouched_norm": free[k]["norm_ratio"].max().item()}
-    if kind == "cut":
-        values["loss"] = found["loss"]
-        for i, sink in enumerate(found[0]["sink"].mean(1).tolist()):
-            values[f"sink {i}"] = sink
-    return values
+    return {"share": probe.share(row, T), "first": after[0], "resting": after[1],
+            "untouched_first": before[0], "untouched": before[1],
+            "norm": found[k]["norm_ratio"].max().item(),
+            "untouched_norm": free[k]["norm_ratio"].max().item()}
 
 
-def measured(kind, model, windows, plan):
-    """Every intervention of the plan, [(label, tap)], at the token k of its label: a row with the
-    mean and the standard deviation of its effect over the batches of windows."""
+def measured(model, windows, plan):
+    """Every forgery of the plan, [(label, tap)], at the token k of its label: a row with the mean
+    and the standard deviation of its effect over the batches of windows."""
     effects = [[] for _ in plan]
-    for x, y in tqdm(windows, "batches", disable=None, leave=False):
-        y = y if kind == "cut" else None
-        free = look(model, x, y, None, (0, *TOKENS))
+    for x, _ in tqdm(windows, "batches", disable=None, leave=False):
+        free = look(model, x, None, (0, *TOKENS))
         for (label, tap), seen in zip(plan, effects):
-            found = look(model, x, y, tap, (0, label["k"]))
-            seen.append(effect(kind, free, found, label["k"]))
+            seen.append(effect(free, look(model, x, tap, (0, label["k"])), label["k"]))
     rows = []
     for (label, _), seen in zip(plan, effects):
         mean, std = probe.average(seen)
@@ -111,7 +97,7 @@ def stds(rows, key="share"):
 
 
 # ---------------------------------------------------------------- the measurements
-# (model, batches) -> the JSON. batches.random and batches.text are lists of (x, y).
+# (model, batches) -> the JSON; batches of random windows (x, y).
 
 def maps(model, batches):
     """One head three times, mean over 8 windows of random tokens: the strongest of the untouched
@@ -120,12 +106,11 @@ def maps(model, batches):
 
     1. Silent everywhere, the head gives no token more than 0.2. 2. Token 10 gets over 0.25.
     """
-    x, L = batches.random[0][0], len(model.layers)
-    neurons = []
-    for i, top in enumerate(probe.targets(model, x)[0].neurons):
-        neurons += [[i, n] for n in top.tolist()]
-    taps = {"as it is": None, "neurons silent": silent(model, neurons, "all"),
-            "silent at token 0": silent(model, neurons, "first"),
+    x, L = batches[0][0], len(model.layers)
+    targets, edit = probe.targets(model, x), next(probe.planned("cut neurons"))[2]
+    top = {i: few.tolist() for i, few in enumerate(targets[0].neurons)}
+    taps = {"as it is": None, "neurons silent": probe.silent(model, top),
+            "silent at token 0": probe.intervene(model, edit, *targets, 0, T),
             "token 10 alone": masked(model, 10, range(L))}
     found = {"maps": {}, "attention": {}}
     for name, tap in taps.items():
@@ -164,7 +149,7 @@ def mask(model, batches):
         for name, which in (("only", [i]), ("to", range(i + 1)), ("from", range(i, L))):
             label = {"layers": name, "layer": i, "k": 10}
             plan.append((label, masked(model, 10, which)))
-    rows = measured("forge", model, batches.random[:BATCHES], plan)
+    rows = measured(model, batches[:BATCHES], plan)
     only, to, after = (means(pick(rows, layers=name)) for name in ("only", "to", "from"))
     whole = [row["mean"] for row in pick(rows, layers="all")]
     held = {"1 share": all(row["share"] >= 0.25 for row in whole),
@@ -206,10 +191,10 @@ def variance(model, batches):
     """
     every, first = range(len(model.layers)), [0]
     some = [*stronger(model, "0", first, 10), *stronger(model, "0-3", range(4), 10)]
-    rows = measured("forge", model, batches.random[:BATCHES], some)
-    rows += measured("forge", model, batches.random, stronger(model, "all", every, 10))
+    rows = measured(model, batches[:BATCHES], some)
+    rows += measured(model, batches, stronger(model, "all", every, 10))
     for k in (5, 20, 40):
-        rows += measured("forge", model, batches.random[:4], stronger(model, "all", every, k))
+        rows += measured(model, batches[:4], stronger(model, "all", every, k))
     return {"rows": rows, "held": variance_held(rows)}
 
 
@@ -238,143 +223,6 @@ def lambda_table(found) -> str:
                  for row in pick(found["rows"], layers="all", k=10, kind=kind)]
         rows.append([says, *cells])
     return runner.markdown(("share of two sinks", *(f"λ = {by}" for by in FACTORS)), rows)
-
-
-def neurons(model, batches):
-    """Which neurons their weights single out and which their writing, and what is left without
-    them. In the first four batches.
-
-    writers    add, each alone, at least a tenth of what their MLP adds to dimension c (see `waves`)
-               at token 0, where an MLP doubles what stands there and adds ten times as much as at
-               other tokens. "wave two" are those of the layer that adds most, "wave one" the rest
-    erasers    take, each alone, at least a tenth of what stands there: before that layer ("early")
-               or after it ("late")
-    weights    as many as the writers, the first by weight score over the median of their layer
-    like       for each writer the neuron of its layer with the nearest weight score: the control
-
-    A neuron is set to zero or to its mean over the other tokens, at token 0 or at all tokens.
-
-    1. The writers together, zero at token 0, take at least half of the sink, and the longest state
-       over the median falls below 10. The mean does the same, within 10 points.
-    2. Neurons of like weight take less than half as much.
-    3. Wave two takes at least half; wave one does not, and no single neuron does.
-    4. Without the writers (zero, token 0) the loss on English rises by at least 0.1 nats, without
-       those of like weight by less than 0.02.
-    5. Of the five first by weights and the five first by activity, at least one is the same in
-       each layer that writes; in the others less than one on average.
-    6. Without the early erasers (zero, token 0) the layer that adds most and the one before it keep
-       a mean sink above 0.3, which they have not otherwise.
-    """
-    random, text = batches.random[:4], batches.text[:4]
-    score = torch.stack([probe.weight_score(block) for block in model.layers])  # (L, F)
-    value, writes, activity, usual = waves(model, torch.cat([x for x, _ in random]))
-    sets, main = choose(value, writes, score)
-    overlap = []
-    for by_weight, by_activity in zip(score.topk(TOP).indices, activity.topk(TOP).indices):
-        overlap.append(len(set(by_weight.tolist()) & set(by_activity.tolist())))
-    plan = [({"set": "untouched", "k": 0}, None)]
-
-    def add(name, ids, tokens, value="zero", to=None):
-        label = {"set": name, "neurons": ids, "tokens": tokens, "value": value, "k": 0}
-        plan.append((label, silent(model, ids, tokens, to)))
-
-    single = [("one", [writer]) for writer in sets["writers"]]
-    for name, ids in [*sets.items(), *single]:
-        add(name, ids, "first")
-        add(name, ids, "all")
-    in_text = measured("cut", model, text, plan)
-    add("writers", sets["writers"], "first", "mean", usual)
-    rows = measured("cut", model, random, plan)
-    writing = {layer for layer, _ in sets["writers"]}
-    return {"overlap": overlap, "random": rows, "text": in_text,
-            "held": neurons_held(rows, in_text, overlap, writing, main)}
-
-
-def neurons_held(rows, in_text, overlap, writing, main):
-    """Which hypotheses of `neurons` hold. `writing`: the layers that write; `main`: the one that
-    adds most."""
-    def at_token_0(rows, key):
-        cut = pick(rows, tokens="first", value="zero")
-        return {row["set"]: row["mean"][key] for row in cut}
-
-    taken, norm = at_token_0(rows, "share"), at_token_0(rows, "norm")
-    loss, usual = at_token_0(in_text, "loss"), in_text[0]["mean"]["loss"]
-    by_mean, single = rows[-1]["mean"]["share"], means(pick(rows, set="one"))
-    elsewhere = [n for i, n in enumerate(overlap) if i not in writing]
-    layers = (f"sink {main - 1}", f"sink {main}")
-    kept = [at_token_0(rows, key)["erasers, early"] for key in layers]
-    before = [rows[0]["mean"][key] for key in layers]
-    return {"1": (taken["writers"] >= 0.5 and norm["writers"] < 10
-                  and abs(taken["writers"] - by_mean) < 0.1),
-            "2": taken["like"] < taken["writers"] / 2,
-            "3": taken["wave two"] >= 0.5 > taken["wave one"] and max(single) < 0.5,
-            "4": loss["writers"] - usual >= 0.1 and abs(loss["like"] - usual) < 0.02,
-            "5": min(overlap[i] for i in writing) >= 1 and statistics.fmean(elsewhere) < 1,
-            "6": min(kept) > probe.SINK > max(before)}
-
-
-@torch.no_grad()
-def waves(model, x):
-    """By layer: dimension c of token 0 (L,), the part that each neuron adds to it at every token
-    (L, T, F), its energy at token 0 and its answer to others (L, F); means over windows. c is the
-    dimension in which token 0 is largest anywhere; adding is away from zero."""
-    L = len(model.layers)
-    writes, active, usual = [], [], []
-    names = [f"{i}.{name}" for i in range(L) for name in ("resid_pre", "mlp_post")]
-    kept = record(model, x, names)[1]
-    first = torch.stack([kept[f"{i}.resid_pre"][:, 0].mean(0) for i in range(L)])
-    longest, c = divmod(first.abs().argmax().item(), first.shape[1])
-    sign = first[longest, c].sign()
-    for i, block in enumerate(model.layers):
-        post, down = kept[f"{i}.mlp_post"], block.mlp.down_proj.weight
-        writes.append(sign * post.mean(0) * down[c])
-        active.append(probe.energy(post[:, 0], down).mean(0))
-        usual.append(post[:, 1:].mean((0, 1)))
-    return sign * first[:, c], *map(torch.stack, (writes, active, usual))
-
-
-def choose(value, writes, score):
-    """The sets of `neurons`, {name: [[layer, neuron], ...]}, and the layer that adds most, from
-    `waves` and the weight scores (L, F)."""
-    at_0, elsewhere = writes[:, 0], writes[:, 1:]
-    adds = at_0.sum(-1)  # (L,)
-    rest = elsewhere.sum(-1).mean(1)
-    main = adds.argmax().item()
-    writing = (adds > value.abs()) & (adds > 10 * rest.abs())
-    big = writing[:, None] & (at_0 >= adds[:, None] / 10)
-    there = value > value.max() / 1000
-    takes = there[:, None] & (at_0 <= -value[:, None] / 10)
-    writers = big.nonzero().tolist()
-    erasers = takes.nonzero().tolist()
-    relative = score / score.median(1, keepdim=True).values
-    heavy = relative.flatten().topk(len(writers)).indices.tolist()
-    like = []
-    for i in writing.nonzero()[:, 0].tolist():
-        mine = big[i].nonzero()[:, 0]
-        like += [[i, n] for n in probe.similar(score[i], mine).tolist()]
-    return {"writers": writers,
-            "wave one": [w for w in writers if w[0] != main],
-            "wave two": [w for w in writers if w[0] == main],
-            "weights": [list(divmod(n, score.shape[1])) for n in heavy], "like": like,
-            "erasers, early": [e for e in erasers if e[0] < main],
-            "erasers, late": [e for e in erasers if e[0] > main]}, main
-
-
-def silent(model, ids, tokens, to=None):
-    """A tap: the neurons `ids`, [[layer, neuron], ...], answer zero, or their value in `to` (L, F),
-    at token "first" or at "all"."""
-    edits = {}
-    for layer in {layer for layer, _ in ids}:
-        mine = [n for i, n in ids if i == layer]
-
-        def edit(post, mine=mine, values=0 if to is None else to[layer, mine]):
-            post = post.clone()
-            changed = post[:, :1] if tokens == "first" else post
-            changed[..., mine] = values
-            return post
-
-        edits[f"{layer}.mlp_post"] = edit
-    return make_tap(model.cfg, edits)
 
 
 # ---------------------------------------------------------------- the figures
@@ -456,65 +304,17 @@ def draw_variance(found):
     return figure
 
 
-@figures.styled
-def draw_neurons(found):
-    figure, (sink, loss, by_layer) = figures.new(7.6, 3, 1)
-    at_0 = pick(found["random"], tokens="first", value="zero")
-    in_text, everywhere = (pick(found["text"], tokens=tokens, value="zero")
-                           for tokens in ("first", "all"))
-    labels = [set_name(row) for row in at_0]
-    shares = {"random tokens": spreads(labels, at_0), "English": spreads(labels, in_text)}
-    figures.bars(sink, shares, "Five neurons write the sink; no single one carries it",
-                 ["random tokens"], {}, ylabel="share of the sink taken")
-    sink.tick_params(labelbottom=False)
-    in_percent(sink, 0.5)
-    losses = {"silent at token 0": spreads(labels, in_text, "loss"),
-              "silent at all tokens": spreads(labels, everywhere, "loss")}
-    figures.bars(loss, losses, "What text loses without them (dotted: untouched)", (), {},
-                 ylabel="loss on English, nats")
-    loss.axhline(found["text"][0]["mean"]["loss"], **DOTTED)
-    draw_sinks(by_layer, [found["random"][0], *at_0])
-    return figure
-
-
-def set_name(row):
-    """The name of a set of neurons, in narrow lines."""
-    layer, neuron = row["neurons"][0]
-    says = f"{row['set']} ({len(row['neurons'])})"
-    if row["set"] == "one":
-        says = f"{neuron} of layer {layer}"
-    return textwrap.fill(says, 7, break_long_words=False)
-
-
-def draw_sinks(ax, rows):
-    """Attention to token 0 by layer, without some of the sets."""
-    styles = {"untouched": (ACCENT, "-"), "writers": ("black", "-"), "wave one": ("0.45", "--"),
-              "wave two": ("0.45", ":"), "erasers, early": ("0.3", "-.")}
-    for name, (color, ls) in styles.items():
-        row = pick(rows, set=name)[0]
-        keys = [key for key in row["mean"] if key.startswith("sink ")]
-        mean, std = ([row[of][key] for key in keys] for of in ("mean", "std"))
-        label = name if name == "untouched" else f"without {name}"
-        ax.errorbar(range(len(keys)), mean, std, elinewidth=0.8, color=color, ls=ls, label=label)
-    ax.axhline(probe.uniform_sink(T), **DOTTED)
-    figures.dress(ax, "Wave one carries the sinks of layers 2 to 10, wave two most of those from "
-                  "12 on", {"loc": "upper center", "ncols": 5, "columnspacing": 1},
-                  xlabel="layer", ylabel="attention to token 0", ylim=(0, 1))
-
-
 # ---------------------------------------------------------------- command line
 
 MEASUREMENTS = {"maps": (maps, draw_maps), "mask": (mask, draw_mask),
-                "variance": (variance, draw_variance), "neurons": (neurons, draw_neurons)}
+                "variance": (variance, draw_variance)}
 
 
 def smollm2_and_windows():
-    """The model, and disjoint batches of each kind of windows."""
+    """The model, and disjoint batches of random windows."""
     folder = smollm2.fetch()
     model = GPT.from_llama(folder).eval().requires_grad_(False)
-    ids = smollm2.encoding(folder).encode_ordinary(english())
-    random = [random_windows(N, T, model.cfg.vocab_size, seed=b) for b in range(MANY)]
-    return model, SimpleNamespace(random=random, text=text_windows(ids, BATCHES, N, T))
+    return model, [random_windows(N, T, model.cfg.vocab_size, seed=b) for b in range(MANY)]
 
 
 def path(name, kind="json"):
