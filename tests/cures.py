@@ -204,6 +204,13 @@ def gain(found, attn="headnorm", chosen=best_cells) -> str:
     return f"{fmean(gaps):+.3f} ± {runner.half_interval(gaps):.3f}"
 
 
+def best_sinks(found) -> str:
+    """The sink of every attention at its best learning rate, in words."""
+    said = [f"{interval_words([c['chain']['sink'] for c in best_cells(found, attn)])} ({attn})"
+            for attn in ATTENTIONS]
+    return runner.listed(said)
+
+
 def best_table(found) -> str:
     """Every attention at its best learning rate."""
     rows = []
