@@ -304,7 +304,7 @@ def sink_and_loss(name):
 
 _, _, whole = sink_and_loss("softmax")
 left = {}
-for name in ("softmax", "headnorm", "headnorm, other batches", "scaled", "gated"):
+for name in ("softmax", "headnorm", "headnorm, order 2", "scaled", "gated"):
     left[name], in_text, loss = sink_and_loss(name)
     print(f"{name:24} heads with a sink {left[name]:.0%} on random tokens, "
           f"{in_text:.0%} in text, loss {loss - whole:+.2f}")

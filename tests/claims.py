@@ -506,8 +506,8 @@ two effects, equal variance and no silent output, explains that alone ([chapter
 07](chapters/book/07.md)).
 
 **A cure has a price, and a sink may have a use.** Built into SmolLM2, headnorm leaves a sink in
-{left} of the heads on random tokens, at {price} nats of loss, and in text it came back in one run
-of two; where heads measure their place from the first token, no cure takes the sink ([the
+{left} of the heads on random tokens, at {price} nats of loss, and in text it came back in {back};
+where heads measure their place from the first token, no cure takes the sink ([the
 cures](tests/results/cures.md)).
 """  # for the README; what stands in braces is a `value_at`, of SmolLM2 where it names no lane
 
@@ -567,7 +567,7 @@ without `<|bos|>`, trained for an hour (one seed), the sink is {long}, and headn
 **Built into SmolLM2, headnorm ends most of the sink on random tokens, and costs {price} nats.**
 After 500 steps {retrofit} of the heads (counted in each window) have a sink, where *scaled* brings
 heads, but not tokens, to one length, so that the sink has to come back; in text it does so under
-headnorm with one order of batches of two. More: [the cures](cures.md).
+headnorm in {back}. More: [the cures](cures.md).
 """  # the same for claims.md
 
 
@@ -609,6 +609,7 @@ def other_numbers(found) -> dict[str, str]:
             "headnorm at best": rest.interval([rest.weight(seed) for seed in at_best]),
             "before": f"{fmean(values_of(found, 'SmolLM2', 'first.variance')):.0f}",
             "after": f"{fmean(values_of(found, 'SmolLM2', 'first.variance_out')):.0f}",
+            "back": retrofit.comes_back(rebuilt),
             "left": f"{retrofit.sink_share(rebuilt, 'headnorm'):.0%}",
             "strongest": " to ".join(f"{head:.2f}" for head in heads),
             "copying sinks": cures.best_sinks(of_cures),

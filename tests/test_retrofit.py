@@ -60,7 +60,7 @@ def test_a_short_training(monkeypatch):
                    for at in (0, 1))
     assert first["gated"] == first["softmax"] != first["headnorm"]
     assert first["scaled gated"] == pytest.approx(first["scaled"], abs=1e-5)
-    assert first["scaled, other batches"] == first["scaled"]
-    assert last["scaled, other batches"] != last["scaled"]
+    assert first["scaled, order 2"] == first["scaled"]
+    assert last["scaled, order 2"] != last["scaled"]
     assert len(retrofit.table(found).splitlines()) == 2 + len(retrofit.MODELS)
     assert len(retrofit.draw(found).axes) == 6
