@@ -264,6 +264,10 @@ def make_optimizer(model: GPT, run: Run, device) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=fused)
 
 
+class Diverged(UserError):
+    """The loss is no longer finite."""
+
+
 class State:
     """A training: settings, corpus, and all that changes, which model.pt and log.jsonl hold."""
 
@@ -342,8 +346,8 @@ class State:
                 np.savez_compressed(file, **arrays)
         write_atomically(self.folder / "film.npz", write)
 
-    def diverged(self) -> UserError:
-        return UserError(f"the loss is no longer finite at step {self.step}; {self.path} keeps the "
+    def diverged(self) -> Diverged:
+        return Diverged(f"the loss is no longer finite at step {self.step}; {self.path} keeps the "
                          "last good state: try --overwrite with a smaller --lr (it was "
                          f"{self.run.lr}) or a longer --warmup")
 
@@ -369,12 +373,14 @@ def make_header(state: State, old: dict | None) -> dict:
 # ---------------------------------------------------------------- the loop
 
 @plain_torch()
-def train(run: Run, resume=False, overwrite=False, say=tqdm.write) -> State:
+def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math.inf,
+          kinds: dict | None = None) -> State:
     """Train as `run` says, in the folder run.out; `resume` goes on there, `overwrite` starts anew.
 
     Every step depends on nothing but the settings: a resumed run ends in the same weights, bit for
     bit on the same machine with as many threads. `say` gets the lines that stay. Ctrl-C saves and
-    returns. Raises UserError.
+    returns, and so does `deadline`, a time of time.monotonic(). `kinds`: more windows of which each
+    evaluation gives the chain, {key of log.jsonl: (N, T)}. Raises UserError.
     """
     run = resolve(run)
     folder, (device, why) = Path(run.out), pick_device(run.device)
@@ -402,7 +408,12 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write) -> State:
                 (folder / name).unlink(missing_ok=True)
         if not state.finished:
             write_json(folder / "config.json", header)
-        loop(state, header, stop, say)
+        windows = held_out(run, corpus, device)
+        windows[1].update({kind: (x.to(device), None) for kind, x in (kinds or {}).items()})
+
+        def stopped():
+            return stop.is_set() or time.monotonic() >= deadline
+        loop(state, header, windows, stopped, say)
         if not state.finished:
             say(f"stopped at step {state.step:,} and saved; go on with: python train.py --resume "
                 f"{shlex.quote(run.out)}")
@@ -426,10 +437,10 @@ def announce(state: State, header: dict, old: dict | None, why: str, say) -> Non
             say(f"{key} was {before!r} and is {now!r}: the last bits of the weights may differ")
 
 
-def loop(state: State, header: dict, stop, say) -> None:
-    """From state.step to the last step, or to Ctrl-C; the state is saved at each evaluation."""
+def loop(state: State, header: dict, windows, stopped, say) -> None:
+    """From state.step to the last step, or until stopped(); the state is saved at each evaluation,
+    on the windows of `held_out`."""
     run = state.run
-    windows = held_out(run, state.corpus, state.device)
     logged = [row["step"] for row in state.log]
     due = [step for step in evaluation_steps(run.steps, run.evals) if step not in logged]
     cast = compile_model(state.model, run.compile, state.device)
@@ -440,7 +451,7 @@ def loop(state: State, header: dict, stop, say) -> None:
                 due.remove(state.step)
                 evaluate_and_save(state, windows, header)
                 say(row_line(state, due))
-            if state.finished or stop.is_set():
+            if state.finished or stopped():
                 break
             begin = time.perf_counter()
             loss = train_step(state, cast)
@@ -462,8 +473,10 @@ def train_step(state: State, cast) -> torch.Tensor:
         group["lr"] = learning_rate(state.step, run)
     x, y = state.corpus.batch(run.batch_size, run.seq_len, state.batches, bos=run.bos,
                               repeat=run.repeat)
+    ahead = state.device.type == "cuda"  # else each copy would wait for the GPU's last step
+    x, y = (tokens.to(state.device, non_blocking=ahead) for tokens in (x, y))
     with cast:
-        loss = model(x.to(state.device), y.to(state.device))[1]
+        loss = model(x, y)[1]
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
