@@ -186,9 +186,10 @@ def evaluation_steps(steps: int, evals: int) -> list[int]:
     return sorted(found)
 
 
-def held_out(run: Run, corpus, device) -> tuple[tuple, dict]:
+def held_out(run: Run, corpus, device, more: dict | None = None) -> tuple[tuple, dict]:
     """The windows of every evaluation, the same in every run with the same data, T and bos: (x, y)
-    for the loss, and for the chain {kind: (x, queries)}, for those of KINDS that the data has."""
+    for the loss, and for the chain {kind: (x, queries)}, for those of KINDS that the data has, and
+    for `more` of them, {kind: x}, but not in task rest."""
     T = run.seq_len
     fixed = torch.Generator().manual_seed(20260511)
     many, few = max(1, EVAL_TOKENS // T), max(8, PROBE_TOKENS // T)
@@ -196,7 +197,7 @@ def held_out(run: Run, corpus, device) -> tuple[tuple, dict]:
     x, y = x.to(device), y.to(device)
     if run.data == "rest":
         return (x, y), {"links_rest": (x[:few], corpus.task.resting(x[:few]))}
-    kinds = {}
+    kinds = dict(more or {})
     kinds["links"], _ = corpus.batch(few, T, fixed, split="val", bos=0.0)
     if run.bos > 0:
         kinds["links_bos"], _ = corpus.batch(few, T, fixed, split="val", bos=1.0)
@@ -348,8 +349,8 @@ class State:
 
     def diverged(self) -> Diverged:
         return Diverged(f"the loss is no longer finite at step {self.step}; {self.path} keeps the "
-                         "last good state: try --overwrite with a smaller --lr (it was "
-                         f"{self.run.lr}) or a longer --warmup")
+                        "last good state: try --overwrite with a smaller --lr (it was "
+                        f"{self.run.lr}) or a longer --warmup")
 
 
 def make_header(state: State, old: dict | None) -> dict:
@@ -380,7 +381,7 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math
     Every step depends on nothing but the settings: a resumed run ends in the same weights, bit for
     bit on the same machine with as many threads. `say` gets the lines that stay. Ctrl-C saves and
     returns, and so does `deadline`, a time of time.monotonic(). `kinds`: more windows of which each
-    evaluation gives the chain, {key of log.jsonl: (N, T)}. Raises UserError.
+    evaluation gives the chain, {key of log.jsonl: x (N, T)}. Raises UserError.
     """
     run = resolve(run)
     folder, (device, why) = Path(run.out), pick_device(run.device)
@@ -408,12 +409,7 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math
                 (folder / name).unlink(missing_ok=True)
         if not state.finished:
             write_json(folder / "config.json", header)
-        windows = held_out(run, corpus, device)
-        windows[1].update({kind: (x.to(device), None) for kind, x in (kinds or {}).items()})
-
-        def stopped():
-            return stop.is_set() or time.monotonic() >= deadline
-        loop(state, header, windows, stopped, say)
+        loop(state, header, held_out(run, corpus, device, kinds), stop, deadline, say)
         if not state.finished:
             say(f"stopped at step {state.step:,} and saved; go on with: python train.py --resume "
                 f"{shlex.quote(run.out)}")
@@ -437,9 +433,9 @@ def announce(state: State, header: dict, old: dict | None, why: str, say) -> Non
             say(f"{key} was {before!r} and is {now!r}: the last bits of the weights may differ")
 
 
-def loop(state: State, header: dict, windows, stopped, say) -> None:
-    """From state.step to the last step, or until stopped(); the state is saved at each evaluation,
-    on the windows of `held_out`."""
+def loop(state: State, header: dict, windows, stop, deadline, say) -> None:
+    """From state.step to the last step, to Ctrl-C or to the deadline; the state is saved at each
+    evaluation, on the windows of `held_out`."""
     run = state.run
     logged = [row["step"] for row in state.log]
     due = [step for step in evaluation_steps(run.steps, run.evals) if step not in logged]
@@ -451,7 +447,7 @@ def loop(state: State, header: dict, windows, stopped, say) -> None:
                 due.remove(state.step)
                 evaluate_and_save(state, windows, header)
                 say(row_line(state, due))
-            if state.finished or stopped():
+            if state.finished or stop.is_set() or time.monotonic() >= deadline:
                 break
             begin = time.perf_counter()
             loss = train_step(state, cast)
@@ -474,7 +470,7 @@ def train_step(state: State, cast) -> torch.Tensor:
     x, y = state.corpus.batch(run.batch_size, run.seq_len, state.batches, bos=run.bos,
                               repeat=run.repeat)
     ahead = state.device.type == "cuda"  # else each copy would wait for the GPU's last step
-    x, y = (tokens.to(state.device, non_blocking=ahead) for tokens in (x, y))
+    x, y = x.to(state.device, non_blocking=ahead), y.to(state.device, non_blocking=ahead)
     with cast:
         loss = model(x, y)[1]
     optimizer.zero_grad()
