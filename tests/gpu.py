@@ -216,12 +216,13 @@ def wait(device) -> None:
 
 
 def flops(run) -> float:
-    """Of a token in training: 6 for each weight of a matrix that multiplies, and the scores and
+    """Of a token in training: 6 for each weight of the matrices that multiply, and the scores and
     means of causal attention, of which a query needs half."""
     cfg = train.model_config(run, data.Corpus("random", run.vocab_size, run.vocab_size - 1))
     with torch.device("meta"):
         model = GPT(cfg)
-    weights = sum(p.numel() for p in model.parameters()) - model.embed_tokens.weight.numel()
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    weights -= model.embed_tokens.weight.numel()
     return 6 * (weights + cfg.num_hidden_layers * run.seq_len * cfg.hidden_size)
 
 
@@ -517,4 +518,5 @@ def main(words=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program("tests.gpu", lambda: main()))
+    sys.stdout.reconfigure(line_buffering=True)  # what was printed before a kill is not lost
+    sys.exit(program("tests.gpu", main))
