@@ -2,12 +2,12 @@
 
     python -m tests.gpu --minutes 9   # ends by itself, and goes on when called again
     python -m tests.gpu --render      # only tests/results/gpu.md and gpu.png, from gpu.json
-    python -m tests.gpu --toy         # every path in seconds, on a CPU; the numbers mean nothing
+    python -m tests.gpu --toy         # every path in two minutes on a CPU; its numbers mean nothing
 
-All in all some 75 minutes of an H100, 25 of which are enough for one seed of everything. The text
-and the trainings, 0.4 GB each, are kept in out/gpu; on a slow disk let them lie in memory:
-ATTENTION_SINK_OUT=/dev/shm/out. What is found goes to gpu.json in --out, which is written after
-each piece of `plan`; what stands there, or in tests/results, is not measured again.
+By estimate 75 minutes of an H100, 25 of which are enough for the first seed. gpu.json is written to
+--out after each piece of `plan`; what stands there, or in tests/results, is not measured again. The
+text and the trainings, 0.4 GB each, are kept in out/gpu. Where the disk is slow they should lie in
+memory: ATTENTION_SINK_OUT=/dev/shm/out.
 
 The comparison: 30 million weights read Python source in windows that begin anywhere, none of them
 at <|bos|>; data, order and first weights are equal for all runs of a seed. Each attention has the
@@ -20,8 +20,8 @@ the last step, in each seed:
     of what softmax has
     headnorm, sigmoid, logit: measured, and told with the loss beside it; no margin
 """
-import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
 import math
@@ -150,9 +150,8 @@ def corpus(place, found) -> dict:
     if known and known["sha256"] != here["sha256"]:
         raise UserError(f"gpu.json is about other Python packages than those in {summary}: begin "
                         "anew with another --out, or measure on the machine that it is of")
-    opened = opened_corpus(place)
-    facts = {"bytes_per_token": opened.bytes_per_token, "seconds": time.monotonic() - begin}
-    return known or here | opened.fingerprint() | facts
+    facts = opened_corpus(place).fingerprint()
+    return known or here | facts | {"seconds": time.monotonic() - begin}
 
 
 def opened_corpus(place) -> data.Corpus:
@@ -174,13 +173,16 @@ def speed(place, found, shape, mode) -> dict | None:
             return None
         attn = name if build is GPT else "softmax"
         run = train.resolve(train.Run(**place.shapes[shape], attn=attn))
-        with contextlib.suppress(torch.OutOfMemoryError):
+        try:
             steps[name], cases[name] = first_steps(run, build, MODES[mode], place.device)
+        except Exception:  # such as too little memory: the others are worth their time
+            traceback.print_exc()
     for _ in range(ROUNDS):
         for name, step in steps.items():
             rate = steps_a_second(step, place)
             cases[name]["rates"].append(rate * run.batch_size * run.seq_len)
-    torch._dynamo.reset()
+    if place.shapes[shape] is not place.compared:  # whose trainings shall find it compiled
+        torch._dynamo.reset()
     return {"B": run.batch_size, "T": run.seq_len, "flops": flops(run), "cases": cases}
 
 
@@ -300,7 +302,8 @@ def measure(place, file) -> int:
         for path, (function, *words) in missing.items():
             if time.monotonic() > place.deadline - SPARE:
                 break
-            print(f"----- {' '.join(path)}", flush=True)
+            print(f"----- {' '.join(path)}")
+            gc.collect()  # models that were compiled go no other way
             try:
                 result = function(place, found, *words)
             except Exception:  # the next piece may go well; nobody may look on
@@ -312,7 +315,7 @@ def measure(place, file) -> int:
             found = runner.put(found, path, result | {"device": here["device"]})
             write_json(file, found)
     left = sum(not runner.holds(found, path) for path in plan(place))
-    print(f"{left} of {len(plan(place))} pieces are left; {len(failed)} failed", flush=True)
+    print(f"{left} of {len(plan(place))} pieces are left; {len(failed)} failed")
     return len(failed)
 
 
@@ -395,11 +398,12 @@ def speed_tables(speeds) -> str:
 def speed_table(there) -> str:
     peak, rows = PEAKS.get(there["device"]), []
     speeds = {name: median(case["rates"]) for name, case in there["cases"].items()}
+    softmax = speeds.get("softmax", math.nan)
     for name, rate in speeds.items():
         case, share = there["cases"][name], "-"
         if peak and name in ATTENTIONS:  # the others have other weights
             share = f"{rate * there['flops'] / peak:.0%}"
-        rows.append([name, f"{rate / 1000:,.0f}", f"{speeds['softmax'] / rate:.2f}", share,
+        rows.append([name, f"{rate / 1000:,.0f}", f"{softmax / rate:.2f}", share,
                      f"{case['memory'] / 1e9:.1f}", f"{case['first_step']:.1f}"])
     head = ("", "thousand tokens a second", "time, softmax = 1", "share of the peak",
             "memory, GB", "first step, s")

@@ -105,3 +105,9 @@ def test_nothing_measured_no_page(tmp_path, capsys):
     assert gpu.main(["--render", "--out", str(tmp_path)]) == 0
     assert "nothing was measured" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_page_says_what_is_missing(small):
+    place = gpu.toy()
+    found = {"compared": place.compared, "corpus": gpu.corpus(place, {})}
+    assert gpu.page(found).count(gpu.NOT_YET) == 5  # speed, rates, table, one seed, figure
