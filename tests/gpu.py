@@ -351,7 +351,8 @@ Held-out loss after a tenth of the steps, on a seed of its own, by learning rate
 {rates}
 
 At the end of the training, on held-out text unless it says random tokens. A head *has a sink* if
-its mean attention to the first token is above 0.3. ± is the 95 % interval over seeds:
+its mean attention to the first token is above 0.3; the other columns are those of [the
+cures](cures.md). ± is the 95 % interval over seeds:
 
 {ends}
 
@@ -464,8 +465,8 @@ def verdict(runs) -> str:
         elif shares["softmax"] < LEAST:
             said = "softmax has too few sinks to tell of a cure"
         else:
-            cured = shares["gated"] <= MOST * shares["softmax"]
-            said = f"softmax has sinks, and gated {'ends' if cured else 'does not end'} them"
+            most = shares["gated"] <= MOST * shares["softmax"]
+            said = f"softmax has sinks, gated {'within' if most else 'above'} its margin"
         lines.append(f"- seed {seed}: {said}" + (f" ({told})" if told else ""))
     return "\n".join(lines)
 
