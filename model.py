@@ -172,8 +172,8 @@ def rope_turns(cfg: Config, T, device):
     Computed anew in each forward pass, in fp32 on a CPU: half precision would turn far positions
     by wrong angles.
     """
-    freq = rope_frequencies(cfg).to(device)
     positions = torch.arange(T, device=device, dtype=torch.float32)
+    freq = rope_frequencies(cfg).to(device, non_blocking=positions.is_cuda)  # it waits for no GPU
     angle = torch.outer(positions, freq)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

@@ -186,9 +186,10 @@ def evaluation_steps(steps: int, evals: int) -> list[int]:
     return sorted(found)
 
 
-def held_out(run: Run, corpus, device) -> tuple[tuple, dict]:
+def held_out(run: Run, corpus, device, more: dict | None = None) -> tuple[tuple, dict]:
     """The windows of every evaluation, the same in every run with the same data, T and bos: (x, y)
-    for the loss, and for the chain {kind: (x, queries)}, for those of KINDS that the data has."""
+    for the loss, and for the chain {kind: (x, queries)}, for those of KINDS that the data has, and
+    for `more` of them, {kind: x}, but not in task rest."""
     T = run.seq_len
     fixed = torch.Generator().manual_seed(20260511)
     many, few = max(1, EVAL_TOKENS // T), max(8, PROBE_TOKENS // T)
@@ -196,7 +197,7 @@ def held_out(run: Run, corpus, device) -> tuple[tuple, dict]:
     x, y = x.to(device), y.to(device)
     if run.data == "rest":
         return (x, y), {"links_rest": (x[:few], corpus.task.resting(x[:few]))}
-    kinds = {}
+    kinds = dict(more or {})
     kinds["links"], _ = corpus.batch(few, T, fixed, split="val", bos=0.0)
     if run.bos > 0:
         kinds["links_bos"], _ = corpus.batch(few, T, fixed, split="val", bos=1.0)
@@ -262,6 +263,10 @@ def make_optimizer(model: GPT, run: Run, device) -> torch.optim.AdamW:
               {"params": gains, "weight_decay": 0.0}]
     fused = device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=fused)
+
+
+class Diverged(UserError):
+    """The loss is no longer finite."""
 
 
 class State:
@@ -342,10 +347,10 @@ class State:
                 np.savez_compressed(file, **arrays)
         write_atomically(self.folder / "film.npz", write)
 
-    def diverged(self) -> UserError:
-        return UserError(f"the loss is no longer finite at step {self.step}; {self.path} keeps the "
-                         "last good state: try --overwrite with a smaller --lr (it was "
-                         f"{self.run.lr}) or a longer --warmup")
+    def diverged(self) -> Diverged:
+        return Diverged(f"the loss is no longer finite at step {self.step}; {self.path} keeps the "
+                        "last good state: try --overwrite with a smaller --lr (it was "
+                        f"{self.run.lr}) or a longer --warmup")
 
 
 def make_header(state: State, old: dict | None) -> dict:
@@ -369,12 +374,14 @@ def make_header(state: State, old: dict | None) -> dict:
 # ---------------------------------------------------------------- the loop
 
 @plain_torch()
-def train(run: Run, resume=False, overwrite=False, say=tqdm.write) -> State:
+def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math.inf,
+          kinds: dict | None = None) -> State:
     """Train as `run` says, in the folder run.out; `resume` goes on there, `overwrite` starts anew.
 
     Every step depends on nothing but the settings: a resumed run ends in the same weights, bit for
     bit on the same machine with as many threads. `say` gets the lines that stay. Ctrl-C saves and
-    returns. Raises UserError.
+    returns, and so does `deadline`, a time of time.monotonic(). `kinds`: more windows of which each
+    evaluation gives the chain, {key of log.jsonl: x (N, T)}. Raises UserError.
     """
     run = resolve(run)
     folder, (device, why) = Path(run.out), pick_device(run.device)
@@ -402,7 +409,7 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write) -> State:
                 (folder / name).unlink(missing_ok=True)
         if not state.finished:
             write_json(folder / "config.json", header)
-        loop(state, header, stop, say)
+        loop(state, header, held_out(run, corpus, device, kinds), stop, deadline, say)
         if not state.finished:
             say(f"stopped at step {state.step:,} and saved; go on with: python train.py --resume "
                 f"{shlex.quote(run.out)}")
@@ -426,10 +433,10 @@ def announce(state: State, header: dict, old: dict | None, why: str, say) -> Non
             say(f"{key} was {before!r} and is {now!r}: the last bits of the weights may differ")
 
 
-def loop(state: State, header: dict, stop, say) -> None:
-    """From state.step to the last step, or to Ctrl-C; the state is saved at each evaluation."""
+def loop(state: State, header: dict, windows, stop, deadline, say) -> None:
+    """From state.step to the last step, to Ctrl-C or to the deadline; the state is saved at each
+    evaluation, on the windows of `held_out`."""
     run = state.run
-    windows = held_out(run, state.corpus, state.device)
     logged = [row["step"] for row in state.log]
     due = [step for step in evaluation_steps(run.steps, run.evals) if step not in logged]
     cast = compile_model(state.model, run.compile, state.device)
@@ -440,7 +447,7 @@ def loop(state: State, header: dict, stop, say) -> None:
                 due.remove(state.step)
                 evaluate_and_save(state, windows, header)
                 say(row_line(state, due))
-            if state.finished or stop.is_set():
+            if state.finished or stop.is_set() or time.monotonic() >= deadline:
                 break
             begin = time.perf_counter()
             loss = train_step(state, cast)
@@ -462,8 +469,10 @@ def train_step(state: State, cast) -> torch.Tensor:
         group["lr"] = learning_rate(state.step, run)
     x, y = state.corpus.batch(run.batch_size, run.seq_len, state.batches, bos=run.bos,
                               repeat=run.repeat)
+    ahead = state.device.type == "cuda"  # else each copy would wait for the GPU's last step
+    x, y = x.to(state.device, non_blocking=ahead), y.to(state.device, non_blocking=ahead)
     with cast:
-        loss = model(x.to(state.device), y.to(state.device))[1]
+        loss = model(x, y)[1]
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -7,9 +7,11 @@ bytes: GPT-2, Radford et al. 2019) and used through tiktoken.
 import codecs
 import hashlib
 import json
+import math
 import os
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,9 @@ def learn(texts: list[str], size: int) -> dict[str, int]:
     return tokenizer.get_vocab()
 
 
+MOST = 2**26  # characters, about, from which a vocabulary is learned: a minute on a laptop
+
+
 def encoding(docs: list[Document], vocab_size: int, cache: Path) -> tiktoken.Encoding:
     """The tokenizer of a corpus: bytes, or a BPE learned from these documents. The last id is
     <|bos|>.
@@ -188,7 +193,8 @@ def encoding(docs: list[Document], vocab_size: int, cache: Path) -> tiktoken.Enc
         file = cache / f"{name}.json"
         if not file.exists():
             print(f"data: learning {vocab_size:,} tokens, once ...", file=sys.stderr)
-            texts = [text for _, text in docs]
+            size = sum(len(text) for _, text in docs)
+            texts = [text for _, text in docs[::math.ceil(size / MOST)]]
             write_json(file, learn(texts, vocab_size - 1))
         ranks = to_bytes(read_json(file))
     return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
@@ -200,11 +206,14 @@ def stream(docs: list[Document], encoding: tiktoken.Encoding) -> np.ndarray:
     preceded by the id of <|bos|>. Where a text says `<|bos|>`, that is ordinary text."""
     dtype = np.int16 if encoding.n_vocab <= 2**15 else np.int32
     bos = encoding.n_vocab - 1
-    parts = []
-    for _, text in docs:
+
+    def ids(text):
         if encoding.name == "bytes":
-            ids = np.frombuffer(text.encode(), np.uint8)
-        else:
-            ids = np.array(encoding.encode_ordinary(text), dtype)
-        parts += [np.array([bos], dtype), ids]
+            return np.frombuffer(text.encode(), np.uint8)
+        return np.array(encoding.encode_ordinary(text), dtype)
+
+    parts = []
+    with ThreadPoolExecutor() as pool:  # tiktoken's threads do not wait for each other
+        for found in pool.map(ids, (text for _, text in docs)):
+            parts += [np.array([bos], dtype), found]
     return np.concatenate(parts, dtype=dtype)

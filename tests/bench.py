@@ -49,7 +49,7 @@ class NanoGPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, idx, targets):
-        x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1]))
+        x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1], device=idx.device))
         for layer in self.layers:
             x = layer(x)
         return self.unembed(x, targets)
@@ -107,16 +107,19 @@ OTHERS = {"LlamaForCausalLM": HuggingFace, "nanoGPT-style": NanoGPT}
 
 # ---------------------------------------------------------------- measuring
 
-def stepper(width, build, attn="softmax", compiled=False):
-    """A function that makes one training step of the model build(cfg)."""
-    run = train.resolve(train.Run(attn=attn, size="tiny", **SHAPES[width]))
+def settings(width, attn="softmax") -> train.Run:
+    return train.resolve(train.Run(attn=attn, size="tiny", **SHAPES[width]))
+
+
+def stepper(run, build, compiled=False, device=CPU):
+    """A function that makes one training step of the model build(cfg), on random tokens."""
     bos = run.vocab_size - 1
     tokens = torch.randint(bos, (10**6,), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(torch.int16)
     corpus = Corpus("random", run.vocab_size, bos, train=tokens, val=tokens)
-    model = build(train.model_config(run, corpus))
-    cast = train.compile_model(model, compiled, CPU)
-    state = runner.training(run, model, corpus, seed=1)
+    model = build(train.model_config(run, corpus)).to(device)
+    cast = train.compile_model(model, compiled, device)
+    state = runner.training(run, model, corpus, seed=1, device=device)
     return lambda: train.train_step(state, cast)
 
 
@@ -127,11 +130,11 @@ def fastest() -> str:
 
 def cases(width) -> dict:
     """{name: a function that makes one step}"""
-    found = {attn: stepper(width, GPT, attn) for attn in ATTENTIONS}
-    found[fastest()] = stepper(width, GPT, compiled=True)
+    found = {attn: stepper(settings(width, attn), GPT) for attn in ATTENTIONS}
+    found[fastest()] = stepper(settings(width), GPT, compiled=True)
     for name, build in OTHERS.items():
-        found[name] = stepper(width, build)
-        found[f"{name}, {fastest()}"] = stepper(width, build, compiled=True)
+        found[name] = stepper(settings(width), build)
+        found[f"{name}, {fastest()}"] = stepper(settings(width), build, compiled=True)
     return found
 
 
@@ -150,7 +153,7 @@ def measure(width, threads) -> dict:
                 step()
                 count += 1
             rates[name].append(round(count / (clock() - begin), 4))
-    run = train.resolve(train.Run(size="tiny", **SHAPES[width]))
+    run = settings(width)
     return {"width": width, "T": run.seq_len, "B": run.batch_size, "fastest": fastest(),
             "environment": environment(CPU, threads), "rates": rates}
 

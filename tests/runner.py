@@ -68,11 +68,10 @@ def put(found: dict, path: tuple, value) -> dict:
     return found | {key: put(found.get(key, {}), tuple(rest), value)}
 
 
-def training(run, model, corpus, seed: int) -> SimpleNamespace:
-    """The state that `train.train_step` needs, for a model of any kind, on a CPU."""
-    cpu = torch.device("cpu")
-    return SimpleNamespace(run=run, model=model, corpus=corpus, device=cpu, step=0,
-                           optimizer=train.make_optimizer(model, run, cpu),
+def training(run, model, corpus, seed: int, device=torch.device("cpu")) -> SimpleNamespace:
+    """The state that `train.train_step` needs, for a model of any kind."""
+    return SimpleNamespace(run=run, model=model, corpus=corpus, device=device, step=0,
+                           optimizer=train.make_optimizer(model, run, device),
                            batches=torch.Generator().manual_seed(seed))
 
 
