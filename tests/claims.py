@@ -603,10 +603,10 @@ def other_numbers(found) -> dict[str, str]:
     of_why = read_json(why.FILE)
     by_seed = {attn: rest.interval([rest.weight(seed) for seed in why.runs(of_why, attn)])
                for attn in ("softmax", "headnorm")}
-    at_best = rest.cells(of_rest, "headnorm", rest.best_rate(of_rest, "headnorm"))
     return {"like carries": f"{carried:.2%}", "sd of variance": f"{varies:.1f}",
             "neurons sd": f"{neurons:.0%}", "unmixed sd": f"{unmixed:.0%}", **by_seed,
-            "headnorm at best": rest.interval([rest.weight(seed) for seed in at_best]),
+            "headnorm at best": rest.interval([
+                rest.weight(seed) for seed in rest.best_cells(of_rest, "headnorm")]),
             "before": f"{fmean(values_of(found, 'SmolLM2', 'first.variance')):.0f}",
             "after": f"{fmean(values_of(found, 'SmolLM2', 'first.variance_out')):.0f}",
             "back": retrofit.comes_back(rebuilt),

@@ -34,7 +34,7 @@ import torch
 import probe
 import train
 from data.common import environment, program
-from model import ATTENTIONS, record
+from model import record
 from tests import runner
 from tests.cures import rank
 
@@ -114,12 +114,6 @@ def weights(model, task, x) -> dict:
 
 # ---------------------------------------------------------------- reading the records
 
-def cells(found, attn, lr) -> list[dict]:
-    """The seeds of one attention at one learning rate."""
-    there = found["grid"][attn].get(f"{lr:g}", {})
-    return [there[seed] for seed in sorted(there)]
-
-
 def weight(cell, windows="weights") -> float:
     return fmean(cell[windows]["reaching"])
 
@@ -128,17 +122,19 @@ def learned(cell) -> bool:
     return max(cell["loss"].values()) <= LEARNED
 
 
-def enough(found) -> list[str]:
-    """The attentions with at least three seeds at a rate."""
-    return [attn for attn in found["grid"]
-            if any(len(cells(found, attn, lr)) >= 3 for lr in RATES)]
-
-
-def best_rate(found, attn) -> float:
-    """The learning rate of the lowest mean loss, of those with at least three seeds."""
+def best_rate(found, attn, without) -> str:
+    """The learning rate of the lowest mean loss over all seeds but one, so that it is told of a
+    seed that had no say in the choice."""
     def loss(lr):
-        return fmean(sum(cell["loss"].values()) for cell in cells(found, attn, lr))
-    return min((lr for lr in RATES if len(cells(found, attn, lr)) >= 3), key=loss)
+        seeds = found["grid"][attn][lr].items()
+        return fmean(sum(cell["loss"].values()) for seed, cell in seeds if seed != without)
+    return min(found["grid"][attn], key=loss)
+
+
+def best_cells(found, attn) -> list[dict]:
+    """Every seed at the rate that is best for the others."""
+    rates = found["grid"][attn]
+    return [rates[best_rate(found, attn, seed)][seed] for seed in sorted(rates["0.005"])]
 
 
 def uniform(T=16) -> float:
@@ -153,7 +149,7 @@ def interval(values, decimals=2) -> str:
 
 def verdict(found, attn) -> str:
     """By the criteria above, at the best rate."""
-    ours, softmax = (cells(found, name, best_rate(found, name)) for name in (attn, "softmax"))
+    ours, softmax = best_cells(found, attn), best_cells(found, "softmax")
     pairs = [(a, b) for a, b in zip(ours, softmax) if learned(a) and learned(b)]
     if len(pairs) < 3:
         return "has not learned"
@@ -172,17 +168,17 @@ def verdict(found, attn) -> str:
 def in_words(found) -> str:
     """The weight on token 0 of every attention, mean over seeds and 95 % interval."""
     said = []
-    for attn in enough(found):
-        seeds = cells(found, attn, best_rate(found, attn))
-        said.append(f"{interval([weight(seed) for seed in seeds])} ({attn})")
+    for attn in found["grid"]:
+        weights = [weight(seed) for seed in best_cells(found, attn)]
+        said.append(f"{interval(weights)} ({attn})")
     return f"{runner.listed(said)} of its attention"
 
 
 def price(found) -> str:
     """What headnorm's loss is beside softmax's, each at its best rate, in a sentence."""
-    ours, softmax = (cells(found, attn, best_rate(found, attn)) for attn in ("headnorm", "softmax"))
-    gaps = [a["val_loss"] - b["val_loss"] for a, b in zip(ours, softmax)]
-    verdicts = [f"{attn} {verdict(found, attn)}" for attn in enough(found) if attn != "softmax"]
+    pairs = zip(best_cells(found, "headnorm"), best_cells(found, "softmax"))
+    gaps = [ours["val_loss"] - softmax["val_loss"] for ours, softmax in pairs]
+    verdicts = [f"{attn} {verdict(found, attn)}" for attn in found["grid"] if attn != "softmax"]
     return (f"By criteria written before, {runner.listed(verdicts)}; headnorm's loss is "
             f"{interval(gaps, 4)} nats above softmax's.")
 
@@ -194,13 +190,13 @@ def comparison(found) -> str:
     head = ("", "rate", "learned", "weight on token 0", "in windows of letters only",
             "strongest head", "largest key of a query", "on triggers", "verdict")
     rows = []
-    for attn in enough(found):
-        lr = best_rate(found, attn)
-        seeds = cells(found, attn, lr)
+    for attn in found["grid"]:
+        rates = sorted({best_rate(found, attn, seed) for seed in found["grid"][attn]["0.005"]})
+        seeds = best_cells(found, attn)
         able = sum(map(learned, seeds))
         weights = [seed["weights"] for seed in seeds]
         rows.append((
-            attn, f"{lr:g}", f"{able} of {len(seeds)}",
+            attn, ", ".join(rates), f"{able} of {len(seeds)}",
             interval([weight(seed) for seed in seeds]),
             interval([weight(seed, "letters only") for seed in seeds]),
             interval([max(w["reaching"]) for w in weights]),
@@ -217,8 +213,8 @@ def chain_table(found) -> str:
     head = ("", *shown.values(), "effective rank", "loss at rest, nats above perfect",
             "at triggers")
     rows = []
-    for attn in enough(found):
-        seeds = cells(found, attn, best_rate(found, attn))
+    for attn in found["grid"]:
+        seeds = best_cells(found, attn)
         chain = [interval([seed["chain"][key] for seed in seeds]) for key in shown]
         loss = [interval([seed["loss"][key] for seed in seeds], 4) for key in ("rest", "trigger")]
         rows.append((attn, *chain, interval([seed["rank"] for seed in seeds]), *loss))
@@ -231,29 +227,15 @@ def grid_table(found) -> str:
     for attn in found["grid"]:
         row = [attn]
         for lr in RATES:
-            seeds = cells(found, attn, lr)
+            seeds = found["grid"][attn][f"{lr:g}"].values()
             able = sum(map(learned, seeds))
-            words = "-"
-            if len(seeds) > 1:
-                words = f"{interval([weight(s) for s in seeds])}; {able} of {len(seeds)}"
-            row.append(words)
+            row.append(f"{interval([weight(s) for s in seeds])}; {able} of {len(seeds)}")
         rows.append(row)
     return runner.markdown(("", *(f"{lr:g}" for lr in RATES)), rows)
 
 
-def so_far(found) -> str:
-    """How much of the plan has been measured."""
-    done = sum(len(seeds) for rates in found["grid"].values() for seeds in rates.values())
-    whole = len(SEEDS) * len(RATES) * len(ATTENTIONS)
-    if done == whole:
-        return "All seeds at all rates are measured."
-    return (f"**Not finished: {done} of {whole} runs are measured**, the default rate first. The "
-            "same command goes on where it was stopped.")
-
-
 def tables(found) -> dict[str, str]:
-    return {"so far": so_far(found), "rest": comparison(found),
-            "chain": chain_table(found), "grid": grid_table(found)}
+    return {"rest": comparison(found), "chain": chain_table(found), "grid": grid_table(found)}
 
 
 def main():
