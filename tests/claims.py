@@ -551,8 +551,8 @@ direction is its own (cosine {first.direction_own} less what all states share, a
 layer.median} times that of an ordinary token, at most {DomRatio by layer.largest} times.
 
 **A cure can be judged in a minute.** Where heads have nothing to look for and must be silent
-(`python train.py`; five seeds, softmax and headnorm at the best of three learning rates, the others
-at one, 95 % interval), a head of the last layer gives the ordinary first token {rest}; uniform
+(`python train.py`; five seeds, each at the learning rate, of three, that is best for the others,
+95 % interval), a head of the last layer gives the ordinary first token {rest}; uniform
 attention gives 0.11. *Logit* is one learned number a head in the denominator of softmax, as in
 gpt-oss. {rest price} [Heads that must rest](rest.md).
 
