@@ -416,13 +416,6 @@ def test_what_is_added_to_links_is_measured_and_kept_before_a_figure_fails(
     assert torch.tensor(kept["token 32"]["sink"]).shape == (3, 4)
 
 
-def test_runs_with_and_without_bos_stand_in_no_common_table(tmp_path, tiny_run):
-    for bos in (0.0, 0.5):
-        tiny_run(tmp_path / str(bos), bos=bos)
-    with pytest.raises(UserError, match="probe them one by one"):
-        probe.main([str(tmp_path / "0.5"), str(tmp_path / "0.0")])
-
-
 def test_a_run_beside_itself_untrained(tmp_path, tiny_run):
     tiny_run(tmp_path / "run")
     probe.main([str(tmp_path / "run"), "--windows=4", "--batches=2"])
@@ -431,12 +424,3 @@ def test_a_run_beside_itself_untrained(tmp_path, tiny_run):
     assert list(found) == ["nothing to copy", "ordinary first token"]
     for columns in found.values():
         assert list(columns) == ["run", "run, token 8", "run, untrained"]
-
-
-@pytest.mark.parametrize("words, message", [
-    ("smollm2 out/softmax --file x", "give smollm2"),
-    ("smollm2 --windows 1", "--windows must be at least 2"),
-    ("nowhere", "nowhere")])
-def test_bad_command(words, message):
-    with pytest.raises(UserError, match=message):
-        probe.main(words.split())
