@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from data.common import UserError
-from model import ATTENTIONS, GPT, RMSNorm, make_tap, record, tap_names
+from model import ATTENTIONS, GPT, RMSNorm, make_tap, tap_names
 from model import rope_frequencies
-from tests.tiny import SHAPES, tiny_config, tiny_model, tokens
+from tests.tiny import SHAPES, activation, tiny_config, tiny_model, tokens
 
 T = 24
 HERE = SHAPES | {"heads alone": dict(readout="attn_out")}
@@ -130,7 +130,7 @@ def test_the_future_is_never_seen(attn, fused):
     for layer in gpt.layers:
         layer.self_attn.q_proj.weight.data *= 300
         layer.self_attn.k_proj.weight.data *= 300
-    scores = record(gpt, idx, ["0.scores"])[1]["0.scores"]
+    scores = activation(gpt, idx, "0.scores")
     assert scores.abs().max() > 1e4
     before = gpt(idx)[0]
     for t in (1, 10, T - 1):
