@@ -79,10 +79,17 @@ def test_logits_and_activations_agree_with_transformers(tmp_path, shape):
         torch.testing.assert_close(x, wanted, rtol=0, atol=1e-4)
 
 
-def test_what_transformers_makes_opens_in_shards_and_has_every_link(tmp_path):
-    config = transformers.Qwen2Config(
-        vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+SIZES = dict(vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2)
+MADE = {  # by transformers, to be opened by us: names of biases that only it decides on
+    "qwen2": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "biases": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_transformers_makes_opens_in_shards_and_has_every_link(tmp_path, name):
+    config = MADE[name]
     reference = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in reference.parameters():
