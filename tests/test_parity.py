@@ -83,8 +83,7 @@ def rope(**keys):
 # ---------------------------------------------------------------- the table
 # name: (settings of the model, what is changed in its config.json, how its weights are written)
 
-SAME = {
-    **{f"shape {name}": (shape, {}, save) for name, shape in SHAPES.items()},
+SAME = {  # shapes as we write them: test_llama.py
     # keys that are missing, null, or of no consequence
     **{f"no {key}": ({}, {key: GONE}, save) for key in (
         "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "rope_scaling",

@@ -11,8 +11,8 @@ from torch.nn.functional import cosine_similarity
 
 import probe
 from data.common import UserError
-from model import ATTENTIONS, Config, record
-from tests.tiny import tiny_llama_folder, tiny_model, tokens
+from model import ATTENTIONS, Config
+from tests.tiny import activation, near, tiny_llama_folder, tiny_model, tokens
 
 T = 16
 K = 5  # the token where sinks are forged
@@ -21,12 +21,6 @@ X = tokens(6, T)
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def near(a, b, tol=1e-4):
-    a = torch.as_tensor(a, dtype=torch.float)
-    b = torch.as_tensor(b, dtype=torch.float)
-    return torch.allclose(a, b, atol=tol, rtol=tol)
 
 
 def small(**changes):
@@ -133,11 +127,10 @@ def test_sink_score_and_that_of_the_queries_asked_for():
 
 def test_the_weight_behind_a_gate_counts_as_much_as_the_gate_is_open():
     model, asked = tiny_model("gated"), tokens() < 25
-    kept = record(model, tokens(), ["1.pattern", "1.resid_pre"])[1]
     layer = model.layers[1]
-    normed = layer.input_layernorm(kept["1.resid_pre"])
+    normed = layer.input_layernorm(activation(model, tokens(), "1.resid_pre"))
     gate = layer.self_attn.z_gate(normed).sigmoid()  # (N, T, H)
-    weight = kept["1.pattern"][..., 0].transpose(1, 2) * gate
+    weight = activation(model, tokens(), "1.pattern")[..., 0].transpose(1, 2) * gate
     found = probe.resting_weight(model, tokens(), asked)
     assert near(found, weight[asked].mean(0))
 
@@ -177,18 +170,17 @@ def test_chain_is_finite(attn):
 
 def test_variance_is_read_before_headnorm():
     model = small(attn="headnorm")
-    raw = record(model, X, ["0.z_raw"])[1]["0.z_raw"]
-    variance = probe.variance(raw)
+    variance = probe.variance(activation(model, X, "0.z_raw"))
     assert near(probe.chain(model, X)["variance"], probe.over_median(variance, 0))
 
 
 def test_layers_agree_with_recorded_activations():
     model = small()
     found = probe.layers(model, X, ks=(0, K))[0][1]
-    v, state = record(model, X, ["0.v", "1.resid_post"])[1].values()
+    state = activation(model, X, "1.resid_post")
     read = model.layers[2].input_layernorm(state)[:, K]  # by the next layer
     assert near(found["dominance"][1], probe.dominance(read).mean())
-    drain = probe.value_drain(v, K)
+    drain = probe.value_drain(activation(model, X, "0.v"), K)
     assert near(found["drain"][0], drain.repeat_interleave(2))  # two heads use one value
 
 
@@ -247,8 +239,8 @@ def test_an_edit_changes_its_token_and_nothing_else(case):
     tap = probe.intervene(model, edit, *probe.targets(model, X), K, T)
     layer = 1 if edit.layers == "deep" else 0
     name = f"{layer}.{edit.tap}"
-    before = record(model, X, [name])[1][name]
-    after = record(model, X, [name], tap)[1][name]
+    before = activation(model, X, name)
+    after = activation(model, X, name, tap)
     axis = 2 if edit.tap == "scores" else 1
     moved = (before != after).transpose(0, axis)
     token = {"middle": T // 2, "first": 0, "k": K}[edit.token]
@@ -259,9 +251,9 @@ def test_an_edit_changes_its_token_and_nothing_else(case):
 def seen():
     """Activations of 64 windows by name, and what `targets` finds there."""
     model, x = small(), tokens(64, T)
-    names = ["0.scores", "0.z", "0.mlp_post", "1.resid_pre", "1.k"]
-    kept = record(model, x, names)[1]
-    found = {name[2:]: value for name, value in kept.items()}
+    found = {}
+    for name in ("0.scores", "0.z", "0.mlp_post", "1.resid_pre", "1.k"):
+        found[name[2:]] = activation(model, x, name)
     found["target"], found["matched"] = probe.targets(model, x)
     return found
 
@@ -416,13 +408,6 @@ def test_what_is_added_to_links_is_measured_and_kept_before_a_figure_fails(
     assert torch.tensor(kept["token 32"]["sink"]).shape == (3, 4)
 
 
-def test_runs_with_and_without_bos_stand_in_no_common_table(tmp_path, tiny_run):
-    for bos in (0.0, 0.5):
-        tiny_run(tmp_path / str(bos), bos=bos)
-    with pytest.raises(UserError, match="probe them one by one"):
-        probe.main([str(tmp_path / "0.5"), str(tmp_path / "0.0")])
-
-
 def test_a_run_beside_itself_untrained(tmp_path, tiny_run):
     tiny_run(tmp_path / "run")
     probe.main([str(tmp_path / "run"), "--windows=4", "--batches=2"])
@@ -431,12 +416,3 @@ def test_a_run_beside_itself_untrained(tmp_path, tiny_run):
     assert list(found) == ["nothing to copy", "ordinary first token"]
     for columns in found.values():
         assert list(columns) == ["run", "run, token 8", "run, untrained"]
-
-
-@pytest.mark.parametrize("words, message", [
-    ("smollm2 out/softmax --file x", "give smollm2"),
-    ("smollm2 --windows 1", "--windows must be at least 2"),
-    ("nowhere", "nowhere")])
-def test_bad_command(words, message):
-    with pytest.raises(UserError, match=message):
-        probe.main(words.split())

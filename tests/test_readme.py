@@ -53,14 +53,6 @@ def test_command(command):
         assert (ROOT / words[0]).is_file()
 
 
-def test_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit):
-        train.parse(["--help"])
-    words = capsys.readouterr().out.split()
-    flags = {train.flag(field.name) for field in train.fields(train.Run)}
-    assert flags <= {word.rstrip(",") for word in words}
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):

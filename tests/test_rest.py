@@ -7,8 +7,8 @@ import torch
 
 import probe
 from data.tasks import Rest
-from model import record
 from tests import rest, why
+from tests.tiny import activation, tokens
 
 UNIFORM = rest.uniform()
 
@@ -73,8 +73,8 @@ def test_a_perfect_predictor_has_no_loss_above_itself():
 def test_what_a_variant_does_to_the_variance(name, least, most):
     """Of z in layer 0 before training, at token 0 over the median."""
     _, model, corpus = why.build(why.VARIANTS[name], seed=3)
-    x = torch.randint(corpus.task.K, (512, 16), generator=torch.Generator().manual_seed(1))
-    z = record(model, x, ["0.z"])[1]["0.z"]
+    x = tokens(512, 16, vocab_size=corpus.task.K)
+    z = activation(model, x, "0.z")
     assert least < probe.over_median(probe.variance(z), 0) < most
 
 
@@ -83,8 +83,7 @@ def test_a_levelled_value_that_is_nothing_stays_nothing():
     _, model, _ = why.build(why.VARIANTS["levelled"], seed=3)
     for block in model.layers:
         block.self_attn.v_proj.weight.zero_()
-    z = record(model, torch.zeros(2, 16, dtype=torch.long), ["2.z"])[1]["2.z"]
-    assert z.abs().max() == 0
+    assert activation(model, tokens(2, 16, vocab_size=12), "2.z").abs().max() == 0
 
 
 def test_a_norm_stands_in_the_layers_that_are_named():

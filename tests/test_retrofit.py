@@ -5,9 +5,8 @@ import torch
 
 import probe
 from data import Corpus
-from model import record
 from tests import retrofit
-from tests.tiny import tiny_model, tokens
+from tests.tiny import activation, near, tiny_model, tokens
 
 
 def rebuilt(name):
@@ -17,21 +16,30 @@ def rebuilt(name):
 
 def test_open_gates_change_nothing():
     source, model, x = rebuilt("gated")
-    assert torch.allclose(model(x)[0], source(x)[0], atol=1e-5)
+    assert near(model(x)[0], source(x)[0])
 
 
-def test_headnorm_brings_tokens_to_one_length_and_its_control_brings_heads():
-    source, scaled, x = rebuilt("scaled")
-    normed = rebuilt("headnorm")[1]
-    gain = normed.layers[0].self_attn.z_norm.weight
-    W_O = [model.layers[0].self_attn.o_proj.weight for model in (scaled, source)]
-    factor = (W_O[0] / W_O[1])[0].view(4, 8)  # of each entry of z
-    z = {"headnorm": record(normed, x, ["0.z"])[1]["0.z"] / gain,
-         "scaled": record(source, x, ["0.z"])[1]["0.z"] * factor / gain}
-    length = {name: v.square().mean(-1).sqrt() for name, v in z.items()}  # (N, T, H)
-    assert torch.allclose(length["headnorm"], torch.ones(8, 24, 4), atol=1e-2)
-    assert torch.allclose(length["scaled"].mean((0, 1)), torch.ones(4), atol=1e-3)
-    assert length["scaled"].std((0, 1)).min() > 0.05
+def lengths(z):
+    """(N, T, H): the root mean square of every head."""
+    return z.square().mean(-1).sqrt()
+
+
+def test_headnorm_brings_tokens_to_one_length():
+    _, model, x = rebuilt("headnorm")
+    gain = model.layers[0].self_attn.z_norm.weight
+    z = activation(model, x, "0.z")
+    assert near(lengths(z / gain), 1, tol=1e-2)
+
+
+def test_its_control_brings_heads_to_one_mean_length():
+    source, model, x = rebuilt("scaled")
+    z = activation(source, x, "0.z")
+    gain = z.square().mean((0, 1, 2)).sqrt()
+    before, after = (m.layers[0].self_attn.o_proj.weight[0] for m in (source, model))
+    factor = (after / before).view(4, 8)  # of each entry of z
+    found = lengths(z * factor / gain)
+    assert near(found.mean((0, 1)), 1, tol=1e-3)
+    assert found.std((0, 1)).min() > 0.05
 
 
 @pytest.mark.parametrize("which", ["super", "others"])
@@ -48,19 +56,22 @@ def test_five_neurons_are_drawn_anew(which):
 
 
 def test_a_short_training(monkeypatch):
-    stream = torch.randint(50, (2000,), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(retrofit, "STEPS", 3)
-    monkeypatch.setattr(retrofit, "LOOKS", (0, 3))
+    smaller = dict(STEPS=2, LOOKS=(0, 2), B=2, T=32)
+    for name, value in smaller.items():
+        monkeypatch.setattr(retrofit, name, value)
+    monkeypatch.setattr(retrofit, "noise", lambda model, batch: tokens(4))
+    stream = tokens(1, 2000)[0]
     monkeypatch.setattr(retrofit.smollm2, "fetch", lambda: None)
     monkeypatch.setattr(retrofit.smollm2, "encoding", lambda folder: None)
     monkeypatch.setattr(retrofit.GPT, "from_llama", lambda folder: tiny_model().eval())
     monkeypatch.setattr(retrofit, "stdlib", lambda _: Corpus("x", 50, 0, None, stream, stream))
-    found = {name: retrofit.retrofit(name) for name in retrofit.MODELS}
-    first, last = ({name: retrofit.loss_of(run["log"][at]) for name, run in found.items()}
-                   for at in (0, 1))
+    found, first, last = {}, {}, {}
+    for name in (*retrofit.CURES, *retrofit.NEURONS, "scaled, order 2"):
+        found[name] = retrofit.retrofit(name)
+        first[name], last[name] = map(retrofit.loss_of, found[name]["log"])
     assert first["gated"] == first["softmax"] != first["headnorm"]
-    assert first["scaled gated"] == pytest.approx(first["scaled"], abs=1e-5)
+    assert near(first["scaled gated"], first["scaled"])
     assert first["scaled, order 2"] == first["scaled"]
     assert last["scaled, order 2"] != last["scaled"]
-    assert len(retrofit.table(found).splitlines()) == 2 + len(retrofit.MODELS)
+    assert len(retrofit.table(found).splitlines()) == 2 + len(found)
     assert len(retrofit.draw(found).axes) == 6

@@ -1,17 +1,16 @@
 """train.py: a run can be stopped, killed and resumed without a bit of difference, and leaves what
 it says it leaves. What it refuses stands in test_errors.py."""
 
+import contextlib
 import errno
-import json
 import math
 import multiprocessing
 import os
 import random
+import runpy
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,10 +20,11 @@ import torch
 import data
 import probe
 import train
+from data import common
 from data.common import UserError
 from data.runs import load_checkpoint, read_log
 from model import ATTENTIONS, GPT
-from tests.conftest import TINY, draw_curve, same, tiny_flags
+from tests.conftest import draw_curve, same, tiny_flags
 from train import Run
 
 pytestmark = pytest.mark.usefixtures("tiny_run")
@@ -91,10 +91,10 @@ def test_an_interrupted_run_goes_on_as_told_and_ends_as_one_that_was_not(
 def test_killed_before_the_first_save(tmp_path, tiny_run, how):
     """config.json is there and model.pt is not. Only our own files are removed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    (whole / "config.json.part").write_text("{")  # killed before even that was there
     tiny_run(whole)
-    killed.mkdir()
-    (killed / "config.json.part").write_text("{")  # killed before even that was there
-    tiny_run(killed)
+    shutil.copytree(whole, killed)
     for name in ("model.pt", "log.jsonl"):
         (killed / name).unlink()
     for name in ("film.part", "model.pt.part"):
@@ -133,17 +133,12 @@ def test_evaluation_does_not_change_training(tmp_path, tiny_run):
     assert same(saved(tmp_path / "few")["model"], saved(tmp_path / "many")["model"])
 
 
-@pytest.mark.parametrize("attn", ATTENTIONS)
-def test_the_variants_share_initial_weights_and_batches(tmp_path, tiny_run, attn):
-    """Whoever compares them compares nothing but the attention. At this lr no weight moves."""
-    tiny_run(tmp_path, attn=attn, lr=1e-30, steps=2)
-    found, expected = saved(tmp_path), GPT(GPT.from_run(tmp_path).cfg, seed=0)
-    drawn = torch.Generator().manual_seed(1)
-    for _ in range(2):
-        data.load("copy").batch(TINY["batch_size"], TINY["seq_len"], drawn, bos=TINY["bos"])
-    for name, weight in expected.state_dict().items():
-        assert (found["model"][name] - weight).abs().max() < 1e-20, name
-    assert torch.equal(found["batches"], drawn.get_state())
+def test_the_variants_share_their_batches(tmp_path, tiny_run):
+    """Whoever compares them compares nothing but the attention."""
+    for attn in ATTENTIONS:
+        tiny_run(tmp_path / attn, attn=attn, steps=2)
+        drawn = saved(tmp_path / attn)["batches"]
+        assert torch.equal(drawn, saved(tmp_path / "softmax")["batches"])
 
 
 def test_the_model_learns(tmp_path, tiny_run, book):
@@ -184,18 +179,14 @@ def test_files_of_a_run(tmp_path, tiny_run, book, monkeypatch):
     assert files(tmp_path).keys() == {"config.json", "curve.png", "film.npz", "log.jsonl",
                                       "model.pt"}
     assert files(tmp_path)["curve.png"].startswith(b"\x89PNG")
-    header = json.loads(files(tmp_path)["config.json"])
-    first, *log = map(json.loads, files(tmp_path)["log.jsonl"].splitlines())
-    assert first == header
+    log = read_log(tmp_path)
     assert [row["step"] for row in log] == [0, 6, 10, 12]  # evenly, and more at the birth
     last = log[-1]
     assert last["bpb"] == pytest.approx(last["val_loss"] / math.log(2))  # a token is a byte
     keys = {number.key for number in probe.metrics()}
     assert last["links"].keys() == last["links_bos"].keys() == keys
-    model, corpus, settings = train.load_run(tmp_path)
+    model, *_ = train.load_run(tmp_path)
     assert same(model.state_dict(), saved(tmp_path)["model"])
-    assert settings == header["run"]
-    assert corpus.fingerprint() == header["corpus"]
 
 
 def test_a_figure_that_cannot_be_drawn_costs_no_result(tmp_path, tiny_run, monkeypatch):
@@ -293,115 +284,71 @@ def test_compiled_steps_are_those_of_plain_ones(tmp_path, tiny_run, attn):
     GPT.from_run(tmp_path / "fast")
 
 
+def start(words):
+    """train.main in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=train.main, args=[words])
+    process.start()
+    return process
+
+
 @pytest.mark.slow
 def test_sigkill_loses_nothing(tmp_path):
     """SIGKILL, 60 times, half of them while a file is being written; the end is the same bits."""
     out, whole = tmp_path / "killed", tmp_path / "whole"
     model, resume = out / "model.pt", ["--resume", str(out)]
-    long, dice = dict(steps=900, evals=900), random.Random(0)
+    long, dice = dict(steps=400, evals=400), random.Random(0)
     step = midway = 0
-
-    def start(words):
-        process = multiprocessing.get_context("fork").Process(target=train.main, args=[words])
-        process.start()
-        return process
 
     def changed():
         return model.stat().st_mtime_ns if model.exists() else None
 
     for number in range(60):
-        since, deadline = changed(), time.monotonic() + 20
-        begun = (out / "config.json").exists()
+        begun, since = (out / "config.json").exists(), changed()
         process = start(resume if begun else tiny_flags(out, **long))
-        while number % 4 and changed() == since and time.monotonic() < deadline:
+        while number % 4 and changed() == since and process.is_alive():
             time.sleep(0.001)  # from the first save on; every fourth time whenever
         time.sleep(dice.uniform(0, 0.05))
-        while number % 2 and not list(out.glob("*.part")) and time.monotonic() < deadline:
+        while number % 2 and not list(out.glob("*.part")) and process.is_alive():
             pass  # aim at a write
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL
         midway += any(out.glob("*.part"))
         if model.exists():
             before, step = step, load_checkpoint(model)["step"]
             assert step >= before, "a save that had succeeded is gone"
-    assert 60 < step < 900
+    assert step >= 44  # 45 times a save was waited for, the first of them of step 0
     assert midway > 10
     for words in (resume, tiny_flags(whole, **long)):
         start(words).join()
-    assert saved(out)["step"] == 900
     assert same_runs(whole, out)
     assert not list(out.glob("*.part"))
 
 
 # ---------------------------------------------------------------- whatever surrounds it
 
+@contextlib.contextmanager
 def float64():
     torch.set_default_dtype(torch.float64)
-
-
-def other_device():
-    torch.set_default_device("meta")
-
-
-@pytest.fixture
-def as_before():
     yield
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
-    torch.set_grad_enabled(True)
 
 
-SET_BEFORE = {"dtype": float64, "device": other_device,
-              "gradients": lambda: torch.set_grad_enabled(False)}
-
-
-@pytest.mark.parametrize("what", SET_BEFORE)
-def test_what_a_notebook_has_set_changes_nothing(tmp_path, tiny_run, as_before, what):
+@pytest.mark.parametrize("surroundings", [float64, torch.no_grad, torch.inference_mode,
+                                          lambda: torch.device("meta")])
+def test_what_a_notebook_has_set_changes_nothing(tmp_path, tiny_run, surroundings):
     tiny_run(tmp_path / "plain")
-    SET_BEFORE[what]()
-    left = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
-    tiny_run(tmp_path / "here")
-    assert same_runs(tmp_path / "plain", tmp_path / "here")
-    assert left == (torch.get_default_dtype(), torch.get_default_device(),
-                    torch.is_grad_enabled())
-    assert tiny_run(tmp_path / "here", resume=True).finished
-
-
-def test_in_inference_mode(tmp_path, tiny_run):
-    tiny_run(tmp_path / "plain")
-    with torch.inference_mode():
+    with surroundings():
+        left = torch.get_default_dtype(), torch.is_grad_enabled()
         tiny_run(tmp_path / "here")
+        assert left == (torch.get_default_dtype(), torch.is_grad_enabled())
     assert same_runs(tmp_path / "plain", tmp_path / "here")
 
 
-def test_a_folder_whose_name_is_no_utf8(tmp_path, tiny_run, monkeypatch):
-    monkeypatch.setattr(train, "draw_curve", draw_curve)
-    said, out = [], tmp_path / os.fsdecode(b"b\xe4d $a^b")
-    tiny_run(out, say=said.append)
-    assert not any("no curve.png" in line for line in said)
-    assert tiny_run(out, resume=True).finished
-
-
-def test_the_compiler_says_itself_what_is_wrong(monkeypatch):
-    def broken(*_):
-        raise RuntimeError("C++ compile error\n\nCommand:\ng++ -x\n\nOutput:\ng++: no space left\n")
-    monkeypatch.setattr(torch, "compile", broken)
-    said, run = [], Run(compile=True)
-    train.settle_compile(run, torch.device("cpu"), said.append)
-    assert said == ["not compiled: g++: no space left"]
-    assert run.compile is False
-
-
-def test_the_places_can_be_moved(tmp_path):
+def test_the_places_can_be_moved(monkeypatch):
     """A clone that nobody may write to stays as it is."""
-    code = "import data, train, lesson; print(data.CACHE, train.resolve(train.Run()).out, " \
-           "lesson.placed('softmax').out, sep='\\n')"
-    root = Path(train.__file__).parent
-    moved = os.environ | {"ATTENTION_SINK_CACHE": str(tmp_path / "c"),
-                          "ATTENTION_SINK_OUT": str(tmp_path / "o"),
-                          "PYTHONPATH": f"{root}{os.pathsep}{root / 'chapters'}"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=moved,
-                          capture_output=True, text=True)
-    wanted = [str(tmp_path / "c"), str(tmp_path / "o/softmax"), "o/softmax"]
-    assert done.stdout.split() == wanted
+    monkeypatch.setenv("ATTENTION_SINK_CACHE", "/elsewhere")
+    monkeypatch.setenv("ATTENTION_SINK_OUT", "~/sinks")
+    moved = runpy.run_path(common.__file__)
+    assert moved["CACHE"] == Path("/elsewhere")
+    monkeypatch.setattr(train, "OUT", moved["OUT"])
+    assert train.resolve(Run()).out == str(Path.home() / "sinks/softmax")

@@ -1,24 +1,23 @@
 """tests/unmixed.py: each edit sets the mean and the deviation that its name says."""
 
+import math
+from itertools import chain
+
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 import probe
-from model import record
 from tests import unmixed
-from tests.tiny import tiny_model, tokens
+from tests.tiny import activation, near, tiny_model, tokens
 
 K = 5
 MODEL, X = tiny_model(num_hidden_layers=4).eval(), tokens(6)
 MEAN = unmixed.mean_alone(MODEL, torch.arange(50))
-Z = record(MODEL, X, ["0.z"])[1]["0.z"]
+Z = activation(MODEL, X, "0.z")
 KNOWN = unmixed.Alone(MEAN, unmixed.alone(MODEL, X[:, K]))
 OWN = KNOWN.own[0] - MEAN[0]  # the deviation of each token
 USUAL = Z[:, [t for t in range(24) if t != K]].mean((0, 1))
-
-
-def near(a, b):
-    return torch.allclose(a, b.expand_as(a), atol=1e-4)
 
 
 def test_the_first_token_sees_only_itself():
@@ -44,8 +43,7 @@ def test_shrunk():
 
 def test_a_random_move_goes_as_far():
     moved = unmixed.random_forgery(Z, K, KNOWN, 0) - Z[:, K]
-    far = MEAN[0] - Z[:, K]
-    assert near(moved.flatten(1).norm(dim=1), far.flatten(1).norm(dim=1))
+    assert near(length(moved), length(MEAN[0] - Z[:, K]))
 
 
 def test_mu_is_taken_apart():
@@ -53,16 +51,21 @@ def test_mu_is_taken_apart():
     assert near(parts, MEAN[0])
 
 
+def length(x):
+    """(N,)"""
+    return x.flatten(1).norm(dim=1)
+
+
 def test_a_turned_write_keeps_its_length():
     top = probe.targets(MODEL, X)[0].neurons
-    names = ["0.mlp_post", "0.mlp_out"]
-    post, before = record(MODEL, X, names)[1].values()
-    after = record(MODEL, X, names, unmixed.turn_write(MODEL, top))[1]["0.mlp_out"]
-    written = post[:, 0, top[0]] @ MODEL.layers[0].mlp.down_proj.weight[:, top[0]].T
+    before = activation(MODEL, X, "0.mlp_out")
+    after = activation(MODEL, X, "0.mlp_out", unmixed.turn_write(MODEL, top))
+    write = MODEL.layers[0].mlp.down_proj.weight[:, top[0]]
+    written = activation(MODEL, X, "0.mlp_post")[:, 0, top[0]] @ write.T
     turned = after[:, 0] - before[:, 0] + written
-    assert near(turned.norm(dim=1), written.norm(dim=1))
-    assert near(torch.nn.functional.normalize(turned, dim=1)[1:],
-                torch.nn.functional.normalize(turned, dim=1)[0])
+    assert near(length(turned), length(written))
+    direction = normalize(turned)
+    assert near(direction, direction[0])
     assert torch.equal(after[:, 1:], before[:, 1:])
 
 
@@ -72,5 +75,4 @@ def test_all_that_is_measured_has_a_number():
     answers = unmixed.answers(MODEL, X, MEAN, K)
     assert answers.keys() >= unmixed.QUESTIONS.keys()
     found = unmixed.neurons_at_0(MODEL, X, K)
-    assert all(map(torch.isfinite, map(torch.tensor, [*shares.values(), *answers.values(),
-                                                      *found.values()])))
+    assert all(map(math.isfinite, chain(shares.values(), answers.values(), found.values())))

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from model import GPT, HF_SIZES, Config
+from model import GPT, HF_SIZES, Config, record
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
@@ -44,6 +44,18 @@ def tokens(n=2, length=24, seed=0, vocab_size=50):
     """(n, length) random ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (n, length), generator=generator)
+
+
+def activation(model, x, name, tap=None):
+    """One activation of a pass over windows x (N, T)."""
+    return record(model, x, [name], tap)[1][name]
+
+
+def near(a, b, tol=1e-4) -> bool:
+    """Tensors, lists or numbers that are equal up to rounding."""
+    a = torch.as_tensor(a, dtype=torch.float)
+    b = torch.as_tensor(b, dtype=torch.float)
+    return torch.allclose(a, b, atol=tol, rtol=tol)
 
 
 def llama_config(cfg) -> dict:
