@@ -649,9 +649,9 @@ ALLOWED = {  # flags by what is done
 
 def parse(words=None) -> dict:
     """The flags that were given, by name."""
-    sizes = "; ".join(f"{name}: {settings}" for name, settings in SIZES.items())
-    parser = Parser(prog="train.py", epilog=f"Sizes: {sizes}", argument_default=argparse.SUPPRESS,
-                    description="Train one decoder and watch its attention sink being born.")
+    parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS,
+                    description="Train one decoder and watch its attention sink being born.",
+                    epilog="What each --size sets stands in SIZES, at the top of train.py.")
     for f in fields(Run):
         kind, *_ = get_args(f.type) or [f.type]  # int of int | None
         text, choices = f.metadata["help"], f.metadata["choices"]
