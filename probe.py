@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import functools
+import itertools
 import math
 import re
 import shlex
@@ -1067,11 +1068,12 @@ def print_words(prompt, shown):
     print(f"\n{prompt.name} reads {T} tokens: {' '.join(words)}\n\nheads that rest on {first!r}, "
           f"with more than {SINK} of their attention (uniform attention: {even:.2f})")
     sinks = torch.tensor(usual["sink"])
-    for layer, sink in enumerate(sinks):
-        heads = has_sink(sink).nonzero()[:, 0].tolist()
+    in_layer = [has_sink(sink).nonzero()[:, 0].tolist() for sink in sinks]
+    for heads, same in itertools.groupby(range(len(sinks)), in_layer.__getitem__):
+        same = list(same)
         if heads:
-            numbers = " ".join(map(str, heads))
-            print(f"layer {layer:2}, at most {sink.max():.2f}: heads {numbers}")
+            several = f"s {same[0]} to {same[-1]}" if len(same) > 1 else f" {same[0]}"
+            print(f"layer{several}: heads {' '.join(map(str, heads))}")
     if even > SINK:
         print("with so few tokens uniform attention itself is above that: give ten or more")
     print(f"\nsuper neurons silent: {quiet['says']}")
@@ -1392,10 +1394,9 @@ def show_cuts(models, look):
 
 
 def show_words(prompt, layer=None, head=None, silence=None, every=False):
-    """Print what one text shows -> (what is saved, what is drawn, the states of the page)."""
+    """What one text shows -> (what is printed and saved, what is drawn, the states of the page)."""
     states = buttons(prompt, silence, every)
     shown = look_at(prompt, states, layer, head)
-    print_words(prompt, shown)
     return shown, word_maps(prompt, shown), states
 
 
@@ -1440,13 +1441,15 @@ def main_words(look, out):
     prompt = open_prompt(look)
     out.mkdir(parents=True, exist_ok=True)
     shown, drawn, states = show_words(prompt, look.layer, look.head, look.silence, look.page)
+    print_words(prompt, shown)
     write_json(out / "words.json", shown)
     written = "words.json" + draw("words", drawn, out / f"words.{look.format}")
     if look.page:
         from chapters import page
         page.write(out / "page.html", page_of(prompt, shown, states))
         written += ", page.html"
-    print(f"\nwrote {written} in {out}/")
+    hint = f"; open {out}/page.html in a browser" if look.page else ""
+    print(f"\nwrote {written} in {out}/{hint}")
     return 0
 
 

@@ -14,11 +14,11 @@
 #
 # **You learn** to see an attention sink, to measure it, and to take it away beside a
 # control. **You need** PyTorch and a rough idea of attention. **Run time**: ten to
-# twenty seconds, after a download of 93 MB. The last part uses two small models; if
+# forty seconds, after a download of 93 MB. The last part uses two small models; if
 # they are not in `out/` yet, it trains them first, a few minutes on 2 cores.
 #
-# Letters in shapes, in all chapters: N windows, T positions, H heads, D head width, C
-# model width, F neurons of an MLP, L layers.
+# Letters in shapes, in all chapters: N windows, T positions, H heads (K of keys and
+# values), D head width, C model width, F neurons of an MLP, L layers.
 
 # %%
 from lesson import TASK, beside, check, english, log, look, models, plt
@@ -44,11 +44,16 @@ print(f"SmolLM2-135M: {L} layers, {H} heads a layer")
 # ## Your own words
 #
 # Put your own sentence here. Each row of a map is a word that reads, each column a word
-# that is looked at. On the right, five neurons of every layer are silent at the first
-# word; chapter 03 says which neurons these are.
+# that is looked at; the first word's column is orange. On the right, five neurons of
+# every layer are silent at the first word; chapter 03 says which neurons these are.
 
 # %%
-look("Dear students, today we look inside a language model", name="00_words")
+look("Dear students, today we look inside a language model and ask why its heads look "
+     "at the first word", name="00_words")
+
+# %% [markdown]
+# Without these neurons no head rests on the first word any more. The second word takes
+# the sink over: its neurons are not silent.
 
 # %% [markdown]
 # ## Where does a head look?
@@ -65,7 +70,7 @@ look("Dear students, today we look inside a language model", name="00_words")
 # even of random tokens, its meaning cannot be the reason.
 #
 # A chapter reads one batch of 8 windows, to be quick (chapter 06: four). The README has
-# means over 8 or 16 batches, which differ a little.
+# means over 8 or 16 batches. They differ: a variance by up to a half.
 
 # %%
 texts = {"English": english()[0], "random tokens": random_tokens()[0]}
@@ -139,8 +144,8 @@ show(figure, "00_heads", "A cell for every head of every layer. Layers 3 to 9 an
      "to 29 are deep orange, layers 0, 1, 10 and 11 are pale.")
 
 # %% [markdown]
-# Two stretches of layers have sinks, and layers 10 and 11 between them have none.
-# Chapter 03 shows what switches the sinks off and on again.
+# Two stretches of layers have sinks. Between them layer 11 has none, and layer 10
+# hardly any. Chapter 03 shows what switches the sinks off and on again.
 #
 # ## It looks, but it takes nothing
 #
@@ -259,8 +264,9 @@ for title, (name, kind) in cases.items():
 # The story of the paper is a chain, and `train.py` measures every link while it trains.
 # The figure shows three, each from its least to its greatest value: attention to the
 # first token (the sink), the length of its value, and the length of its *state*, the
-# vector that the layers pass on. Does the state grow before the sink, as the story
-# says?
+# vector that the layers pass on. (Its windows are others than those above, so the last
+# value of the sink is a little different.) Does the state grow before the sink, as the
+# story says?
 
 # %%
 rows = log("softmax")
@@ -339,7 +345,8 @@ check("00.hidden", hidden)
 # %%
 prediction = ...
 mask = hidden(64, 0)
-if mask is not None and prediction is not ...:
+right = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+if right and prediction is not ...:
     x, y = english()
     _, seen = record(model, x, names[12:], mask=mask)
     moved = torch.cat(list(seen.values()))

@@ -14,8 +14,8 @@
 # well. How much more depends on the text and on the weights.
 #
 # **You learn** why the first token's average varies most, and to derive by how much.
-# **You need** chapter 00, and the variance of a sum. **Run time**: ten seconds, once
-# the models exist.
+# **You need** chapter 00, and the variance of a sum. **Run time**: ten to forty
+# seconds, once the models exist.
 
 # %%
 from dataclasses import replace
@@ -132,7 +132,7 @@ for axis, name in zip(axes, cases):
     legend = {} if axis is axes[0] else None
     figures.by_position(axis, lines, name, legend)
 axes[0].set_ylabel("variance / its median")
-figure.suptitle("The attention output varies most at the first token (large dots)")
+figure.suptitle("The attention output varies most at the first token (large marks)")
 show(figure, "01_law", "Variance by position, three panels. All fall from position 0 "
      "on. Without training as by the law, with training less.")
 
@@ -208,9 +208,9 @@ assert over_dimensions > 1.3, "the spread hides it too"
 # %% [markdown]
 # ## Deeper layers
 #
-# Chapter 04 says that the state of the first token becomes *one fixed vector*, whatever
-# the token is. If so, its variance must be the least in deep layers, on random tokens
-# too.
+# Chapter 05 shows that the state of the first token becomes *one fixed vector*,
+# whatever the token is. If so, its variance must be the least in deep layers, on random
+# tokens too.
 
 # %%
 names = [f"{i}.z" for i in range(model.cfg.num_hidden_layers)]
@@ -264,10 +264,10 @@ for name, keys in used.items():
 # `tests/results/claims.md`, C1.) The small models show only that a cue to position, the
 # larger variance, exists before training. They do not show that a sink uses it.
 #
-# SmolLM2 differs from these two: it keeps a third of the gap that its shape has before
-# training, and they keep little. They have heads that look at few keys, which average
-# little, so all their tokens vary. *Why* the heads of SmolLM2's first layer look at so
-# many keys is open.
+# SmolLM2 differs from these two: it keeps a third (on English a sixth) of the gap that
+# its shape has before training, and they keep little. They have heads that look at few
+# keys, which average little, so all their tokens vary. *Why* the heads of SmolLM2's
+# first layer look at so many keys is open.
 #
 # Does the sink use the gap that is left? Chapter 06 gives the first token the mean
 # attention output of the others, and SmolLM2's sink goes. But this edit takes away more

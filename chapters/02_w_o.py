@@ -14,8 +14,8 @@
 # $W_O$ and not its columns, but the row version is nearly automatic.
 #
 # **You learn** what a matrix passes on, and why one measure has two readings. **You
-# need** chapter 01, and what an eigenvector is. **Run time**: ten seconds, once the
-# models exist.
+# need** chapter 01, and what an eigenvector is. **Run time**: ten to forty seconds,
+# once the models exist.
 
 # %%
 import math
@@ -203,14 +203,15 @@ axes[0].set_ylabel("Kendall tau (dotted: the paper's mean)")
 handles, labels = axes[0].get_legend_handles_labels()
 figure.legend(handles, labels, loc="outside lower center", ncols=3)
 figure.suptitle("Rows give a large tau, and shuffled rows give it too (grey: chance)")
-show(figure, "02_tau", "Kendall tau by layer. Columns lie around 0, rows near 0.5, "
-     "shuffled rows almost as high.")
+show(figure, "02_tau", "Kendall tau by layer. Columns lie around 0 and below, rows "
+     "near 0.5, shuffled rows almost as high.")
 
 # %% [markdown]
 # The paper reports 0.32, for the spread of what $W_O$ *reads*. We take this to mean the
-# columns. By columns SmolLM2 shows no such preference (in most layers tau is below 0),
-# though its first layer does. By rows its tau is above 0.32, but so is that of shuffled
-# rows, which know nothing of the input.
+# columns. By columns SmolLM2 shows rather the opposite: in most layers tau is below 0,
+# so $W_O$ reads more of what varies *less*. Only its first layer does as the paper
+# says. By rows its tau is above 0.32, but so is that of shuffled rows, which know
+# nothing of the input.
 #
 # ## A direction is not a dimension
 #
@@ -278,10 +279,11 @@ for name, x in reads.items():
             assert g > 1.6, "W_O does not favour the widest directions"
 
 # %% [markdown]
-# Before training $W_O$ passes the outlier on as it is; after training $W_O$ weakens it,
-# as in SmolLM2. But training also makes what the paper reports: by directions, and by
-# columns in most layers, these $W_O$ favour the dimensions that vary. Here the real
-# model and the small ones disagree, and nobody knows why.
+# Before training $W_O$ passes the outlier on as it is; after training $W_O$ weakens it
+# in `copy`, as in SmolLM2, and hardly in `text`. But training also makes what the paper
+# reports: by directions, and by columns in most layers, these $W_O$ favour the
+# dimensions that vary. Here the real model and the small ones disagree, and nobody
+# knows why.
 #
 # ## Beside the paper
 

@@ -104,7 +104,7 @@ assert set(pair.tolist()) == set(by_activity.tolist()), "activity finds two othe
 
 at_0 = probe.contrast(energy, 0)
 at_32 = probe.contrast(energy, 32)
-print(f"contrast at token 0 {at_0:.0f}, at token 32 {at_32:.1f}")
+print(f"contrast at token 0 {at_0:.1e}, at token 32 {at_32:.1f}")
 assert at_0 > 100, "they do not answer to token 0"
 assert at_32 < 20, "an ordinary token has such neurons too"
 
@@ -154,8 +154,8 @@ assert answer.min() > 0.8 * answer[0], "they know the first token by something e
 # %%
 squares = down[:, pair].square()  # (C, 2)
 share, dimension = (squares / squares.sum(0)).max(0)
-print("largest dimension:", dimension.tolist(),
-      " its share of the squared length:", share)
+print("largest dimension:", dimension.tolist(), "its share of the squared length:",
+      *(f"{part:.0%}" for part in share))
 assert share.min() > 0.5, "they write into many dimensions"
 c = dimension[0].item()
 
@@ -185,7 +185,7 @@ for i in (2, 9, 11, 28):
 axis.set_yscale("symlog", linthresh=30)
 axis.set(ylim=(-2e5, 2e5), yticks=[-1e4, -100, 0, 100, 1e4])
 figures.dress(axis, f"Dimension {c} of the first token: written, erased, written again",
-              dict(loc="lower left"), xlabel="layer", ylabel="value (symlog)")
+              dict(loc="lower left"), xlabel="after layer", ylabel="value (symlog)")
 show(figure, "03_waves", f"Line of dimension {c} by layer: up at layer 2, down at 9, "
      "far up at 11, down at 28, with bars for the one neuron that writes most.")
 early = min(state[3:8])
@@ -231,11 +231,14 @@ figure, axis = plt.subplots(figsize=(8.8, 3.2))
 figures.by_layer(axis, sinks, "Two silent neurons of layer 11 take most later sinks",
                  ["untouched"], dict(loc="upper left", ncols=3), ylim=(0, 0.95),
                  ylabel="attention to token 0,\nmean of heads")
-axis.axhline(probe.uniform_sink(64), color="black", lw=0.9, ls=":")
+axis.axhline(probe.uniform_sink(64), color="black", lw=0.9, ls=":")  # uniform
 show(figure, "03_silent", "Attention to token 0 by layer. Up to layer 11 the curves "
      "are one; after it that of the silent pair falls to the baseline by layer 21.")
 
 # %% [markdown]
+# Layers 12 to 15 keep a part of their sinks. How their heads recognise the first token
+# without the pair is not tested here.
+#
 # Here is one head, with words on the axes:
 
 # %%
@@ -243,9 +246,6 @@ look("Dear students, today we look inside a language model and ask why it looks 
      layer=24, head=3, silence={11: pair.tolist()}, name="03_words")
 
 # %% [markdown]
-# In the figure before, layers 12 to 15 keep a part of their sinks. How their heads
-# recognise the first token without the pair is not tested here.
-#
 # ## Let it write
 #
 # The model continues a prompt as it is, with the pair silent, and with two others

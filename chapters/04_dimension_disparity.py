@@ -60,7 +60,7 @@ ratio = torch.tensor([norm_ratio(state) for state in states])  # (L,)
 library = probe.over_median(states[12].norm(dim=-1), 0).mean()
 assert torch.isclose(ratio[12], library), "the same number in probe"
 some = [f"{i}: {ratio[i]:.3g}" for i in (0, 2, 3, 8, 11, 12, 20, 28, 29)]
-print("layer:", *some)
+print("longer than the median, by layer:", ", ".join(some), "times")
 assert ratio[11] < 3, "it is long before layer 11"
 assert ratio[12] > 100, "layer 11 does not make it a hundred times as long"
 
@@ -176,7 +176,8 @@ curves["median dimension"] = first.median(1).values
 figures.by_layer(top, curves, f"Dimension {c} comes, goes and comes again",
                  [f"dimension {c}"], dict(ncols=2), yscale="log", xlabel=None,
                  ylabel="|x| of token 0 (log)", ylim=(0.03, 3e6))
-figures.by_layer(below, {"heads": sink}, "The sinks come and go with it", ["heads"],
+title = "The sinks come and go with it (dotted: uniform)"
+figures.by_layer(below, {"heads": sink}, title, ["heads"], xlabel="layer that reads it",
                  ylabel="attention to token 0,\nmean of heads", ylim=(0, None))
 below.axhline(baseline, color="black", lw=0.9, ls=":")
 show(figure, "04_waves", "Above: size of three dimensions of token 0 by layer, in two "

@@ -58,6 +58,7 @@ k = 10
 # | `lock` | its key loses its part along the direction that the queries share |
 #
 # Which of these six cuts take *at least half* of the sink? Put their names in the list.
+# (One of them is close to a half: your answer is right with it and without it.)
 
 # %%
 prediction = [...]
@@ -125,7 +126,8 @@ assert forged[k] > 10 * untouched[k], "one made"
 #
 # A perfect forgery is as strong as the first sink: then they have 50 % each. By a rule
 # fixed before measuring (`probe.RULE`), a link *holds* if its cut takes at least 50 %
-# or its forgery reaches 25 %, and no control does half as much (`probe.cuts` runs all).
+# or its forgery reaches 25 %, and no control does half as much; from half of that on it
+# holds *partly*. `probe.cuts` runs all.
 
 # %%
 table = probe.cuts(model, x, y, k)
@@ -251,8 +253,7 @@ assert 4 * varies[k] < varies[0] < 25 * varies[k] / 3, "λ = 2 or 5: not as told
 # | no deviation | $\mu$: *mean only* | $m$: *neither* |
 # | deviation of an unmixed value | $\mu + d$: *both* | $m + d$: *deviation only* |
 #
-# If the cause is variance, *deviation only* makes a sink and *mean only* none. Predict:
-# is it so?
+# If the cause is variance, *deviation only* makes a sink and *mean only* none.
 
 # %%
 names = [f"{i}.z" for i in range(L)]
@@ -454,8 +455,9 @@ check("06.first_layer", first_layer)
 # %% [markdown]
 # ## Appendix: the whole matrix
 #
-# Here *sink* is the strongest head after the edit; the bars above are a mean of heads.
-# So one head can keep its sink although the bar is long.
+# The numbers are those of the table that `probe.py` prints. Here *sink* is the
+# strongest head after the edit; the bars above are a mean of heads. So one head can
+# keep its sink although the bar is long.
 
 # %%
 rows = list(probe.matrix([table]))

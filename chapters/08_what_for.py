@@ -363,7 +363,8 @@ assert toy["int8, one scale"] < toy["all keys"] + 0.1, "int8 breaks the small mo
 # %%
 beside(("window and first tokens (2309.17453)", "as good as all keys",
         f"loss {with_0[2]:.2f}, all keys {whole:.2f}"),
-       ("window alone", "loss explodes", f"loss {plain[2]:.2f}"),
+       ("window alone", "loss explodes",
+        f"loss {plain[2]:.2f}, of 8 keys {plain[0]:.2f}"),
        ("effective rank under softmax", "343.7 (152M weights)", f"{collapsed:.0f}"),
        ("  without token 0", "not reported", f"{rest:.0f}"))
 

@@ -277,6 +277,7 @@ def look(text, layer=None, head=None, silence=None, name="words"):
     show(figures.words(*drawn), name,
          f"Two maps of one head with words on the axes. {usual['gives']:.0%} of its "
          f"attention is in column 0; with the neurons silent {quiet['gives']:.0%}.")
+    probe.print_words(prompt, shown)
 
 
 def beside(*rows):

@@ -488,8 +488,9 @@ def losses_table(found) -> str:
 
 FOUND = """
 **In a real Llama a handful of neurons carries the sink.** Silence five of the 1,536 neurons of each
-layer of SmolLM2 at the first token, and all of it is gone ({cut neurons.share %} ± {neurons sd});
-silence all others, and it loses {neurons at 0.all others %} ([chapter 03](chapters/book/03.md)).
+layer of SmolLM2 at the first token, and its sink is gone ({cut neurons.share %} ± {neurons sd}:
+less than chance is left), to the next tokens; silence all others, and it loses {neurons at 0.all
+others %} ([chapter 03](chapters/book/03.md)).
 
 **A value that was not mixed with others forges one.** A token of SmolLM2 whose z is the *mean* of
 tokens that see only themselves gets {unmixed.forge, every: mean only %} ± {unmixed sd} of the two
@@ -507,7 +508,7 @@ two effects, equal variance and no silent output, explains that alone ([chapter
 
 **A cure has a price, and a sink may have a use.** Built into SmolLM2, headnorm leaves a sink in
 {left} of the heads on random tokens, at {price} nats of loss, and in text it came back in {back};
-where heads measure their place from the first token, no cure takes the sink ([the
+where heads count positions from the first token, no cure takes the sink ([the
 cures](tests/results/cures.md)).
 """  # for the README; what stands in braces is a `value_at`, of SmolLM2 where it names no lane
 

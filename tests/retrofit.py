@@ -211,7 +211,7 @@ def comes_back(found) -> str:
     """In how many orders headnorm's sink comes back in text, in words."""
     shares = [sink_share(found, name, "text") for name in found if name.startswith("headnorm")]
     back = sum(share >= sink_share(found, "softmax", "text") / 2 for share in shares)
-    return f"{back} of {len(shares)} trainings"
+    return f"{back} of {len(shares)} orders of batches"
 
 
 def healed(found) -> str:

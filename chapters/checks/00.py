@@ -29,5 +29,6 @@ def hidden(answer):
 
 
 def prediction(answer):
+    assert type(answer) is int or answer == "nowhere", 'Give a number, or "nowhere".'
     assert answer == 1, ("Look at the scores above. Which token now sees only itself, "
                          "as the first one did?")

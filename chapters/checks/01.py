@@ -24,6 +24,7 @@ def sum_variance(answer):
 
 
 def prediction(answer):
+    assert isinstance(answer, list), "Give a list of numbers."
     got = sorted(int(t) for t in answer)
     assert 10 in got, "Token 10 sees one value, its own. What is averaged there?"
     assert got == [10], ("Only row 10 of the mask changed: in the first layer the "

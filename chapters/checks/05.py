@@ -44,7 +44,8 @@ def common_direction(answer):
     turned = got @ fixed > 0 and answer(-q) @ fixed < 0
     assert turned, "A singular vector has no sign: turn it towards the mean query."
     few, wanted = q[:5], probe.leading_query(q[:5, None, None])[0]
-    assert torch.allclose(answer(few), wanted, atol=1e-4), "It should work for M < D."
+    assert torch.allclose(answer(few), wanted, atol=1e-4), \
+        "Five queries (M < D) have another one. Is yours the mean query?"
 
 
 def unlock(answer):

@@ -12,7 +12,7 @@ def prediction(answer):
     names = ("variance", "W_O", "neurons", "disparity", "direction", "lock")
     assert set(answer) <= set(names), f"Use only these names: {', '.join(names)}."
     assert "W_O" not in answer, \
-        "`W_O` changes only the length of z_0, and RMSNorm forgets lengths."
+        "`W_O` keeps the direction of z_0, and that is enough for the neurons."
     missing = {"variance", "neurons", "direction", "lock"} - set(answer)
     assert not missing, f"Look at the bars: {', '.join(sorted(missing))} as well."
 

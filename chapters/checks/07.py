@@ -9,6 +9,7 @@ import probe
 
 
 def prediction(answer):
+    assert isinstance(answer, list), "Give a list of names."
     names = ", ".join(ATTENTIONS)
     assert set(answer) <= set(ATTENTIONS), f"Names out of {names}."
     assert set(answer) == {"sigmoid", "gated", "logit"}, \
@@ -23,7 +24,7 @@ def head_norm(answer):
     gain = torch.linspace(0.5, 2, 8)
     got = answer(z, torch.ones(8))
     assert got is not None, "Return a tensor of the shape of z."
-    assert got.shape == z.shape, "The shape must stay (B, T, H, D)."
+    assert got.shape == z.shape, "The shape must stay (N, T, H, D)."
     cosine = F.cosine_similarity(got, z, dim=-1)
     assert cosine.min() > 0.999, "Only divide: RMSNorm subtracts no mean."
     squares = got.square().mean(-1)

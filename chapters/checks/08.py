@@ -4,6 +4,7 @@ import math
 
 
 def prediction(answer):
+    assert isinstance(answer, list), "Give a list of numbers."
     right = sorted(set(answer)) == [0]
     assert right, "Look at the printed shares: which tokens undo more than half?"
 
@@ -22,4 +23,5 @@ def rank_of_rows(answer):
 
 def word(answer):
     assert isinstance(answer, str), "A word, as a string."
-    assert answer.strip() == "the", "Try (states[6].abs().amax(-1) > 300).nonzero()."
+    right = answer.strip().lower() == "the"
+    assert right, "Try (states[6].abs().amax(-1) > 300).nonzero()."

@@ -19,5 +19,7 @@ def hidden(T, key):
 
 
 # With token 0 out of sight, token 1 is the one that sees only itself. The heads look
-# for a token that has averaged nothing, and do not mind at which position it stands.
+# for a token that has averaged nothing, and do not mind at which position it stands. So
+# the loss hardly rises. In a sliding window no later token sees only itself: nothing
+# takes the place of token 0, and the model fails.
 prediction = 1
