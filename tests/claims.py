@@ -289,6 +289,8 @@ def ready(record) -> dict:
     where there is no sink to share; and `half`, when a number has gone half of its way."""
     found = record | record.get("main", record.get("random", {}))
     has_sink = found.get("first", found).get("sink", 1) > probe.SINK
+    if "forge, every: both" in record and not has_sink:  # of `unmixed.shares`
+        return dict.fromkeys(record, math.nan)
     nothing = {"share": math.nan, "controls": [math.nan, math.nan], "control": math.nan}
     for name, effect in record.get("effects", {}).items():
         found[name] = effect | ({"control": max(effect["controls"])} if has_sink else nothing)
@@ -625,10 +627,9 @@ def copying(found) -> str:
     """What forges a sink in the copying model, mean and deviation, in words."""
     shares = []
     for part in ("mean only", "deviation only"):
-        values = values_of(found, "micro", f"unmixed.forge, every: {part}")
-        shares.append(f"{fmean(with_sink_only(values)):.0%}")
-    seeds = len(values)
-    return f"{seeds} seed{'s' * (seeds > 1)}: {' and '.join(shares)}"
+        values = with_sink_only(values_of(found, "micro", f"unmixed.forge, every: {part}"))
+        shares.append(f"{fmean(values):.0%}")
+    return f"{len(values)} seeds with a sink: {' and '.join(shares)}"
 
 
 def tables(found) -> dict[str, str]:
