@@ -35,6 +35,7 @@ import math
 import re
 import shlex
 import statistics
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -1065,8 +1066,9 @@ def print_words(prompt, shown):
     T, first = len(words), words[0]
     asked = torch.ones(1, T) > 0 if prompt.queries is None else prompt.queries[None]
     even = uniform_weight(asked)
-    print(f"\n{prompt.name} reads {T} tokens: {' '.join(words)}\n\nheads that rest on {first!r}, "
-          f"with more than {SINK} of their attention (uniform attention: {even:.2f})")
+    print("\n" + textwrap.fill(f"{prompt.name} reads {T} tokens: {' '.join(words)}", 95))
+    print(f"\nheads that rest on {first!r}, with more than {SINK} of their attention (uniform "
+          f"attention: {even:.2f})")
     sinks = torch.tensor(usual["sink"])
     in_layer = [has_sink(sink).nonzero()[:, 0].tolist() for sink in sinks]
     for heads, same in itertools.groupby(range(len(sinks)), in_layer.__getitem__):
@@ -1076,7 +1078,7 @@ def print_words(prompt, shown):
             print(f"layer{several}: heads {' '.join(map(str, heads))}")
     if even > SINK:
         print("with so few tokens uniform attention itself is above that: give ten or more")
-    print(f"\nsuper neurons silent: {quiet['says']}")
+    print("\n" + textwrap.fill(f"super neurons silent: {quiet['says']}", 95))
     now = quiet["heads with a sink"]
     heir = max(range(1, max(2, T // 2)), key=now.__getitem__)
     print(f"heads that rest on {first!r}: {usual['heads with a sink'][0]} of {sinks.numel()} as it "
@@ -1187,7 +1189,8 @@ class Opened(NamedTuple):
 
 
 LONGEST = 40  # tokens of a text that are read: more words do not fit on the axes of a map
-SENTENCE = "Dear students, today we look inside a language model"
+SENTENCE = ("Dear students, today we look inside a language model and ask why its heads look at "
+            "the first word")
 
 
 def open_prompt(look) -> Prompt:

@@ -230,8 +230,9 @@ assert sink["two others"] > 0.9 * sink["untouched"], "any two would do"
 figure, axis = plt.subplots(figsize=(8.8, 3.2))
 figures.by_layer(axis, sinks, "Two silent neurons of layer 11 take most later sinks",
                  ["untouched"], dict(loc="upper left", ncols=3), ylim=(0, 0.95),
+                 xlabel="layer (dotted line: uniform attention)",
                  ylabel="attention to token 0,\nmean of heads")
-axis.axhline(probe.uniform_sink(64), color="black", lw=0.9, ls=":")  # uniform
+axis.axhline(probe.uniform_sink(64), color="black", lw=0.9, ls=":")
 show(figure, "03_silent", "Attention to token 0 by layer. Up to layer 11 the curves "
      "are one; after it that of the silent pair falls to the baseline by layer 21.")
 

@@ -91,13 +91,14 @@ rows = log("softmax")
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 2.8))
 figures.track(left, rows, lambda row: row["links_rest"]["sink"], color=figures.ACCENT)
 left.axhline(uniform, **figures.DOTTED)
-figures.dress(left, "A sink is born on an ordinary token", ylim=(0, 1), xlabel="step",
+figures.dress(left, "A sink is born on an ordinary token (dotted: uniform)",
+              ylim=(0, 1), xlabel="step",
               ylabel="attention to token 0,\nstrongest head")
 figures.track(right, rows, lambda row: row["val_loss"], color="black")
 perfect = read_config(placed("softmax").out)["optimal_loss"]
 right.axhline(perfect, **figures.DOTTED)
-figures.dress(right, "while the model learns its task", xlabel="step",
-              ylabel="loss, nats")
+figures.dress(right, "while the model learns its task (dotted: perfect)",
+              xlabel="step", ylabel="loss, nats")
 show(figure, "07_birth", "Attention to token 0 rises from its share under uniform "
      "attention to nearly one, while the loss falls to that of a perfect predictor.")
 
@@ -192,9 +193,9 @@ def on_first(run):
 seeds = {attn: each_seed(attn, on_first) for attn in ATTENTIONS}
 figure, axis = plt.subplots(figsize=(6.4, 3))
 figures.dots(axis, seeds, "Who may look nowhere has no sink; headnorm takes a part",
-             hot=["softmax"], xlabel="weight on token 0, a dot a seed", xlim=(-0.02, 1))
-axis.axvline(uniform, label="uniform attention", **figures.DOTTED)
-axis.legend()
+             hot=["softmax"], xlim=(-0.02, 1),
+             xlabel="weight on token 0, a dot a seed (dotted line: uniform attention)")
+axis.axvline(uniform, **figures.DOTTED)
 show(figure, "07_seeds", "Weight on token 0 of five or ten seeds of each attention: "
      "softmax near one, headnorm spread from 0.1 to 0.8, the others at zero.")
 check("07.prediction", prediction)
@@ -269,11 +270,10 @@ for name, what in VARIANTS.items():
     print(f"{name:26} {what:9} token 0 varies {varies:.1f} x the median; weight on it "
           f"{fmean(map(on_first, found)):.2f}, largest key {largest:.2f}")
 figure, axis = plt.subplots(figsize=(6.4, 3.2))
-figures.dots(axis, reached, "Parity moves the sink; it does not end it",
-             hot=["softmax: neither"], xlabel="weight on token 0, a dot a seed",
-             xlim=(-0.02, 1.02))
-axis.axvline(uniform, label="uniform attention", **figures.DOTTED)
-axis.legend(loc="lower center")
+figures.dots(axis, reached, "The norm in layer 0 leaves the sink, in 0 and 2 it takes "
+             "more than half", hot=["softmax: neither"], xlim=(-0.02, 1.02),
+             xlabel="weight on token 0, a dot a seed (dotted: uniform)")
+axis.axvline(uniform, **figures.DOTTED)
 show(figure, "07_why", "Weight on token 0, a row of seeds for each variant: with the "
      "norm in layer 0 near one, in layer 2 spread, in both at a third; levelled low.")
 mean = {name: fmean(values) for name, values in reached.items()}

@@ -1,8 +1,7 @@
 """A Chromium without a window. `python -m tests.browser` makes tests/results/page.png of
 out/smollm2/page.html, which this command has written before:
 
-    python probe.py smollm2 --page --layer 24 --head 3 --text "Dear students, today we look
-        inside a language model and ask why its heads look at the first word"
+    python probe.py smollm2 --page --layer 24 --head 3
 """
 
 import shutil
