@@ -114,7 +114,6 @@ NAMED = [
     ("chapters/book/02.md", "random tokens, .*, after #, after a random", FIRST["variance_out"]),
     ("chapters/book/02.md", "random tokens  columns .* over layers #", FIRST["wo_tau"]),
     ("chapters/book/02.md", "random tokens  columns .* alone  #", RANDOM["tau of layer 0"]),
-    ("chapters/book/03.md", "contrast at token 0 #", FIRST["neuron_contrast"]),
     ("chapters/book/04.md", "token 0 after RMSNorm .*  #\n", FIRST["dominance"]),
     ("chapters/book/07.md", "\nheadnorm  .* sink #% on random", sinks_left("headnorm", "random")),
     ("chapters/book/07.md", "\nheadnorm  .* tokens, #% in text", sinks_left("headnorm", "text")),
