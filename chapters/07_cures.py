@@ -260,7 +260,7 @@ VARIANTS = {"softmax": "neither", "norm in layer 0": "parity",
             "norm in layers 0 and 1": "parity",
             "levelled in layers 0 and 1": "parity", "levelled": "parity, a no-op",
             "norm in layer 2": "no no-op", "norm in layers 0 and 2": "both",
-            "headnorm": "both"}
+            "headnorm": "both", "softmax, readout final": "no need to rest"}
 reached = {}
 for name, what in VARIANTS.items():
     found = runs(name)
@@ -269,17 +269,20 @@ for name, what in VARIANTS.items():
     largest = fmean(fmean(run["weights"]["largest"]) for run in found)
     print(f"{name:26} {what:9} token 0 varies {varies:.1f} x the median; weight on it "
           f"{fmean(map(on_first, found)):.2f}, largest key {largest:.2f}")
-figure, axis = plt.subplots(figsize=(6.4, 3.2))
-figures.dots(axis, reached, "The norm in layer 0 leaves the sink, in 0 and 2 it takes "
-             "more than half", hot=["softmax: neither"], xlim=(-0.02, 1.02),
+figure, axis = plt.subplots(figsize=(6.4, 3.4))
+figures.dots(axis, reached, "No sink where no head needs to rest (last row)",
+             hot=["softmax: neither"], xlim=(-0.02, 1.02),
              xlabel="weight on token 0, a dot a seed (dotted: uniform)")
 axis.axvline(uniform, **figures.DOTTED)
 show(figure, "07_why", "Weight on token 0, a row of seeds for each variant: with the "
-     "norm in layer 0 near one, in layer 2 spread, in both at a third; levelled low.")
+     "norm in layer 0 near one, in layer 2 spread, in both at a third; levelled low; at "
+     "uniform attention where nothing has to be silent.")
 mean = {name: fmean(values) for name, values in reached.items()}
 assert mean["norm in layer 0: parity"] > 0.9, "parity in layer 0 takes the sink"
 assert mean["levelled: parity, a no-op"] < 0.5, "levelled attention keeps the sink"
 assert mean["norm in layers 0 and 2: both"] < mean["norm in layer 2: no no-op"] - 0.1
+free = mean["softmax, readout final: no need to rest"]
+assert free < 1.2 * uniform, "softmax has a sink where heads need not rest"
 
 # %% [markdown]
 # Parity by the norm, in the layers before the heads that rest, leaves the sink: there,
@@ -290,6 +293,10 @@ assert mean["norm in layers 0 and 2: both"] < mean["norm in layer 2: no no-op"] 
 # may say nothing. But look at the largest key: they still put nearly all their
 # attention on *one* key a query, only it is another letter. So where heads rest depends
 # on what marks a token; *that* they rest, only sigmoid, gated and logit change.
+#
+# In the last row later layers may ignore what a resting head says (`readout` is final).
+# Nothing has to be silent, and softmax has no sink at all, although its first token
+# varies most. So variance alone makes no sink here: a head needs a reason to rest.
 #
 # ## Built into SmolLM2
 #
