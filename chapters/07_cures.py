@@ -275,8 +275,8 @@ figures.dots(axis, reached, "No sink where no head needs to rest (last row)",
              xlabel="weight on token 0, a dot a seed (dotted: uniform)")
 axis.axvline(uniform, **figures.DOTTED)
 show(figure, "07_why", "Weight on token 0, a row of seeds for each variant: with the "
-     "norm in layer 0 near one, in layer 2 spread, in both at a third; levelled low; at "
-     "uniform attention where nothing has to be silent.")
+     "norm in layer 0 near one, in layer 2 spread, in both at a third; levelled low; "
+     "as under uniform attention where nothing has to be silent.")
 mean = {name: fmean(values) for name, values in reached.items()}
 assert mean["norm in layer 0: parity"] > 0.9, "parity in layer 0 takes the sink"
 assert mean["levelled: parity, a no-op"] < 0.5, "levelled attention keeps the sink"
