@@ -37,6 +37,7 @@ def same(a, b):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit:DeprecationWarning")  # of torch
     config.addinivalue_line("markers", "slow: minutes, not seconds; run with pytest -m slow")
     torch.set_num_threads(1)  # two are slower for models this small, most of all on a busy machine
 
