@@ -19,8 +19,8 @@
 # %%
 import math
 
-from lesson import beside, check, english, models, plt, random_tokens, real, show
-from lesson import windows
+from lesson import ask, beside, check, english, models, plt, random_tokens, real
+from lesson import show, windows
 
 import torch
 
@@ -198,6 +198,7 @@ show(figure, "04_waves", "Above: size of three dimensions of token 0 by layer, i
 
 # %%
 prediction = ...  # "zero", "mean", "both" or "neither"
+ask(prediction)
 
 
 def with_507(value):

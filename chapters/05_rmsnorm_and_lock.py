@@ -19,7 +19,7 @@
 # the two small models are trained.
 
 # %%
-from lesson import beside, check, english, figures, models, plt
+from lesson import ask, beside, check, english, figures, models, plt
 from lesson import random_tokens, real, show, windows
 
 import torch
@@ -161,6 +161,7 @@ assert lengths["with a constant"][second_wave].min() > 1, "a constant does not"
 
 # %%
 prediction = ...  # "fall", "stay" or "rise"
+ask(prediction)
 
 
 # %%

@@ -20,7 +20,7 @@
 # %%
 from functools import partial
 
-from lesson import TASK, beside, check, figures, models, plt
+from lesson import TASK, ask, beside, check, figures, models, plt
 from lesson import random_tokens, real, show, windows
 
 import torch
@@ -62,6 +62,7 @@ k = 10
 
 # %%
 prediction = [...]
+ask(prediction)
 
 # %% [markdown]
 # ## One cut and one forgery, seen

@@ -20,8 +20,8 @@
 # %%
 from statistics import fmean
 
-from lesson import ROOT, TASK, beside, check, figures, log, models, placed, plt
-from lesson import show, windows
+from lesson import ROOT, TASK, ask, beside, check, figures, log, models, placed
+from lesson import plt, show, windows
 
 import torch
 
@@ -59,6 +59,7 @@ from model import ATTENTIONS, make_tap, record
 
 # %%
 prediction = [...]  # names out of ATTENTIONS
+ask(prediction)
 
 # %% [markdown]
 # ## A head with nothing to look for

@@ -24,7 +24,7 @@ import math
 from functools import partial
 from statistics import fmean
 
-from lesson import ROOT, beside, check, english, figures, models, plt
+from lesson import ROOT, ask, beside, check, english, figures, models, plt
 from lesson import real, show, windows
 
 import torch
@@ -54,6 +54,7 @@ model, encoding = real()
 
 # %%
 prediction = [...]
+ask(prediction)
 
 
 # %%

@@ -29,6 +29,7 @@ from data.common import UserError, program, write_atomically
 
 HERE = Path(__file__).resolve().parent
 BOOK = HERE / "book"
+ALONE = {"OMP_NUM_THREADS": "1", "ATTENTION_SINK_BOOK": "1"}  # nobody predicts
 OUTPUT = re.compile(r"\n```text\n.*?\n```\n|\n<img [^>]*>\n", re.DOTALL)
 
 
@@ -56,7 +57,7 @@ def execute(path, notebook):
         resources={"metadata": {"path": str(path.parent)}},
         extra_arguments=["--log-level=ERROR"])
     try:
-        client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
+        client.execute(env=os.environ | ALONE)
     except CellExecutionError as error:
         print(error, file=sys.stderr)
         raise UserError(f"{path.name} stops at the cell above") from None

@@ -26,7 +26,7 @@ A check is a function of checks/NN.py with the name of its exercise. It takes th
 and asserts, with a message that says what is missing. It may call
 `written_without(answer, "sink_score")`. An answer is a function or a value; `...` means
 that there is none yet. A chapter asks for a prediction in text, above
-`prediction = ...`, and checks it below the run.
+`prediction = ...`; `ask(prediction)` waits for it, and `check` follows below the run.
 """
 
 import contextlib
@@ -308,6 +308,12 @@ def check(name, answer):
             print(f"{exercise}: not right. {said.removeprefix('AssertionError: ')}")
     else:
         print(f"{exercise}: solved")
+
+
+def ask(prediction):
+    """In a notebook *Run all* waits for a prediction; a script and the book go on."""
+    if notebook() and unsolved(prediction) and "ATTENTION_SINK_BOOK" not in os.environ:
+        raise Stop("Your prediction first, in this cell; then run it, and the rest.")
 
 
 def own_lines(error, answer):

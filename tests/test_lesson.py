@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -69,6 +70,16 @@ def test_errors_end_in_one_line(monkeypatch, error, line):
     monkeypatch.setattr(lesson, "notebook", lambda: True)
     with pytest.raises(lesson.Stop, match=line), lesson.in_one_line():
         raise error
+
+
+@pytest.mark.parametrize("prediction, stops", [(..., True), ([...], True), (3, False)])
+def test_a_notebook_waits_for_a_prediction(monkeypatch, prediction, stops):
+    lesson.ask(prediction)  # a script goes on
+    monkeypatch.setattr(lesson, "notebook", lambda: True)
+    with pytest.raises(lesson.Stop) if stops else nullcontext():
+        lesson.ask(prediction)
+    monkeypatch.setenv("ATTENTION_SINK_BOOK", "1")
+    lesson.ask(prediction)
 
 
 def test_a_script_saves_its_figures(monkeypatch, tmp_path):
