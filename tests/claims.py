@@ -452,7 +452,8 @@ def links_table(found) -> str:
 def percent(values, lane) -> str:
     there = with_sink_only(values)
     spread = stdev if lane == "SmolLM2" else runner.half_interval
-    return f"{fmean(there):.0%} ± {spread(there):.0%}"
+    mean = round(fmean(there), 2) + 0.0  # no -0 %
+    return f"{mean:.0%} ± {spread(there):.0%}"
 
 
 BORN = {"variance": "variance of z", "drain": "value", "sink": "sink", "lock_gap": "lock",
