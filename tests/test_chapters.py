@@ -116,9 +116,9 @@ def test_a_book_is_made(tiny_chapter):
 @every_chapter
 def test_runs_in_a_kernel(path):
     """From the first cell to the last; then its solutions are checked in that kernel. The models
-    are trained first, where they are missing."""
+    of all chapters are trained first, two at a time, where they are missing."""
     real.folder()
-    book.prepare([path])
+    book.prepare(book.chapters())
     notebook = jupytext.read(path)
     checks = [f'check("{path.stem[:2]}.{name}", {name})' for name in exercises(path)]
     source = "\n".join([f"exec(open('solutions/{path.name}').read())", *checks])
