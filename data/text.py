@@ -205,15 +205,16 @@ def stream(docs: list[Document], encoding: tiktoken.Encoding) -> np.ndarray:
     """(N,) int16 (int32 beyond 32,768 tokens): the tokens of all documents one after another, each
     preceded by the id of <|bos|>. Where a text says `<|bos|>`, that is ordinary text."""
     dtype = np.int16 if encoding.n_vocab <= 2**15 else np.int32
-    bos = encoding.n_vocab - 1
+    bos = np.array([encoding.n_vocab - 1], dtype)
+    texts = [text for _, text in docs]
 
     def ids(text):
-        if encoding.name == "bytes":
-            return np.frombuffer(text.encode(), np.uint8)
         return np.array(encoding.encode_ordinary(text), dtype)
 
-    parts = []
-    with ThreadPoolExecutor() as pool:  # tiktoken's threads do not wait for each other
-        for found in pool.map(ids, (text for _, text in docs)):
-            parts += [np.array([bos], dtype), found]
+    if encoding.name == "bytes":
+        found = [np.frombuffer(text.encode(), np.uint8) for text in texts]
+    else:
+        with ThreadPoolExecutor() as pool:  # tiktoken's threads do not wait for each other
+            found = list(pool.map(ids, texts))
+    parts = [part for tokens in found for part in (bos, tokens)]
     return np.concatenate(parts, dtype=dtype)
