@@ -353,13 +353,14 @@ class State:
                         f"{self.run.lr}) or a longer --warmup")
 
 
-def make_header(state: State, old: dict | None) -> dict:
-    """config.json. "earlier" has the machines on which a resumed run was trained before."""
+def make_header(state: State, windows, old: dict | None) -> dict:
+    """config.json; `windows` are those of `held_out`. "earlier" has the machines on which a resumed
+    run was trained before."""
     run, corpus, earlier = state.run, state.corpus, []
     now = environment(state.device, run.threads)
     optimal = corpus.optimal_loss(run.seq_len, run.bos)
     if run.data == "rest":  # exact, on the very windows of the evaluations
-        (x, _), _ = held_out(run, corpus, "cpu")
+        (x, _), _ = windows
         optimal = corpus.task.optimal_loss(x)
     if old:
         before = [*old.get("earlier", []), old["environment"]]
@@ -402,14 +403,15 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math
         elif (folder / "model.pt").exists():  # not if it was killed before its first save
             saved = load_checkpoint(folder / "model.pt")
         state = State(run, cfg, corpus, device, saved)
-        header = make_header(state, old)
+        windows = held_out(run, corpus, device, kinds)
+        header = make_header(state, windows, old)
         announce(state, header, old, why, say)
         if not resume:
             for name in (*MEASURED, *FILES):  # until here nothing has been removed or written
                 (folder / name).unlink(missing_ok=True)
         if not state.finished:
             write_json(folder / "config.json", header)
-        loop(state, header, held_out(run, corpus, device, kinds), stop, deadline, say)
+        loop(state, header, windows, stop, deadline, say)
         if not state.finished:
             say(f"stopped at step {state.step:,} and saved; go on with: python train.py --resume "
                 f"{shlex.quote(run.out)}")
