@@ -1396,7 +1396,7 @@ def show_cuts(models, look):
     return {"rule": RULE, "cut": saved}, (drawn, WHOLE)
 
 
-def show_words(prompt, layer=None, head=None, silence=None, every=False):
+def examine(prompt, layer=None, head=None, silence=None, every=False):
     """What one text shows -> (what is printed and saved, what is drawn, the states of the page)."""
     states = buttons(prompt, silence, every)
     shown = look_at(prompt, states, layer, head)
@@ -1443,15 +1443,15 @@ def main_words(look, out):
     """--text, --from or --page."""
     prompt = open_prompt(look)
     out.mkdir(parents=True, exist_ok=True)
-    shown, drawn, states = show_words(prompt, look.layer, look.head, look.silence, look.page)
+    shown, drawn, states = examine(prompt, look.layer, look.head, look.silence, look.page)
     print_words(prompt, shown)
     write_json(out / "words.json", shown)
-    written = "words.json" + draw("words", drawn, out / f"words.{look.format}")
+    written, hint = "words.json" + draw("words", drawn, out / f"words.{look.format}"), ""
     if look.page:
         from chapters import page
         page.write(out / "page.html", page_of(prompt, shown, states))
         written += ", page.html"
-    hint = f"; open {out}/page.html in a browser" if look.page else ""
+        hint = f"; open {out}/page.html in a browser"
     print(f"\nwrote {written} in {out}/{hint}")
     return 0
 

@@ -272,7 +272,7 @@ def look(text, layer=None, head=None, silence=None, name="words"):
         model, encoding = real()
         ids = encoding.encode_ordinary(text)
         prompt = probe.fitting(probe.Prompt("SmolLM2", model, ids, encoding.decode))
-        shown, drawn, _ = probe.show_words(prompt, layer, head, silence)
+        shown, drawn, _ = probe.examine(prompt, layer, head, silence)
     usual, quiet = shown["states"].values()
     show(figures.words(*drawn), name,
          f"Two maps of one head with words on the axes. {usual['gives']:.0%} of its "
