@@ -230,10 +230,15 @@ def measure_seed(lane, run):
     if lane == "text":
         found["loss at 1024"] = loss_at(model, corpus, 1024) - loss_at(model, corpus, T)
     if run.attn in ("softmax", "gated"):
-        found |= {"effects": effects(model, *main), "screen": screen(model, main[0]),
-                  "agreement": agreement(model, main[0]),
-                  "tau of rows": rows_that_write(model, main[0])}
+        found |= experiments(model, *main)
     return found
+
+
+def experiments(model, x, y, k=K, queries=None):
+    """What else is asked of a toy, in the windows in which its sink is read."""
+    return {"effects": effects(model, x, y, k, queries=queries), "screen": screen(model, x),
+            "agreement": agreement(model, x, k, queries),
+            "tau of rows": rows_that_write(model, x)}
 
 
 def rest_seed(run):
@@ -245,9 +250,7 @@ def rest_seed(run):
     birth = [{"step": row["step"]} | row["links_rest"] for row in read_log(run.out)]
     main = numbers(model, x, y, queries)
     return {"main": main, "random": main, "untrained": numbers(untrained, x, y, queries),
-            "effects": effects(model, x, y, REST_K, queries=queries), "birth": birth,
-            "screen": screen(model, x), "agreement": agreement(model, x, REST_K, queries),
-            "tau of rows": rows_that_write(model, x)}
+            "birth": birth} | experiments(model, x, y, REST_K, queries)
 
 
 def unmixed_seed(run):

@@ -179,21 +179,22 @@ def learned(seeds) -> tuple[int, int]:
     return len(able), sum(sink > SINK for sink in able)
 
 
-def best_rate(found, attn, without=None) -> float:
-    """The learning rate of the lowest mean loss over all seeds; or all but one, so that it is told
-    of a seed that had no say in the choice."""
-    return min(RATES, key=lambda lr: fmean(
-        c["excess"] for seed, c in enumerate(cells(found, attn, lr)) if seed != without))
+def excess(run) -> float:
+    return run["excess"]
+
+
+def best(found, attn) -> list[tuple]:
+    """(rate, run) of every seed at the rate that is best for the others."""
+    return runner.best_for_others(found["grid"][attn], excess)
 
 
 def best_cells(found, attn) -> list[dict]:
-    """Every seed at the rate that is best for the others."""
-    return [cells(found, attn, best_rate(found, attn, seed))[seed] for seed in SEEDS]
+    return [run for _, run in best(found, attn)]
 
 
 def same_choice(found, attn) -> list[dict]:
     """Every seed at the rate that is best over all seeds."""
-    return cells(found, attn, best_rate(found, attn))
+    return cells(found, attn, float(runner.best_rate(found["grid"][attn], excess)))
 
 
 def gain(found, attn="headnorm", chosen=best_cells) -> str:
@@ -215,10 +216,10 @@ def best_table(found) -> str:
     """Every attention at its best learning rate."""
     rows = []
     for attn in ATTENTIONS:
-        rates = sorted({best_rate(found, attn, seed) for seed in SEEDS})
+        rates = sorted({rate for rate, _ in best(found, attn)})
         seeds = best_cells(found, attn)
         able, sinks = learned(seeds)
-        row = [attn, ", ".join(f"{rate:g}" for rate in rates), f"{able} of {len(seeds)}",
+        row = [attn, ", ".join(rates), f"{able} of {len(seeds)}",
                f"{sinks} of {able}"]
         for key in ("sink", "drain", "dominance"):
             row.append(interval_words([c["chain"][key] for c in seeds]))

@@ -122,19 +122,13 @@ def learned(cell) -> bool:
     return max(cell["loss"].values()) <= LEARNED
 
 
-def best_rate(found, attn, without) -> str:
-    """The learning rate of the lowest mean loss over all seeds but one, so that it is told of a
-    seed that had no say in the choice."""
-    def loss(lr):
-        seeds = found["grid"][attn][lr].items()
-        return fmean(sum(cell["loss"].values()) for seed, cell in seeds if seed != without)
-    return min(found["grid"][attn], key=loss)
+def best(found, attn) -> list[tuple]:
+    """(rate, run) of every seed at the rate that is best for the others."""
+    return runner.best_for_others(found["grid"][attn], lambda run: sum(run["loss"].values()))
 
 
 def best_cells(found, attn) -> list[dict]:
-    """Every seed at the rate that is best for the others."""
-    rates = found["grid"][attn]
-    return [rates[best_rate(found, attn, seed)][seed] for seed in sorted(rates["0.005"])]
+    return [run for _, run in best(found, attn)]
 
 
 def uniform(T=16) -> float:
@@ -191,7 +185,7 @@ def comparison(found) -> str:
             "strongest head", "largest key of a query", "on triggers", "verdict")
     rows = []
     for attn in found["grid"]:
-        rates = sorted({best_rate(found, attn, seed) for seed in found["grid"][attn]["0.005"]})
+        rates = sorted({rate for rate, _ in best(found, attn)})
         seeds = best_cells(found, attn)
         able = sum(map(learned, seeds))
         weights = [seed["weights"] for seed in seeds]

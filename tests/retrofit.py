@@ -68,7 +68,7 @@ CURES = ("softmax", "headnorm", "scaled", "gated", "scaled gated")
 NEURONS = ("softmax", "super redrawn", "others redrawn")
 ORDERS = {"headnorm": range(2, 7), "scaled": range(2, 7), "logit": (1, 2), "sigmoid": (1, 2)}
 MODELS = (*CURES, *NEURONS[1:],
-          *(f"{name}, order {i}" for i in range(1, 7) for name in ORDERS if i in ORDERS[name]))
+          *(f"{name}, order {i}" for name, orders in ORDERS.items() for i in orders))
 STEPS, B, T, END = 500, 4, 128, 0  # END: <|endoftext|>, which SmolLM2 knows between documents
 LOOKS = (0, 5, 10, 20, 40, 60, 80, 120, 160, 200, 260, 320, 380, 440, STEPS)
 RESULTS = Path(__file__).parent / "results"

@@ -127,13 +127,26 @@ def interval_words(values) -> str:
 
 
 def half_interval(values) -> float | None:
-    """Half of the 95 % interval of the mean over seeds, None for one seed."""
-    return half_width(stdev(values), len(values)) if len(values) > 1 else None
+    """Half of the 95 % interval of the mean over seeds (Student's t), None for one seed."""
+    n = len(values)
+    return T95[n] * stdev(values) / n ** 0.5 if n > 1 else None
 
 
-def half_width(spread, n) -> float:
-    """The same from the standard deviation over n seeds (Student's t)."""
-    return T95[n] * spread / n ** 0.5
+def best_rate(rates, loss, without=None) -> str:
+    """Of {learning rate: {seed: run}} the rate of the lowest mean loss(run) over all seeds; or all
+    but one, so that it is told of a seed that had no say in the choice."""
+    def mean(rate):
+        return fmean(loss(run) for seed, run in rates[rate].items() if seed != without)
+    return min(rates, key=mean)
+
+
+def best_for_others(rates, loss) -> list[tuple]:
+    """(rate, run) of every seed, at the rate that is best for the others."""
+    found = []
+    for seed in sorted(next(iter(rates.values()))):
+        rate = best_rate(rates, loss, seed)
+        found.append((rate, rates[rate][seed]))
+    return found
 
 
 def with_spread(mean, spread) -> str:
