@@ -62,8 +62,8 @@ HF_FIXED = {
 class Config:
     """Shape of the decoder. Names are the keys of a Llama `config.json`, plus `attn`.
 
-    `max_position_embeddings` is the training length. It is used only for the bias of sigmoid
-    attention and for the context of `generate`. Raises UserError naming the field.
+    `max_position_embeddings` is the training length, used only for the bias of sigmoid attention.
+    Raises UserError naming the field.
     """
 
     vocab_size: int
@@ -389,25 +389,6 @@ class GPT(nn.Module):
         open_ = -math.log(length) if self.cfg.attn == "sigmoid" else 0.0
         bias = torch.full((T, T), -math.inf, device=device)
         return bias.masked_fill(allowed, open_)
-
-    @torch.no_grad()
-    def generate(self, idx, new_tokens: int, temperature=1.0, top_k=None, generator=None):
-        """Continue idx (1, T) by sampling; temperature 0 takes the likeliest token each time."""
-        context = self.cfg.max_position_embeddings
-        for _ in range(new_tokens):
-            logits, _ = self(idx[:, -context:])
-            logits = logits[:, -1].float()
-            if top_k is not None:
-                kept = min(top_k, logits.shape[-1])
-                least = logits.topk(kept).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -math.inf)
-            if temperature == 0:
-                nxt = logits.argmax(-1, keepdim=True)
-            else:
-                p = torch.softmax(logits / temperature, -1)
-                nxt = torch.multinomial(p, 1, generator=generator)
-            idx = torch.cat((idx, nxt), dim=1)
-        return idx
 
     @classmethod
     def from_weights(cls, cfg: Config, weights: dict, where) -> "GPT":

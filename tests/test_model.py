@@ -229,16 +229,3 @@ def test_the_seed_decides_the_initial_weights():
     plain, other = initial(), initial(seed=8)
     for name in plain:
         assert torch.equal(plain[name], other[name]) == ("norm" in name)
-
-
-# ---------------------------------------------------------------- generate
-
-def test_temperature_zero_is_greedy_and_goes_on_beyond_the_context():
-    gpt, start = tiny_model(), tokens(1, T - 4)
-    out = gpt.generate(start, 10, temperature=0)
-    assert out.shape == (1, T + 6)
-    assert torch.equal(out[:, :T - 4], start)
-    for t in range(T - 4, T + 6):
-        seen = out[:, max(0, t - T):t]  # the last `max_position_embeddings` tokens
-        logits, _ = gpt(seen)
-        assert out[0, t] == logits[0, -1].argmax()

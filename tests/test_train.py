@@ -181,10 +181,8 @@ def test_files_of_a_run(tmp_path, tiny_run, book, monkeypatch):
     assert files(tmp_path)["curve.png"].startswith(b"\x89PNG")
     log = read_log(tmp_path)
     assert [row["step"] for row in log] == [0, 6, 10, 12]  # evenly, and more at the birth
-    last = log[-1]
-    assert last["bpb"] == pytest.approx(last["val_loss"] / math.log(2))  # a token is a byte
     keys = {number.key for number in probe.metrics()}
-    assert last["links"].keys() == last["links_bos"].keys() == keys
+    assert log[-1]["links"].keys() == log[-1]["links_bos"].keys() == keys
     model, *_ = train.load_run(tmp_path)
     assert same(model.state_dict(), saved(tmp_path)["model"])
 
@@ -203,7 +201,6 @@ def test_a_run_of_rest_that_has_not_learned_is_no_evidence(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[-1].startswith("headnorm has not learned the task")
     assert any("under softmax (mean of " in line for line in said)
-    assert train.main(["--sample", str(tmp_path)]) == 2
 
 
 @pytest.mark.parametrize("attn, weight, verdict", [
@@ -260,14 +257,6 @@ def test_numbers_of_the_chain_may_be_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "chain", lambda *a, **kw: dict.fromkeys(chain(*a, **kw), math.nan))
     assert train.main(tiny_flags(tmp_path)) == 0
     assert set(read_log(tmp_path)[-1]["links"].values()) == {None}
-
-
-def test_sampling(tmp_path, tiny_run, book, capsys):
-    tiny_run(tmp_path, data=book)
-    capsys.readouterr()
-    prompt = "🙂 née <|bos|> " * 9
-    assert train.main(["--sample", str(tmp_path), "--tokens=20", "--prompt", prompt]) == 0
-    assert capsys.readouterr().out.startswith(prompt)
 
 
 @pytest.mark.slow
