@@ -68,7 +68,8 @@ def test_a_short_training(monkeypatch):
     found, first, last = {}, {}, {}
     for name in (*retrofit.CURES, *retrofit.NEURONS, "scaled, order 2"):
         found[name] = retrofit.retrofit(name)
-        first[name], last[name] = map(retrofit.loss_of, found[name]["log"])
+        first[name] = retrofit.loss_of(found[name]["log"][0])
+        last[name] = retrofit.loss_of(found[name]["end"])
     assert first["gated"] == first["softmax"] != first["headnorm"]
     assert near(first["scaled gated"], first["scaled"])
     assert first["scaled, order 2"] == first["scaled"]
