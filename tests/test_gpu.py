@@ -14,6 +14,7 @@ def small(monkeypatch, tmp_path):
     for module, name, value in ((gpu, "OUT", tmp_path), (gpu, "SEEDS", (0,)),
                                 (gpu, "ATTENTIONS", ("softmax", "gated")), (gpu, "ROUNDS", 1),
                                 (train, "EVAL_TOKENS", 64), (train, "PROBE_TOKENS", 64),
+                                (gpu.gc, "collect", lambda: None),  # seconds, among many tests
                                 (train, "draw_curve", lambda *_: None)):
         monkeypatch.setattr(module, name, value)
     return tmp_path / "gpu-toy"
