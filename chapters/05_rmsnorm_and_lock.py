@@ -102,7 +102,8 @@ assert usual_own.abs() < 0.2, "so has an ordinary token, without the shared mean
 # ## What if the norm were left out?
 #
 # Then keys would change in *length*. The norm divides a state by its *rms*, the root of
-# the mean square. In its place we divide by one constant, the median rms of all tokens.
+# the mean square. In its place we divide by one constant, the median rms of the tokens
+# after the first.
 # An ordinary key hardly changes. How long does key 0 become, and how large its logit?
 # The *lock gap* (`probe.lock_gap`) says by how much a query prefers key 0: it is the
 # logit of key 0 minus the mean logit of the other keys,
@@ -154,7 +155,8 @@ assert lengths["with a constant"][second_wave].min() > 1, "a constant does not"
 
 # %% [markdown]
 # In the second wave of chapter 04 the state is many times as long as in the first. With
-# the norm, the logits do not change. With a constant, they grow as the state does.
+# the norm, the largest gap is about the same in both. With a constant, it grows several
+# times.
 #
 # Now let the model *run* with such keys, and leave all else as it is. Predict (exercise
 # 1): does the mean attention to token 0 of layers 12 to 27 "fall", "stay" or "rise"?
@@ -199,14 +201,15 @@ assert bad > good + 1, "the model can do without"
 
 # %% [markdown]
 # A gap of hundreds of nats makes softmax a switch: all attention goes to key 0, and the
-# head reads nothing else. So RMSNorm does two things for a sink. It gives a long state
-# the *same* direction in every window, and an *ordinary* length, so that a head can
+# head reads nothing else. So RMSNorm lets the direction of the long state pass, which
+# is the same in every window, and gives it an *ordinary* length, so that a head can
 # divide its attention between key 0 and the others.
 #
 # ## The lock
 #
-# Why do all queries of a head prefer key 0? Because they share a direction, and key 0
-# points along it. Let all queries after the first be the rows of a matrix $Q$. The unit
+# Why do nearly all queries of a head prefer key 0? The paper's answer: they share a
+# direction, and key 0 lies on its side. Here we look whether it is so; chapter 06 cuts
+# it. Let all queries after the first be the rows of a matrix $Q$. The unit
 # vector $u$ with the largest $\lVert Q u \rVert^2$ is the leading *right singular
 # vector* $u_1$ of $Q$; of its two signs take the side of the mean query. The *lock* is
 # $\cos(u_1, k_0)$ (`probe.lock_cos`; exercise 3 writes $u_1$). It is measured before
@@ -239,7 +242,7 @@ axis.plot(lock[~locked], sink[~locked], "x", color="0.4", label="fewer of its qu
 axis.axhline(probe.SINK, color="black", lw=0.9, ls=":")
 figures.dress(axis, "Nearly every sink has its queries on the side of key 0",
               {"loc": "upper left"}, xlabel="cos(u₁, k₀) of a head, before rotation",
-              ylabel="attention to token 0", ylim=(0, 1.15))
+              ylabel="attention to token 0 (dotted: 0.3, a sink)", ylim=(0, 1.15))
 show(figure, "05_heads", "Scatter of 261 heads. Those with nearly all queries on the "
      "side of key 0 lie mostly above the sink threshold, the others below it.")
 

@@ -13,7 +13,7 @@ def prediction(answer):
     names = ", ".join(ATTENTIONS)
     assert set(answer) <= set(ATTENTIONS), f"Names out of {names}."
     assert set(answer) == {"sigmoid", "gated", "logit"}, \
-        "Whose five dots in the figure are all left of twice the dotted line?"
+        "Whose dots in the figure are all left of twice the dotted line?"
 
 
 def head_norm(answer):
