@@ -10,8 +10,8 @@
 #
 # **Claim.** In SmolLM2 the output projection $W_O$ weakens the outlier of chapter 01
 # and does not favour the dimensions that vary most. In two small models it favours
-# them. A positive Kendall tau can be found in all three if one compares the rows of
-# $W_O$ and not its columns, but the row version is nearly automatic.
+# them. In SmolLM2 a positive Kendall tau appears if one compares the rows of $W_O$ and
+# not its columns, but the row version is nearly automatic.
 #
 # **You learn** what a matrix passes on, and why one measure has two readings. **You
 # need** chapter 01, and what an eigenvector is. **Run time**: ten to forty seconds,
@@ -209,16 +209,16 @@ show(figure, "02_tau", "Kendall tau by layer. Columns lie around 0 and below, ro
 # %% [markdown]
 # The paper reports 0.32, for the spread of what $W_O$ *reads*. We take this to mean the
 # columns. By columns SmolLM2 shows rather the opposite: in most layers tau is below 0,
-# so $W_O$ reads more of what varies *less*. Only its first layer does as the paper
-# says. By rows its tau is above 0.32, but so is that of shuffled rows, which know
-# nothing of the input.
+# so $W_O$ reads more of what varies *less*. On English its first layer does as the
+# paper says, and layer 9 nearly; on random tokens no layer reaches 0.32. By rows its
+# tau is above 0.32, but so is that of shuffled rows, which know nothing of the input.
 #
 # ## A direction is not a dimension
 #
 # Tau compares single dimensions, but variance may lie along no single dimension. A
 # matrix stretches a unit vector $u$ to squared length $\lVert W_O u \rVert^2$. Over all
 # directions the mean of this is $\lVert W_O \rVert_F^2 / n$. So for the $m$ widest
-# directions $u_i$ of $z$, its leading eigenvectors, the *gain*
+# directions $u_i$ of $z$, the leading eigenvectors of its covariance, the *gain*
 #
 # $$g = \frac{\frac1m \sum_i \lVert W_O u_i \rVert^2}{\lVert W_O \rVert_F^2 / n}$$
 #
@@ -293,8 +293,8 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
        ("tau, rows", "not reported", mean["English", "rows that write"]))
 
 # %% [markdown]
-# Nothing here shows that the sink *needs* $W_O$. That takes an experiment: chapter 06
-# gives the first token's $z$ the length of the others', and SmolLM2's sink stays.
+# Nothing here shows that the sink *needs* a long $z_0$ in front of $W_O$. That takes an
+# experiment: chapter 06 gives it the length of the others', and SmolLM2's sink stays.
 #
 # ## What would falsify this
 #

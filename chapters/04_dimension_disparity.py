@@ -107,25 +107,26 @@ normed_32 = mean_dominance(normed, 32)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.5))
-figures.by_layer(left, {"token 0": ratio}, "Token 0 is over 100 times as long",
+figures.by_layer(left, {"token 0": ratio}, "Token 0 is long in two waves",
                  ["token 0"], yscale="log", ylabel="length / median length (log)")
 curves = {"token 0": raw_0, "token 0, after RMSNorm": normed_0,
           "token 32": raw_32, "token 32, after RMSNorm": normed_32}
-figures.by_layer(right, curves, "and more dominated than token 32",
+figures.by_layer(right, curves, "and more dominated there than token 32",
                  ["token 0", "token 0, after RMSNorm"], yscale="log", ylim=(3, 3000),
                  ylabel="DomRatio (log)")
 right.axhline(formula, color="black", lw=0.9, ls=":", label="Gaussian")
 right.axhline(C, color="black", lw=0.9, ls="--", label=f"ceiling {C}")
 right.legend(ncols=2, loc="upper left", fontsize=8, columnspacing=1)
-show(figure, "04_disparity", "Left: the norm ratio by layer, 10 in the first wave and "
-     "over 100 from 12 on. Right: DomRatio of token 0 far above that of token 32.")
+show(figure, "04_disparity", "Left: the norm ratio by layer, 10 in the first wave, over "
+     "100 from layer 12 on, falling at the end. Right: DomRatio of token 0, in both "
+     "waves far above that of token 32, between them below it.")
 
 # %% [markdown]
 # Notice two things. First, an ordinary token is no Gaussian vector either: every state
-# has a few large dimensions. So compare the two tokens in the *same* layer: the
-# DomRatio of token 0 is a few times that of token 32. Second, RMSNorm undoes much of
-# the difference. Its learned gain $\gamma$, one factor for each dimension, is small in
-# the dimension that dominates: the model has learned to turn it down.
+# has a few large dimensions. So compare the two tokens in the *same* layer: in the two
+# waves the DomRatio of token 0 is a few times that of token 32. Second, RMSNorm undoes
+# much of the difference. Its learned gain $\gamma$, one factor for each dimension, is
+# small in the dimension that dominates: the model has learned to turn it down.
 
 # %%
 squares = states[12][:, 0].square()  # (N, C)
@@ -184,8 +185,9 @@ show(figure, "04_waves", "Above: size of three dimensions of token 0 by layer, i
      "waves. Below: attention to token 0, high in the same layers, low between.")
 
 # %% [markdown]
-# Before the first wave and between the two, attention to token 0 is near or below
-# that of uniform attention (dotted). The first wave is some thirty times smaller than
+# In layers 0, 1 and 11 attention to token 0 is near or below that of uniform attention
+# (dotted); in layer 10, where the dimension is not yet quite erased, it is three times
+# that. The first wave is some thirty times smaller than
 # the second, and there are sinks in it all the same. Such a large entry is called a
 # *massive activation* (Sun et al. 2024, arXiv 2402.17762).
 #
@@ -241,11 +243,11 @@ for what, (name, tokens) in inputs.items():
     found, _ = probe.layers(small[name], tokens, ks=(0, 32))
     at_0, at_32 = found
     longest = at_0["norm_ratio"][:-1].max()
-    here = at_0["dominance"][:-1].max()
-    there = at_32["dominance"][:-1].max()
+    i = at_0["dominance"][:-1].argmax()  # the two tokens in the same layer
+    here, there = at_0["dominance"][i], at_32["dominance"][i]
     strongest = probe.summary(at_0)["sink"]
-    print(f"{name}, {what}: longest {longest:.1f}, DomRatio {here:.1f}, of "
-          f"token 32 {there:.1f}, sink {strongest:.2f}")
+    print(f"{name}, {what}: longest {longest:.1f}, DomRatio after RMSNorm {here:.1f}, "
+          f"of token 32 {there:.1f}, sink {strongest:.2f}")
     if name == "text":
         assert longest > 1.5, "its first state is not long"
         assert here > 1.5 * there, "its first state is not dominated"
@@ -299,7 +301,9 @@ check("04.spike_for", spike_for)
 # **3.** An experiment. Must the first state be long? Given the state `x` (N, T, C) that
 # layer 12 reads, change token 0 only, make it *at most a tenth as long*, and keep the
 # loss on English text within 0.3 nats of that of the untouched model. It does not help
-# to make dimension 507 alone smaller: try `with_507(9000)` first, and think about why.
+# to make dimension 507 alone smaller: even at 0 the rest is longer than a tenth. Look
+# at the loss, `model(text, target, with_507(9000))[1]`, and think of what the norm then
+# sees.
 
 
 # %%

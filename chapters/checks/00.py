@@ -13,6 +13,9 @@ def sink_score(answer):
     assert abs(float(answer(pattern, 2)) - (1 / 3 + 1 / 4) / 2) < 1e-6, \
         ("Queries before k cannot see it: leave them out of the mean, or a late key "
          "could never be a sink.")
+    pattern[3] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    assert abs(float(answer(pattern, 0)) - (1 + 1 / 2 + 1 / 3) / 4) < 1e-6, \
+        "A query that sees the key and gives it nothing counts as well."
 
 
 def hidden(answer):

@@ -21,6 +21,8 @@ def sum_variance(answer):
         "sigma is a standard deviation: independent values give sum a^2 sigma^2."
     assert close([0.5, 0.5], [3.0, 1.0], 0.5, 3.25), \
         "The covariance of two is rho sigma_s sigma_s', and each pair counts twice."
+    assert close([0.5, -1.0], [2.0, 3.0], 0.5, 7.0), \
+        "Each weight goes with its own sigma, and a weight may be negative."
 
 
 def prediction(answer):

@@ -15,7 +15,7 @@ def rank_of_rows(answer):
     assert math.isclose(got, 10, rel_tol=1e-3), \
         "Ten rows of one length: ten directions."
     one = answer(1, 7.0)
-    assert math.isclose(one, 1, rel_tol=1e-3), "One row has one direction, however long."
+    assert math.isclose(one, 1, rel_tol=1e-3), "One row: one direction, however long."
     p, q = 50 / 149, 1 / 149
     wanted = math.exp(-p * math.log(p) - 99 * q * math.log(q))
     assert math.isclose(answer(100, 50.0), wanted, rel_tol=1e-4), \
