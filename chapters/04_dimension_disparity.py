@@ -117,8 +117,8 @@ figures.by_layer(right, curves, "and more dominated there than token 32",
 right.axhline(formula, color="black", lw=0.9, ls=":", label="Gaussian")
 right.axhline(C, color="black", lw=0.9, ls="--", label=f"ceiling {C}")
 right.legend(ncols=2, loc="upper left", fontsize=8, columnspacing=1)
-show(figure, "04_disparity", "Left: the norm ratio by layer, 10 in the first wave, over "
-     "100 from layer 12 on, falling at the end. Right: DomRatio of token 0, in both "
+show(figure, "04_disparity", "Left: the norm ratio by layer, 10 in the first wave, "
+     "over 100 from layer 12 on, falling at the end. Right: DomRatio of token 0, in both "
      "waves far above that of token 32, between them below it.")
 
 # %% [markdown]

@@ -308,8 +308,9 @@ assert free < 1.2 * uniform, "softmax has a sink where heads need not rest"
 # logit change.
 #
 # In the last row later layers may ignore what a resting head says (`readout` is final).
-# Nothing has to be silent, and softmax has no sink at all, although its first token
-# varies most. So variance alone makes no sink here: a head needs a reason to rest.
+# Nothing has to be silent, and softmax has no sink at all, although in windows of
+# letters its first token varies most. So variance alone makes no sink here: a head
+# needs a reason to rest.
 #
 # ## Built into SmolLM2
 #

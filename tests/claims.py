@@ -494,27 +494,28 @@ def losses_table(found) -> str:
 
 FOUND = """
 **In a real Llama a handful of neurons carries the sink.** Silence five of the 1,536 neurons of each
-layer of SmolLM2 at the first token, and its sink is gone ({cut neurons.share %} ± {neurons sd}:
-less than chance is left), to the next tokens; silence all others, and it loses {neurons at 0.all
-others %} ([chapter 03](chapters/book/03.md)).
+layer of SmolLM2 at the first token, and its sink is gone ({cut neurons.share %} ± {neurons sd} of
+it: less than chance is left); the next tokens get that attention. Silence all others there instead,
+and it loses {neurons at 0.all others %} ± {others sd} ([chapter 03](chapters/book/03.md)).
 
 **A value that was not mixed with others forges one.** A token of SmolLM2 whose z is the *mean* of
 tokens that see only themselves gets {unmixed.forge, every: mean only %} ± {unmixed sd} of the two
-sinks: variance, the paper's reason, is not needed there, though in our copying model it is
+sinks: variance, the paper's reason, is not needed to forge one, though in our copying model it is
 ([chapter 06](chapters/book/06.md)).
 
-**Not every link holds.** W_O does not pass the outlier on, it weakens it: {before} times the median
-before, {after} after ([claim by claim](tests/results/claims.md)).
+**Not every link holds.** In the first layer W_O weakens the outlier that it is said to pass on: {before}
+± {sd of variance} times the median before, {after} after ([claim by claim](tests/results/claims.md)).
 
-**The paper's cure, headnorm, takes a part or most of it.** Where heads must rest, softmax gives the
-first token {softmax} of its attention, headnorm {headnorm} (ten seeds; at the best learning rate
-{headnorm at best}), and softmax with one learned logit more in its denominator none. Neither of its
-two effects, equal variance and no silent output, explains that alone ([chapter
-07](chapters/book/07.md)).
+**Of the paper's two cures sigmoid ends the sink, headnorm takes a part or most of it.** Where heads
+must rest, softmax gives the first token {softmax} of its attention, headnorm {headnorm} (ten seeds;
+{headnorm at best} at its best learning rate, five seeds), uniform attention 0.11; sigmoid, or
+softmax with one learned logit more in its denominator, none. Neither of headnorm's two effects,
+equal variance and no silent output, explains that alone ([chapter 07](chapters/book/07.md)).
 
-**A cure has a price, and a sink may have a use.** Built into SmolLM2, headnorm leaves a sink in
-{left} of the heads on random tokens, at {price} nats of loss, and in text it came back in {back};
-where heads count positions from the first token, no cure takes the sink ([the
+**Built into a finished model headnorm costs loss, and a sink may have a use.** After 500 steps of
+retraining, SmolLM2 with headnorm has a sink in {left} of the heads on random tokens, at {price}
+nats of loss, and in text it came back in {back}. Where heads count positions from the first token,
+every attention tried goes on using it, and headnorm does not end the sink ([the
 cures](tests/results/cures.md)).
 """  # for the README; what stands in braces is a `value_at`, of SmolLM2 where it names no lane
 
@@ -535,7 +536,7 @@ the same length {neurons at 0.turned %}. (Five of like weight take nothing, but 
 anew has {healed}; its strongest head rises all the time, from {strongest}. Let it write without two
 of them: [chapter 03](../../chapters/book/03.md).
 
-**An unmixed value forges a sink; that it varies is not needed in SmolLM2.** A token that sees only
+**An unmixed value forges a sink; to forge one in SmolLM2, variance is not needed.** A token that sees only
 itself gets {forge variance.share %} of the two sinks. It gets {unmixed.forge, every: mean only %}
 when its z is but the *mean* of tokens that see only themselves, so that nothing varies, and
 {unmixed.forge, every: deviation only %} when it has the usual mean and its own deviation. At token
@@ -560,10 +561,11 @@ layer.median} times that of an ordinary token, at most {DomRatio by layer.larges
 **A cure can be judged in a minute.** Where heads have nothing to look for and must be silent
 (`python train.py`; five seeds, each at the learning rate, of three, that is best for the others,
 95 % interval), a head of the last layer gives the ordinary first token {rest}; uniform
-attention gives 0.11. *Logit* is one learned number a head in the denominator of softmax, as in
+attention gives 0.11. (What counts is the weight that reaches the output: attention, for gated
+times gate.) *Logit* is one learned number a head in the denominator of softmax, as in
 gpt-oss. {rest price} [Heads that must rest](rest.md).
 
-**A sink may be of use, and then no cure takes it.** In copying (`--size micro`, five seeds, each at
+**A sink may be of use, and then headnorm does not end it.** In copying (`--size micro`, five seeds, each at
 the learning rate that is best for the others) the strongest head gives token 0 {copying sinks};
 sigmoid has not learned the task in any seed. These models measure their place from token 0
 ([chapter 07](../../chapters/book/07.md)). Whether headnorm lowers the loss there is open: {loss}
@@ -605,13 +607,14 @@ def other_numbers(found) -> dict[str, str]:
     carried = fmean(values_of(found, "SmolLM2", "neurons at 0.like carries"))
     varies = stdev(values_of(found, "SmolLM2", "first.variance"))
     heads = [rebuilt["super redrawn"]["log"][at]["random"][0]["sink"] for at in (0, -1)]
-    neurons, unmixed = (stdev(values_of(found, "SmolLM2", place)) for place in (
-        "cut neurons.share", "unmixed.forge, every: mean only"))
+    neurons, unmixed, others = (stdev(values_of(found, "SmolLM2", place)) for place in (
+        "cut neurons.share", "unmixed.forge, every: mean only", "neurons at 0.all others"))
     of_why = read_json(why.FILE)
     by_seed = {attn: rest.interval([rest.weight(seed) for seed in why.runs(of_why, attn)])
                for attn in ("softmax", "headnorm")}
     return {"like carries": f"{carried:.2%}", "sd of variance": f"{varies:.1f}",
-            "neurons sd": f"{neurons:.0%}", "unmixed sd": f"{unmixed:.0%}", **by_seed,
+            "neurons sd": f"{neurons:.0%}", "unmixed sd": f"{unmixed:.0%}",
+            "others sd": f"{others:.0%}", **by_seed,
             "headnorm at best": rest.interval([
                 rest.weight(seed) for seed in rest.best_cells(of_rest, "headnorm")]),
             "before": f"{fmean(values_of(found, 'SmolLM2', 'first.variance')):.0f}",
