@@ -330,11 +330,8 @@ class GPT(nn.Module):
             for module in (last.post_attention_layernorm, last.mlp, self.norm):
                 module.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
-
-        def is_gate(named):
-            return "z_gate" in named[0]
         # draw z_gate last, so that all variants share the other initial weights
-        for name, p in sorted(self.named_parameters(), key=is_gate):
+        for name, p in sorted(self.named_parameters(), key=lambda named: "z_gate" in named[0]):
             if p.dim() == 2 and not p.is_meta:
                 nn.init.normal_(p, std=cfg.initializer_range, generator=generator)
             if name.endswith("bias"):
@@ -353,11 +350,13 @@ class GPT(nn.Module):
         plain = kernel and tap is None and mask is None and sees_all
         bias = None if plain and self.fused else self.mask_bias(T, mask, idx.device)
 
+        def tap_layer(name, activation):  # called while layer i runs
+            return tap(f"{i}.{name}", activation)
+
         call = tap or untapped
         x = call("embed", self.embed_tokens(idx))
         for i, layer in enumerate(self.layers):
-            inner = tap_of_layer(tap, i)
-            x, attn_out = layer(x, rope, bias, inner)
+            x, attn_out = layer(x, rope, bias, tap_layer if tap else untapped)
         if self.cfg.readout == "attn_out":
             x = attn_out
         return self.unembed(x, targets, call)
@@ -488,16 +487,6 @@ def untapped(name, x):
     return x
 
 
-def tap_of_layer(tap: Tap | None, i) -> Tap:
-    """The tap for layer i: it puts the number of the layer before each name."""
-    if tap is None:
-        return untapped
-
-    def tap_layer(name, x):
-        return tap(f"{i}.{name}", x)
-    return tap_layer
-
-
 def make_tap(cfg: Config, edits: dict[str, Callable]) -> Tap:
     """A tap that applies `edits[name]` to the activation of that name and leaves the rest alone.
     Raises UserError for a name that this model does not have.
@@ -508,9 +497,7 @@ def make_tap(cfg: Config, edits: dict[str, Callable]) -> Tap:
 
 def compose(first: Tap | None, then: Tap) -> Tap:
     """One tap that applies `first`, if there is one, and then `then`."""
-    if first is None:
-        return then
-    return lambda name, x: then(name, first(name, x))
+    return lambda name, x: then(name, first(name, x) if first else x)
 
 
 def as_windows(idx) -> torch.Tensor:
@@ -539,6 +526,5 @@ def record(model: GPT, idx, names, tap: Tap | None = None, mask=None):
         if name in names:
             kept[name] = x
         return x
-    both = compose(tap, keep)
-    logits, _ = model(idx, tap=both, mask=mask)
+    logits, _ = model(idx, tap=compose(tap, keep), mask=mask)
     return logits, kept

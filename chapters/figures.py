@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-from data.common import UserError, write_atomically
+from data.common import UserError, digits, write_atomically
 
 SINK = "sink"  # the key of the number that has the accent
 ACCENT, GREY, WIDTH = "#e8450c", "0.45", 8.8
@@ -352,10 +352,7 @@ def effects(ax, verdicts, whole):
     y, ticks = 0, {}
     for verdict in verdicts:
         ticks[y] = tex(f"{verdict['link']}: {verdict['says']}")
-        word = verdict["word"]
-        if verdict["why"]:
-            word += f": {verdict['why']}"
-        ax.text(1.13, y, word, va="center")
+        ax.text(1.13, y, verdict["said"], va="center")
         color, effect = ACCENT, (verdict["share"], verdict["spread"])
         for share, spread in [effect, *verdict["controls"]]:
             width = min(max(share, -0.2), 1.1)
@@ -384,7 +381,7 @@ def matrix(rows, columns) -> Figure:
             color, dark = (ACCENT, 0.75) if key == SINK else ("black", 0.5)
             letters = "white" if depth > dark else "black"
             image[i, j] = tint(torch.tensor(depth), color)
-            ax.text(j, i, short(after[key]), ha="center", va="center", color=letters)
+            ax.text(j, i, digits(after[key]), ha="center", va="center", color=letters)
     ax.imshow(image.numpy(), aspect="auto", interpolation="nearest")
     ax.set_xticks(range(len(columns)), map(tex, columns))
     ax.set_yticks(range(len(rows)), [tex(says) for _, says, *_ in rows], ha="left")
@@ -394,13 +391,6 @@ def matrix(rows, columns) -> Figure:
     ax.set_xlabel("number: after the edit; shade: its change, full from 100 % on")
     figure.suptitle("Every edit (indented: its controls) against every link")
     return figure
-
-
-def short(v):
-    """A number in three digits, or a large one in all."""
-    if abs(v) < 1000:
-        return f"{v:.3g}"
-    return f"{v:.0f}" if abs(v) < 1e5 else f"{v:.0e}"
 
 
 # ---------------------------------------------------------------- training
@@ -419,7 +409,7 @@ def birth(rows, columns, links, title) -> Figure:
         steps = [max(row["step"], 1) for row in there]
         values = torch.tensor([row[links][key] for row in there])
         low, high = values.min().item(), values.max().item()
-        way, label = (values - low) / (high - low), f"{short(low)} to {short(high)}"
+        way, label = (values - low) / (high - low), f"{digits(low)} to {digits(high)}"
         if high - low < 1e-6:  # rounding, if the first token is always the same
             steps, way, label = [], [], "does not move"
         accent = {"color": ACCENT, "lw": 2.2, "zorder": 3}
@@ -435,10 +425,10 @@ def birth(rows, columns, links, title) -> Figure:
 
 
 @styled
-def curve(folder, log, kinds, baseline, optimum=None) -> None:
-    """curve.png of a training, from the rows of log.jsonl: its losses, and the sink in
-    each of `kinds`, {key of a row: what the windows are}. `baseline` is the sink of
-    uniform attention, `optimum` the loss of a perfect predictor."""
+def curve(name, log, kinds, baseline, optimum=None) -> Figure:
+    """curve.png of the training `name`, from the rows of log.jsonl: its losses, and the
+    sink in each of `kinds`, {key of a row: what the windows are}. `baseline` is the
+    sink of uniform attention, `optimum` the loss of a perfect predictor."""
     figure, (left, right) = new(3.2, 1, 2)
     steps, losses, sinks = [row["step"] for row in log], {}, {}
     for what, key in (("training", "train_loss"), ("validation", "val_loss")):
@@ -451,11 +441,11 @@ def curve(folder, log, kinds, baseline, optimum=None) -> None:
     right.axhline(baseline, label="uniform attention", **DOTTED)
     if optimum is not None:
         left.axhline(optimum, label="perfect predictor", **DOTTED)
-    title = f"{plain(folder.name)}: loss"
+    title = f"{plain(name)}: loss"
     dress(left, title, {}, xlabel="step", ylabel="nats per token")
     says = "attention to the first token,\nstrongest head after layer 0"
     dress(right, "sink", {}, xlabel="step", ylabel=says, ylim=(0, None))
-    save(folder / "curve.png", figure)
+    return figure
 
 
 def track(ax, log, value, **style):

@@ -228,12 +228,9 @@ def is_finished(run):
 
 def start(run, errors):
     """A process of train.py that starts a run, or goes on with it."""
-    words = []
-    for name, value in asdict(run).items():
-        if value is True:
-            words.append(train.flag(name))
-        elif value is not None and value is not False:
-            words.append(f"{train.flag(name)}={value}")
+    given = asdict(run) | {"compile": None}  # models this small are not compiled
+    words = [f"{train.flag(name)}={value}" for name, value in given.items()
+             if value is not None]
     if (Path(run.out) / "config.json").exists():
         words = [f"--resume={run.out}"]
     return subprocess.Popen([sys.executable, ROOT / "train.py", *words],

@@ -63,23 +63,3 @@ def in_bytes(weights) -> np.ndarray:
 
 def packed(array) -> str:
     return base64.b64encode(zlib.compress(array.tobytes(), 6)).decode()
-
-
-def numbers_of(path) -> dict:
-    """What a page holds, read back: the content of `write`, with pattern (S, L, H, T,
-    T) and length (S, L, T) of all states."""
-    text = Path(path).read_text(encoding="utf-8")
-    begin = text.index('type="application/json">') + len('type="application/json">')
-    found = json.loads(text[begin:text.index("</script>", begin)])
-    S, L, H, T = (len(found["states"]), found["layers"], found["heads"],
-                  len(found["words"]))
-    maps = np.frombuffer(unpacked(found["maps"]), np.uint8).reshape(S, L, H, -1).copy()
-    maps[1:] += maps[0]
-    pattern = np.zeros((S, L, H, T, T))
-    pattern[..., np.tril(np.ones((T, T), bool))] = maps / 255
-    length = np.frombuffer(unpacked(found["lengths"]), "<f4").reshape(S, L, T)
-    return found | {"pattern": pattern, "length": length}
-
-
-def unpacked(text) -> bytes:
-    return zlib.decompress(base64.b64decode(text))

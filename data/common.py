@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import threading
-import zipfile
 from pathlib import Path
 
 import filelock
@@ -48,29 +47,6 @@ def read_json(path) -> dict:
         raise UserError(f"cannot open {path}: {reason(error)}") from None
     except ValueError:  # not UTF-8, or not JSON
         raise UserError(f"{path} is not JSON") from None
-
-
-def load_tensors(path, groups) -> dict:
-    """Read a dict that torch.save wrote. Code in it is never run, and damage is found.
-
-    `groups(saved)` returns the dicts {name: tensor} in it; every tensor must be float32.
-    Raises UserError.
-    """
-    try:
-        with zipfile.ZipFile(path) as packed:  # torch itself does not look at the checksums
-            if packed.testzip() is not None:
-                raise ValueError("a checksum is wrong")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        for group in groups(saved):
-            for name, tensor in group.items():
-                if tensor.dtype != torch.float32:
-                    raise ValueError(f"{name} is {tensor.dtype}, not float32")
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # zipfile and torch have a dozen kinds for a file that is not theirs
-        why = f"{type(error).__name__}: {reason(error):.150}"
-        raise UserError(f"{path} is damaged, or no checkpoint ({why}); train it anew") from None
-    return saved
 
 
 # ---------------------------------------------------------------- writing
@@ -119,17 +95,15 @@ def one_writer(folder):
     lock = filelock.FileLock(Path(folder) / ".lock")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder} is being written by another program; wait for it, "
                         "or choose another folder") from None
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({reason(error)}); choose another folder, "
                         "for good by ATTENTION_SINK_OUT and ATTENTION_SINK_CACHE") from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 # ---------------------------------------------------------------- the machine
@@ -198,13 +172,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see python {self.prog} --help")
 
 
+def digits(v) -> str:
+    """Three digits of a number; "-" for one that does not exist."""
+    if v is None or not math.isfinite(v):
+        return "-"
+    if abs(v) < 1000:
+        return f"{v:.3g}"
+    return f"{v:.0f}" if abs(v) < 1e5 else f"{v:.1e}"
+
+
 @contextlib.contextmanager
 def interrupts():
     """An event that Ctrl-C sets, for a program that stops when its state is whole."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:
         yield stop

@@ -1,5 +1,6 @@
 """A Llama in Hugging Face's format: its folder, or the hub's, and its weights, read without running
 any code in them."""
+import contextlib
 import os
 import re
 import sys
@@ -49,18 +50,15 @@ def fetch(repo: str, revision="main") -> Path:
     and offline mode. Says before how much there is to fetch. Raises UserError."""
     import huggingface_hub as hub
     from huggingface_hub.errors import DryRunError
+    what = dict(repo_id=repo, revision=revision, allow_patterns=FILES)
     try:
-        todo = hub.snapshot_download(repo, revision=revision, allow_patterns=FILES, dry_run=True)
-        size = sum(file.file_size for file in todo if file.will_download)
-        if size:
-            print(f"{repo}: {size / 1e9:.2f} GB to fetch from {hub.constants.ENDPOINT}",
-                  file=sys.stderr)
-    except DryRunError:  # no network, or no leave: the cache may have it
-        pass
-    except Exception as error:
-        raise UserError(explain(repo, revision, error)) from None
-    try:
-        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=FILES))
+        with contextlib.suppress(DryRunError):  # no network, or no leave: the cache may have it
+            todo = hub.snapshot_download(**what, dry_run=True)
+            size = sum(file.file_size for file in todo if file.will_download)
+            if size:
+                print(f"{repo}: {size / 1e9:.2f} GB to fetch from {hub.constants.ENDPOINT}",
+                      file=sys.stderr)
+        return Path(hub.snapshot_download(**what))
     except Exception as error:
         raise UserError(explain(repo, revision, error)) from None
 
@@ -79,11 +77,8 @@ def explain(repo: str, revision: str, error) -> str:
     why = f"{reason(error)}; try again, which goes on where it stopped"
     if getattr(getattr(error, "response", None), "status_code", None) == 401:
         why = f"the hub wants {login}, or another one"
-    for kind, words in says.items():
-        if isinstance(error, kind):
-            why = words
-            break
-    return f"{repo} is no folder here, and: {why}"
+    known = [words for kind, words in says.items() if isinstance(error, kind)]
+    return f"{repo} is no folder here, and: {known[0] if known else why}"
 
 
 # ---------------------------------------------------------------- the weights

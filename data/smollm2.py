@@ -143,26 +143,20 @@ def describe(reader) -> tuple[dict, dict]:
         return reader.fields[key].contents()
 
     tokens = field("tokenizer.ggml.tokens")
-    width, heads = field("llama.embedding_length"), field("llama.attention.head_count")
     epsilon = field("llama.attention.layer_norm_rms_epsilon")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_act": "silu",
         "vocab_size": len(tokens),
-        "hidden_size": width,
+        "hidden_size": field("llama.embedding_length"),
         "intermediate_size": field("llama.feed_forward_length"),
         "num_hidden_layers": field("llama.block_count"),
-        "num_attention_heads": heads,
+        "num_attention_heads": field("llama.attention.head_count"),
         "num_key_value_heads": field("llama.attention.head_count_kv"),
-        "head_dim": width // heads,
         "max_position_embeddings": field("llama.context_length"),
         "rms_norm_eps": float(f"{epsilon:.6g}"),  # it was stored in float32
         "rope_theta": field("llama.rope.freq_base"),
         "tie_word_embeddings": True,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "dtype": "float32",
     }
     return config, {token: i for i, token in enumerate(tokens)}
 

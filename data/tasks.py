@@ -76,9 +76,8 @@ class Copy:
         hypotheses = [(L, b) for L in spans for b in range(L)]
         hypotheses.append((length, 0))  # nothing is repeated
         span, begin = np.array(hypotheses).T
-        prior = 0.75 / len(spans) / span
-        prior[-1] = 0.25
-        belief = np.tile(prior, (n, 1))  # (n, hypotheses)
+        belief = 0.75 / len(spans) / span  # (hypotheses,), soon (n, hypotheses)
+        belief[-1] = 0.25
         loss = np.empty((n, length))
         for at in range(length):
             now = tokens[:, at, None]
@@ -88,9 +87,7 @@ class Copy:
             fresh = (now < self.K) / self.K
             belief = belief * np.where(at < span, fresh, copied)
             likelihood = belief.sum(1)
-            with np.errstate(divide="ignore"):  # infinite, where a window cannot be of the task
-                loss[:, at] = -np.log(likelihood)
-            likelihood = np.maximum(likelihood, 1e-300)
+            loss[:, at] = -np.log(likelihood)
             belief = belief / likelihood[:, None]
         return loss
 
@@ -109,18 +106,16 @@ class Copy:
         return self.token_loss(tokens.numpy()).mean(0)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a string of symbols. UserError names the first character that is none."""
-        ids = []
-        for symbol in text:
-            if symbol not in self.symbols:
-                raise UserError(f"{symbol!r} is not a symbol of this task; it has {self.symbols!r}")
-            ids.append(self.symbols.index(symbol))
-        return ids
+        """The ids of a string of symbols. UserError names a character that is none."""
+        unknown = set(text) - set(self.symbols)
+        if unknown:
+            raise UserError(f"{min(unknown)!r} is not a symbol of this task; it has "
+                            f"{self.symbols!r}")
+        return [self.symbols.index(symbol) for symbol in text]
 
     def decode(self, ids: list[int]) -> str:
         symbols = [*self.symbols, "<|bos|>"]
-        chosen = [symbols[i] for i in ids]
-        return "".join(chosen)
+        return "".join(symbols[i] for i in ids)
 
 
 class Rest:

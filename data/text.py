@@ -47,11 +47,7 @@ def walk(root: Path, suffixes: set[str], skip: set[str]) -> list[Path]:
 def stdlib_files() -> tuple[Path, list[Path]]:
     """The folder of the running Python's standard library, and its source files without tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = walk(root, {".py"}, NOT_LIBRARY)
-    if not files:
-        raise UserError(f"no source files of the standard library in {root}; "
-                        "give a file or a folder of text instead")
-    return root, files
+    return root, walk(root, {".py"}, NOT_LIBRARY)
 
 
 def own_files(path: Path) -> tuple[Path, list[Path]]:
@@ -151,10 +147,7 @@ def byte_letters() -> dict[str, int]:
 def to_bytes(vocab: dict[str, int]) -> dict[bytes, int]:
     """A vocabulary in GPT-2's letters, as the bytes and ids that tiktoken wants."""
     letters = byte_letters()
-    ranks = {}
-    for token, i in vocab.items():
-        ranks[bytes(letters[letter] for letter in token)] = i
-    return ranks
+    return {bytes(letters[letter] for letter in token): i for token, i in vocab.items()}
 
 
 def learn(texts: list[str], size: int) -> dict[str, int]:

@@ -39,29 +39,25 @@ def text_windows(ids, batches: int, N: int, T: int):
     return [(x[:, b], y[:, b]) for b in range(batches)]
 
 
-def llama_tokenizer(folder: Path):
-    """The tokenizers.Tokenizer of a Llama's folder, None without tokenizer.json. Raises UserError
-    for a damaged one."""
+def llama_tokenizer(folder: Path, vocab_size: int):
+    """Of a Llama's folder: encode, text -> ids, and decode; both None without tokenizer.json.
+    Raises UserError for a damaged one; encode raises it for an id that the model has not."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        return None
+        return None, None
     from tokenizers import Tokenizer
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"{path}: {reason(error)}") from None
 
-
-def llama_encoder(folder: Path, tokenizer, vocab_size: int):
-    """Text -> ids, by the tokenizer of a Llama's folder. It raises UserError for an id that the
-    model has not."""
     def encode(text):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         if max(ids, default=0) >= vocab_size:
-            raise UserError(f"{folder / 'tokenizer.json'} is of another model: it gives the id "
-                            f"{max(ids)}, and this model has {vocab_size}; fetch the folder again")
+            raise UserError(f"{path} is of another model: it gives the id {max(ids)}, and this "
+                            f"model has {vocab_size}; fetch the folder again")
         return ids
-    return encode
+    return encode, tokenizer.decode
 
 
 def llama_bos(folder: Path, encode) -> tuple[int, str]:

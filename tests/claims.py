@@ -503,8 +503,9 @@ tokens that see only themselves gets {unmixed.forge, every: mean only %} ± {unm
 sinks: variance, the paper's reason, is not needed to forge one, though in our copying model it is
 ([chapter 06](chapters/book/06.md)).
 
-**Not every link holds.** In the first layer W_O weakens the outlier that it is said to pass on: {before}
-± {sd of variance} times the median before, {after} after ([claim by claim](tests/results/claims.md)).
+**Not every link holds.** In the first layer W_O weakens the outlier that it is said to pass on:
+{before} ± {sd of variance} times the median before, {after} after ([claim by
+claim](tests/results/claims.md)).
 
 **Of the paper's two cures sigmoid ends the sink, headnorm takes a part or most of it.** Where heads
 must rest, softmax gives the first token {softmax} of its attention, headnorm {headnorm} (ten seeds;
@@ -536,9 +537,9 @@ the same length {neurons at 0.turned %}. (Five of like weight take nothing, but 
 anew has {healed}; its strongest head rises all the time, from {strongest}. Let it write without two
 of them: [chapter 03](../../chapters/book/03.md).
 
-**An unmixed value forges a sink; to forge one in SmolLM2, variance is not needed.** A token that sees only
-itself gets {forge variance.share %} of the two sinks. It gets {unmixed.forge, every: mean only %}
-when its z is but the *mean* of tokens that see only themselves, so that nothing varies, and
+**An unmixed value forges a sink; to forge one in SmolLM2, variance is not needed.** A token that
+sees only itself gets {forge variance.share %} of the two sinks. It gets {unmixed.forge, every: mean
+only %} when its z is but the *mean* of tokens that see only themselves, so that nothing varies, and
 {unmixed.forge, every: deviation only %} when it has the usual mean and its own deviation. At token
 0 the first takes {unmixed.cut, every: mean only %} of the sink, the second {unmixed.cut, every:
 deviation only %}. The paper says variance: amplified it gives {forge W_O.share %}, shifted to the
@@ -565,9 +566,9 @@ attention gives 0.11. (What counts is the weight that reaches the output: attent
 times gate.) *Logit* is one learned number a head in the denominator of softmax, as in
 gpt-oss. {rest price} [Heads that must rest](rest.md).
 
-**A sink may be of use, and then headnorm does not end it.** In copying (`--size micro`, five seeds, each at
-the learning rate that is best for the others) the strongest head gives token 0 {copying sinks};
-sigmoid has not learned the task in any seed. These models measure their place from token 0
+**A sink may be of use, and then headnorm does not end it.** In copying (`--size micro`, five seeds,
+each at the learning rate that is best for the others) the strongest head gives token 0 {copying
+sinks}; sigmoid has not learned the task in any seed. These models measure their place from token 0
 ([chapter 07](../../chapters/book/07.md)). Whether headnorm lowers the loss there is open: {loss}
 nats against softmax, with rates chosen on other seeds (95 % interval; the paper: -0.039). In text
 without `<|bos|>`, trained for an hour (one seed), the sink is {long}, and headnorm's loss is lower
@@ -591,9 +592,10 @@ def findings(found, paragraphs) -> str:
 
     words, lines = other_numbers(found), []
     for text in paragraphs.strip().split("\n\n"):
+        text = " ".join(text.split())
         for name, says in words.items():
             text = text.replace(f"{{{name}}}", says)
-        text = re.sub(r"\{(?:(\w+): )?(.+?)( %)?\}", fill_in, " ".join(text.split()))
+        text = re.sub(r"\{(?:(\w+): )?(.+?)( %)?\}", fill_in, text)
         lines.append(textwrap.fill("- " + text, 100, subsequent_indent="  ",
                                    break_long_words=False, break_on_hyphens=False))
     return "\n".join(lines)

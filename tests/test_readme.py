@@ -118,7 +118,7 @@ NAMED = [
     ("chapters/book/07.md", "\nheadnorm  .* tokens, #% in text", sinks_left("headnorm", "text")),
     ("chapters/book/07.md", "at a loss that is # nats", extra_loss("headnorm")),
     ("README.md", "in\\s+#% of the heads", sinks_left("headnorm", "random")),
-    ("README.md", "at #\\s+nats of loss", extra_loss("headnorm")),
+    ("README.md", "at #\\s+nats\\s+of\\s+loss", extra_loss("headnorm")),
     ("tests/results/cures.md", "but its loss is # nats", extra_loss("headnorm")),
     ("tests/results/cures.md", "a loss that is .* to # higher", extra_loss("scaled")),
     ("tests/results/cures.md", "first ones # %", sinks_left("headnorm", "text")),

@@ -1,7 +1,10 @@
 """A reader's own words: the command, the page, the film. The page is tried in a real Chromium,
 where there is one."""
 
+import base64
 import json
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,26 @@ from tests import browser
 from tests.tiny import tiny_llama_folder, tiny_model, tokens
 
 IDS = tokens(1, 12)[0].tolist()
+
+
+def unpacked(text) -> bytes:
+    return zlib.decompress(base64.b64decode(text))
+
+
+def numbers_of(path) -> dict:
+    """What a page holds, read back: the content of `write`, with pattern (S, L, H, T,
+    T) and length (S, L, T) of all states."""
+    text = Path(path).read_text(encoding="utf-8")
+    begin = text.index('type="application/json">') + len('type="application/json">')
+    found = json.loads(text[begin:text.index("</script>", begin)])
+    S, L, H, T = (len(found["states"]), found["layers"], found["heads"],
+                  len(found["words"]))
+    maps = np.frombuffer(unpacked(found["maps"]), np.uint8).reshape(S, L, H, -1).copy()
+    maps[1:] += maps[0]
+    pattern = np.zeros((S, L, H, T, T))
+    pattern[..., np.tril(np.ones((T, T), bool))] = maps / 255
+    length = np.frombuffer(unpacked(found["lengths"]), "<f4").reshape(S, L, T)
+    return found | {"pattern": pattern, "length": length}
 
 
 def prompt(attn="softmax"):
@@ -144,7 +167,7 @@ def page_for(one, path):
 
 def test_the_numbers_of_the_page_are_those_of_probe(tmp_path):
     content = page_for(prompt(), tmp_path / "page.html")
-    back = page.numbers_of(tmp_path / "page.html")
+    back = numbers_of(tmp_path / "page.html")
     assert back["words"] == content["words"]
     assert len(back["states"]) == 4 + 11
     for i, state in enumerate(content["states"]):
@@ -157,7 +180,7 @@ def test_a_page_is_never_too_large(tmp_path, monkeypatch):
     page_for(prompt(), tmp_path / "whole.html")
     monkeypatch.setattr(page, "MOST", (tmp_path / "whole.html").stat().st_size - 1)
     page_for(prompt(), tmp_path / "page.html")
-    alone = [state["k"] for state in page.numbers_of(tmp_path / "page.html")["states"]
+    alone = [state["k"] for state in numbers_of(tmp_path / "page.html")["states"]
              if "k" in state]
     assert alone == [1, 3, 5, 7, 9, 11]
 
@@ -174,7 +197,7 @@ def test_a_film(tmp_path, tiny_run, data):
     train.train(state.run, resume=True, say=lambda line: None)
     assert all(np.array_equal(read_film(tmp_path / "run")[name], film[name]) for name in film)
     probe.main([str(tmp_path / "run"), "--page"])
-    back = page.numbers_of(tmp_path / "run" / "page.html")
+    back = numbers_of(tmp_path / "run" / "page.html")
     steps = [s["step"] for s in back["states"] if "step" in s]
     assert steps == film["step"].tolist()
 

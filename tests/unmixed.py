@@ -105,9 +105,16 @@ def interventions():
     """(name, Intervention): what LINKS cuts and forges at once, taken apart."""
     for kind, token, edits in (("cut", "first", CUTS), ("forge", "k", FORGERIES)):
         for name, change in edits.items():
-            for layers in ("every", "early") if name in EARLY else ("every",):
-                edit = Intervention(name, "z", token, change, layers)
-                yield f"{kind}, {layers}: {name}", edit
+            yield f"{kind}, every: {name}", Intervention(name, "z", token, change)
+            if name in EARLY:
+                yield f"{kind}, early: {name}", Intervention(name, "z", token, early(change))
+
+
+def early(change):
+    """The same change in the first three layers alone."""
+    def apply(z, p, known, layer):
+        return change(z, p, known, layer) if layer < 3 else z[:, p]
+    return apply
 
 
 # ---------------------------------------------------------------- what becomes of the sink
