@@ -111,7 +111,7 @@ figures.by_layer(left, {"token 0": ratio}, "Token 0 is long in two waves",
                  ["token 0"], yscale="log", ylabel="length / median length (log)")
 curves = {"token 0": raw_0, "token 0, after RMSNorm": normed_0,
           "token 32": raw_32, "token 32, after RMSNorm": normed_32}
-figures.by_layer(right, curves, "and more dominated there than token 32",
+figures.by_layer(right, curves, "and in both it is more dominated",
                  ["token 0", "token 0, after RMSNorm"], yscale="log", ylim=(3, 3000),
                  ylabel="DomRatio (log)")
 right.axhline(formula, color="black", lw=0.9, ls=":", label="Gaussian")

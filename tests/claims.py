@@ -605,7 +605,6 @@ def other_numbers(found) -> dict[str, str]:
     """The numbers of FOUND and IN_FULL that are no `value_at`: spreads, and those of other JSON."""
     of_cures, rebuilt = read_json(cures.FILE), read_json(retrofit.FILE)
     of_rest = read_json(rest.FILE)
-    losses = [retrofit.loss_of(rebuilt[name]["end"]) for name in ("headnorm", "softmax")]
     carried = fmean(values_of(found, "SmolLM2", "neurons at 0.like carries"))
     varies = stdev(values_of(found, "SmolLM2", "first.variance"))
     heads = [rebuilt["super redrawn"]["log"][at]["random"][0]["sink"] for at in (0, -1)]
@@ -622,12 +621,12 @@ def other_numbers(found) -> dict[str, str]:
             "before": f"{fmean(values_of(found, 'SmolLM2', 'first.variance')):.0f}",
             "after": f"{fmean(values_of(found, 'SmolLM2', 'first.variance_out')):.0f}",
             "back": retrofit.comes_back(rebuilt),
-            "left": f"{retrofit.sink_share(rebuilt, 'headnorm'):.0%}",
+            "left": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share),
             "strongest": " to ".join(f"{head:.2f}" for head in heads),
             "copying sinks": cures.best_sinks(of_cures),
             "copying": copying(found), "retrofit": retrofit.shares_in_words(rebuilt),
             "healed": retrofit.healed(rebuilt), "loss": cures.gain(of_cures),
-            "long": cures.long_sinks(of_cures), "price": f"{losses[0] - losses[1]:+.2f}",
+            "long": cures.long_sinks(of_cures), "price": retrofit.span(rebuilt, "headnorm", "{:+.2f}", retrofit.extra_loss),
             "rest": rest.in_words(of_rest), "rest price": rest.price(of_rest),
             "long loss": cures.long_gap(of_cures, "headnorm")}
 

@@ -187,7 +187,7 @@ def loss_of(looks) -> float:
 
 def table(found) -> str:
     """Each model before and after the training: mean and standard deviation over windows."""
-    rows, base = [], loss_of(found["softmax"]["end"])
+    rows = []
     for name in filter(found.__contains__, MODELS):
         first, end = found[name]["log"][0], found[name]["end"]
         rate = first["random"][0]["sink_rate"]
@@ -195,8 +195,8 @@ def table(found) -> str:
         for kind, key in (("random", "sink_rate"), ("text", "sink_rate"),
                           ("random", "norm_ratio"), ("random", "drain")):
             row.append(mean_std_words([chain[key] for chain in end[kind]]))
-        gap = round(loss_of(end) - base, 2) + 0.0  # no -0.00
-        rows.append([*row, f"{loss_of(first):.2f}", f"{loss_of(end):.2f}", f"{gap:+.2f}"])
+        rows.append([*row, f"{loss_of(first):.2f}", f"{loss_of(end):.2f}",
+                     f"{extra_loss(found, name):+.2f}"])
     return runner.markdown(("SmolLM2 as (± sd of batches)", "heads with a sink, before", "after",
                             "after, in text",
                             "length of token 0", "value drain", "loss before", "after",
@@ -206,6 +206,33 @@ def table(found) -> str:
 def sink_share(found, name, kind="random") -> float:
     """The share of all heads that have a sink after the training."""
     return fmean(chain["sink_rate"] for chain in found[name]["end"][kind])
+
+
+def extra_loss(found, name) -> float:
+    """The loss after the training, less softmax's; two digits."""
+    ends = [loss_of(found[each]["end"]) for each in (name, "softmax")]
+    return round(ends[0] - ends[1], 2) + 0.0  # no -0.00
+
+
+def span(found, name, form, number, *more) -> str:
+    """The least and the largest of number(found, model, *more) over the orders of batches in which
+    a model was trained, in words."""
+    values = [number(found, each, *more) for each in found if each.partition(",")[0] == name]
+    return " to ".join(dict.fromkeys(form.format(v) for v in (min(values), max(values))))
+
+
+def orders_in_words(found) -> str:
+    """How the models end that were trained in several orders of batches, a line each."""
+    lines = []
+    for name in ORDERS:
+        there = sum(each.partition(",")[0] == name for each in found)
+        if there:
+            lines.append(
+                f"- *{name}*, {there} orders: a sink in "
+                f"{span(found, name, '{:.0%}', sink_share)} of the heads on random tokens and in "
+                f"{span(found, name, '{:.0%}', sink_share, 'text')} in text, at a loss of "
+                f"{span(found, name, '{:+.2f}', extra_loss)}")
+    return "\n".join(lines)
 
 
 def comes_back(found) -> str:
@@ -248,7 +275,7 @@ def draw(found):
 
 
 def tables(found) -> dict[str, str]:
-    return {"retrofit": table(found)}
+    return {"retrofit": table(found), "orders": orders_in_words(found)}
 
 
 def render(found) -> None:

@@ -91,19 +91,6 @@ def test_spreads_in_the_text_of_chapters_stand_in_a_table():
 # SmolLM2 those of the batch that the chapters read, the first one of claims.json.
 RANDOM = read_json(claims.FILE)["SmolLM2"]["0"]["softmax"]["random"]
 FIRST = RANDOM["first"]
-RETROFIT = read_json(retrofit.FILE)
-
-
-def sinks_left(name, kind):
-    """% of the heads, of SmolLM2 with a cure."""
-    return 100 * retrofit.sink_share(RETROFIT, name, kind)
-
-
-def extra_loss(name):
-    loss, usual = (retrofit.loss_of(RETROFIT[model]["end"]) for model in (name, "softmax"))
-    return loss - usual
-
-
 NAMED = [
     ("chapters/book/00.md", "random tokens: strongest head #", FIRST["sink"]),
     ("chapters/book/00.md", "head 8 reads a value of #", FIRST["drain"]),
@@ -114,15 +101,6 @@ NAMED = [
     ("chapters/book/02.md", "random tokens  columns .* over layers #", FIRST["wo_tau"]),
     ("chapters/book/02.md", "random tokens  columns .* alone  #", RANDOM["tau of layer 0"]),
     ("chapters/book/04.md", "token 0 after RMSNorm .*  #\n", FIRST["dominance"]),
-    ("chapters/book/07.md", "\nheadnorm  .* sink #% on random", sinks_left("headnorm", "random")),
-    ("chapters/book/07.md", "\nheadnorm  .* tokens, #% in text", sinks_left("headnorm", "text")),
-    ("chapters/book/07.md", "at a loss that is # nats", extra_loss("headnorm")),
-    ("README.md", "in\\s+#% of the heads", sinks_left("headnorm", "random")),
-    ("README.md", "at #\\s+nats\\s+of\\s+loss", extra_loss("headnorm")),
-    ("tests/results/cures.md", "but its loss is # nats", extra_loss("headnorm")),
-    ("tests/results/cures.md", "a loss that is .* to # higher", extra_loss("scaled")),
-    ("tests/results/cures.md", "first ones # %", sinks_left("headnorm", "text")),
-    ("tests/results/cures.md", "others # %", sinks_left("headnorm, order 2", "text")),
 ]
 
 
