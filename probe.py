@@ -765,8 +765,8 @@ def average(chains) -> tuple[dict, dict]:
 
 def verdicts(tables, T) -> list[dict]:
     """By RULE, from one table of `cuts` for each disjoint batch of windows, or for each seed ->
-    [{link, kind, says, share, spread, controls: [(share, spread)], word, why, said}], spread being
-    the standard deviation, why the reason of a "no" that a control makes ("" else), said both."""
+    [{link, kind, says, share, spread, controls: [(share, spread)], said, word}], spread being
+    the standard deviation, said what `judge` says and word its first word."""
     found = []
     for same in zip(*tables):
         row, (mean, std) = same[0], mean_std([share(row, T) for row in same])
@@ -777,28 +777,23 @@ def verdicts(tables, T) -> list[dict]:
                           "share": mean, "spread": std, "controls": []})
     sink = statistics.fmean(table[0]["before"][0]["sink"] for table in tables)
     for verdict in found:
-        verdict["word"], verdict["why"] = judge(verdict, sink)
-        verdict["said"] = spoken(verdict["word"], verdict["why"])
+        verdict["said"] = judge(verdict, sink)
+        verdict["word"] = verdict["said"].partition(":")[0]
     return found
 
 
-def judge(verdict, sink) -> tuple[str, str]:
-    """The word of RULE, and why, for one of `verdicts`; `sink` is the strongest head's attention to
-    token 0 in the untouched model."""
+def judge(verdict, sink) -> str:
+    """The word of RULE, as in "no: control 22 %", for one of `verdicts`; `sink` is the strongest
+    head's attention to token 0 in the untouched model."""
     effect, whole = verdict["share"], WHOLE[verdict["kind"]]
     control = max((mean for mean, _ in verdict["controls"]), default=0.0)
     if sink <= SINK:
-        return "absent", ""
+        return "absent"
     if effect < whole / 2:
-        return "no", ""
+        return "no"
     if control >= effect / 2:
-        return "no", f"control {100 * control:.0f} %"
-    return "holds" if effect >= whole else "partly", ""
-
-
-def spoken(word, why) -> str:
-    """What `judge` says, as "no: control 22 %"."""
-    return f"{word}: {why}" if why else word
+        return f"no: control {100 * control:.0f} %"
+    return "holds" if effect >= whole else "partly"
 
 
 def matrix(tables):
@@ -1208,6 +1203,7 @@ def run_prompt(folder, text) -> Prompt:
         if not film:
             raise UserError(f"{folder} has no film.npz (an older train.py made it); give --text, "
                             "or train it anew")
+        film["pattern"] = film["pattern"] / 255  # it is kept as bytes
         ids = film["ids"].tolist()
     else:
         ids = [corpus.bos] * (config["run"]["bos"] > 0) + corpus.encode(text)

@@ -41,7 +41,8 @@ def html(content) -> str:
     states = content["states"]
     L, H, T, _ = np.shape(states[0]["pattern"])
     seen = np.tril(np.ones((T, T), bool))  # what a query can see, row by row
-    maps = np.stack([in_bytes(state["pattern"])[..., seen] for state in states])
+    shown = [np.asarray(state["pattern"])[..., seen] for state in states]
+    maps = np.stack([(weights * 255).round().astype(np.uint8) for weights in shown])
     maps[1:] -= maps[0]  # modulo 256: most differences are small, and pack better
     lengths = np.stack([np.asarray(state["length"], "<f4") for state in states])
     arrays = ("pattern", "length")
@@ -51,14 +52,6 @@ def html(content) -> str:
     page = TEMPLATE.read_text(encoding="utf-8")
     safe = json.dumps(numbers, allow_nan=False).replace("<", "\\u003c")  # no </script>
     return page.replace("/*NUMBERS*/", safe)
-
-
-def in_bytes(weights) -> np.ndarray:
-    """Attention as uint8, as a run's film has it already."""
-    weights = np.asarray(weights)
-    if weights.dtype == np.uint8:
-        return weights
-    return (weights * 255).round().astype(np.uint8)
 
 
 def packed(array) -> str:

@@ -6,9 +6,7 @@
 Every model is trained by `train.train_step` on the same random tokens. They take turns, SLICE
 seconds each. One thread is timed by the processor's clock, which other programs do not move.
 """
-import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -17,12 +15,11 @@ import torch.nn.functional as F
 
 import train
 from data import Corpus
-from data.common import environment, multiplies_bf16, program
+from data.common import environment, multiplies_bf16
 from model import ATTENTIONS, GPT
 from tests import runner
 
-FILE = Path(__file__).parent / "results" / "bench.json"
-PAGE = FILE.with_name("speed.md")
+FILE, PAGE = runner.RESULTS / "bench.json", runner.RESULTS / "speed.md"
 CPU, SLICE, ROUNDS = torch.device("cpu"), 0.25, 12
 LARGER = {"num_hidden_layers": 4, "vocab_size": 1024, "seq_len": 128}
 SHAPES = {
@@ -179,13 +176,6 @@ def tables(found) -> dict[str, str]:
     return {"speed": runner.markdown(head, rows)}
 
 
-def render(found) -> None:
-    runner.fill_page(PAGE, tables(found))
-
-
-def main():
-    return runner.run(FILE, PLAN, render, runner.parser("bench", __doc__, jobs=1).parse_args())
-
-
 if __name__ == "__main__":
-    sys.exit(program("bench", main))
+    runner.main("bench", __doc__, FILE, PLAN,
+                lambda found: runner.fill_page(PAGE, tables(found)), jobs=1)

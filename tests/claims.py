@@ -21,7 +21,6 @@ import itertools
 import math
 import operator
 import re
-import sys
 import textwrap
 from contextlib import suppress
 from functools import cache, partial
@@ -32,17 +31,15 @@ import torch
 
 import probe
 import train
-from chapters.lesson import trained
-from data import smollm2
-from data.common import environment, program, read_json
+from chapters import lesson
+from data.common import environment, read_json
 from data.runs import read_log
 from data.windows import english, random_windows, text_windows
 from model import GPT, record
 from tests import cures, rest, retrofit, runner, unmixed, why
 
-RESULTS = Path(__file__).parent / "results"
-FILE, HYPOTHESES = RESULTS / "claims.json", RESULTS / "claims.csv"
-PAGES = (Path("README.md"), RESULTS / "claims.md")
+FILE, HYPOTHESES = runner.RESULTS / "claims.json", runner.RESULTS / "claims.csv"
+PAGES = (Path("README.md"), runner.RESULTS / "claims.md")
 ATTENTIONS = ("softmax", "headnorm", "sigmoid", "gated")  # of text; of micro: tests/cures.py
 LANES = {"SmolLM2": 16, "rest": 5, "text": 5, "micro": 5}  # batches, seeds
 K, T, REST_K = 10, 64, 6  # the token of a forgery, of so many; in windows of rest, of 16
@@ -51,9 +48,9 @@ K, T, REST_K = 10, 64, 6  # the token of a forgery, of so many; in windows of re
 def plan() -> dict:
     """{path into claims.json: (function, arguments)}"""
     jobs = {("environment",): (environment, torch.device("cpu"), 1)}
-    for path, (measure, batches) in PARTS.items():
+    for path, (kind, measure, batches) in PARTS.items():
         for batch in range(batches):
-            jobs["SmolLM2", str(batch), *path] = (measure_batch, measure, batch)
+            jobs["SmolLM2", str(batch), *path] = (measure_batch, kind, measure, batch)
     for seed in range(5):
         for attn in ATTENTIONS:
             run = train.Run(attn, "tiny", seed=seed, out=f"out/claims/text-{attn}-{seed}")
@@ -147,10 +144,9 @@ def rows_that_write(model, x):
 def real():
     """SmolLM2, the batches of each kind of windows that it reads, and the mean z of a token of that
     kind that sees only itself. English has 16 batches of 4 windows where it has not 8 of 8."""
-    folder = smollm2.fetch()
-    model, encode = GPT.from_llama(folder).eval(), smollm2.encoding(folder).encode_ordinary
+    model, encoding = lesson.real()
     model.requires_grad_(False)
-    V, ids = model.cfg.vocab_size, torch.tensor(encode(english()))
+    V, ids = model.cfg.vocab_size, torch.tensor(encoding.encode_ordinary(english()))
     windows = {"random": [random_windows(8, T, V, seed=b) for b in range(LANES["SmolLM2"])],
                "text": text_windows(ids, 8, 8, T), "short text": text_windows(ids, 16, 4, T)}
     tokens = {"random": random_windows(4096, 2, V, seed=4096)[0][:, 0], "short text": ids}
@@ -164,55 +160,43 @@ def unmixed_mean(kind):
     return unmixed.mean_alone(model, tokens[kind])
 
 
-def measure_batch(measure, b):
+def measure_batch(kind, measure, b):
     """One of PARTS in one batch of SmolLM2."""
     model, windows, _ = real()
-    return measure(model, windows, b)
+    return measure(model, *windows[kind][b])
 
 
-def chain_in(kind, model, windows, b):
-    return numbers(model, *windows[kind][b])
+def no_targets(measure, model, x, y):
+    return measure(model, x)
 
 
-def effects_in(kind, k, names, model, windows, b):
-    return effects(model, *windows[kind][b], k, names)
+def with_mean(measure, kind, model, x, y):
+    return measure(model, x, unmixed_mean(kind), K)
 
 
-def in_random(measure, model, windows, b):
-    return measure(model, windows["random"][b][0])
-
-
-def with_mean(measure, kind, model, windows, b):
-    return measure(model, windows[kind][b][0], unmixed_mean(kind), K)
-
-
-def controls_in(kind, model, windows, b):
-    return unmixed.neurons_at_0(model, windows[kind][b][0], K)
-
-
-FORGE = "forge variance", "forge W_O"
-PARTS = {  # of SmolLM2, {path into the record of a batch: (function, number of batches)}
-    ("softmax", "random"): (partial(chain_in, "random"), 16),
-    ("softmax", "text"): (partial(chain_in, "text"), 8),
-    ("softmax", "effects"): (partial(effects_in, "random", K, ()), 8),
-    ("softmax", "effects in text"): (partial(effects_in, "text", K, ()), 8),
-    ("softmax", "effects at 20"): (partial(effects_in, "random", 20, FORGE), 8),
-    ("softmax", "effects at 40"): (partial(effects_in, "random", 40, FORGE), 8),
-    ("softmax", "agreement"): (partial(in_random, agreement), 8),
-    ("softmax", "screen"): (partial(in_random, screen), 8),
-    ("softmax", "tau of rows"): (partial(in_random, rows_that_write), 8),
-    ("answers",): (partial(with_mean, unmixed.answers, "random"), 16),
-    ("answers in text",): (partial(with_mean, unmixed.answers, "short text"), 16),
-    ("unmixed",): (partial(with_mean, unmixed.shares, "random"), 16),
-    ("unmixed in text",): (partial(with_mean, unmixed.shares, "short text"), 16),
-    ("neurons at 0",): (partial(controls_in, "random"), 16),
-    ("neurons at 0 in text",): (partial(controls_in, "short text"), 16)}
+forged_at = partial(effects, names=("forge variance", "forge W_O"))
+controls = partial(no_targets, partial(unmixed.neurons_at_0, k=K))
+PARTS = {  # of SmolLM2, {path into the record of a batch: (windows, function, number of batches)}
+    ("softmax", "random"): ("random", numbers, 16),
+    ("softmax", "text"): ("text", numbers, 8),
+    ("softmax", "effects"): ("random", effects, 8),
+    ("softmax", "effects in text"): ("text", effects, 8),
+    ("softmax", "effects at 20"): ("random", partial(forged_at, k=20), 8),
+    ("softmax", "effects at 40"): ("random", partial(forged_at, k=40), 8),
+    ("softmax", "agreement"): ("random", partial(no_targets, agreement), 8),
+    ("softmax", "screen"): ("random", partial(no_targets, screen), 8),
+    ("softmax", "tau of rows"): ("random", partial(no_targets, rows_that_write), 8),
+    ("answers",): ("random", partial(with_mean, unmixed.answers, "random"), 16),
+    ("answers in text",): ("short text", partial(with_mean, unmixed.answers, "short text"), 16),
+    ("unmixed",): ("random", partial(with_mean, unmixed.shares, "random"), 16),
+    ("unmixed in text",): ("short text", partial(with_mean, unmixed.shares, "short text"), 16),
+    ("neurons at 0",): ("random", controls, 16),
+    ("neurons at 0 in text",): ("short text", controls, 16)}
 
 
 def measure_seed(lane, run):
     """One seed of a toy, one attention. `main` are the windows in which its sink is read."""
-    trained(run, jobs=1)
-    model, corpus, settings = train.load_run(run.out)
+    model, corpus, settings = cures.opened(run)
     log, untrained = read_log(run.out), GPT(model.cfg, seed=run.seed).eval()
 
     def held_out(bos):
@@ -243,8 +227,7 @@ def experiments(model, x, y, k=K, queries=None):
 
 def rest_seed(run):
     """One seed of the default, softmax, read at the queries that rest."""
-    trained(run, jobs=1)
-    model, corpus, settings = train.load_run(run.out)
+    model, corpus, settings = cures.opened(run)
     x, y = corpus.task.batch(256, settings["seq_len"], torch.Generator().manual_seed(0))
     queries, untrained = corpus.task.resting(x), GPT(model.cfg, seed=run.seed).eval()
     birth = [{"step": row["step"]} | row["links_rest"] for row in read_log(run.out)]
@@ -256,8 +239,7 @@ def rest_seed(run):
 def unmixed_seed(run):
     """`unmixed.shares` of one seed of a task whose first token is an ordinary one. (`text` begins
     with <|bos|>: its z_0 never varies, and the sink is there.)"""
-    trained(run, jobs=1)
-    model, corpus, settings = train.load_run(run.out)
+    model, corpus, settings = cures.opened(run)
     generator, length = torch.Generator().manual_seed(0), settings["seq_len"]
     if corpus.name == "copy":
         x, queries = corpus.rest(32, length, generator)[0], None
@@ -414,19 +396,15 @@ def chain_table(found) -> str:
     head, rows = ["link", "cut", "share taken", "control", "forged", "share", "control",
                   "cut; forged"], []
     sink = fmean(values_of(found, "SmolLM2", "first.sink"))
-    for link in probe.LINKS:
+    for link in (link for link in probe.LINKS if link.cut):  # these can be forged, too
         cells, words = [f"**{link.name}**"], []
         for kind in ("cut", "forge"):
-            edit = getattr(link, kind)
-            if edit is None:
-                continue
             share, control = (values_of(found, "SmolLM2", f"{kind} {link.name}.{key}")
                               for key in ("share", "control"))
-            cells += [edit.says, percent(share, "SmolLM2"), f"{fmean(control):.0%}"]
+            cells += [getattr(link, kind).says, percent(share, "SmolLM2"), f"{fmean(control):.0%}"]
             verdict = {"kind": kind, "share": fmean(share), "controls": [(fmean(control), 0)]}
-            words.append(probe.spoken(*probe.judge(verdict, sink)))
-        if words:
-            rows.append([*cells, "; ".join(words)])
+            words.append(probe.judge(verdict, sink))
+        rows.append([*cells, "; ".join(words)])
     return runner.markdown(head, rows)
 
 
@@ -445,9 +423,8 @@ def links_table(found) -> str:
                  f"{probe.digits(first)} ({probe.digits(ordinary)})"]
         for lane, kind, key in itertools.product(("SmolLM2", "rest"), ("cut", "forge"),
                                                  ("share", "control")):
-            place = f"{kind} {link.name}.{key}"
-            edit = getattr(link, kind)
-            cells.append(percent(values_of(found, lane, place), lane) if edit else "-")
+            values = values_of(found, lane, f"{kind} {link.name}.{key}")
+            cells.append(percent(values, lane) if values else "-")
         rows.append(cells)
     return runner.markdown(head, rows)
 
@@ -504,7 +481,7 @@ sinks: variance, the paper's reason, is not needed to forge one, though in our c
 ([chapter 06](chapters/book/06.md)).
 
 **Not every link holds.** In the first layer W_O weakens the outlier that it is said to pass on:
-{before} ± {sd of variance} times the median before, {after} after ([claim by
+{first.variance} ± {sd of variance} times the median before, {after} after ([claim by
 claim](tests/results/claims.md)).
 
 **Of the paper's two cures sigmoid ends the sink, headnorm takes a part or most of it.** Where heads
@@ -618,7 +595,6 @@ def other_numbers(found) -> dict[str, str]:
             "others sd": f"{others:.0%}", **by_seed,
             "headnorm at best": rest.interval([
                 rest.weight(seed) for seed in rest.best_cells(of_rest, "headnorm")]),
-            "before": f"{fmean(values_of(found, 'SmolLM2', 'first.variance')):.0f}",
             "after": f"{fmean(values_of(found, 'SmolLM2', 'first.variance_out')):.0f}",
             "back": retrofit.comes_back(rebuilt),
             "left": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share),
@@ -626,7 +602,8 @@ def other_numbers(found) -> dict[str, str]:
             "copying sinks": cures.best_sinks(of_cures),
             "copying": copying(found), "retrofit": retrofit.shares_in_words(rebuilt),
             "healed": retrofit.healed(rebuilt), "loss": cures.gain(of_cures),
-            "long": cures.long_sinks(of_cures), "price": retrofit.span(rebuilt, "headnorm", "{:+.2f}", retrofit.extra_loss),
+            "long": cures.long_sinks(of_cures),
+            "price": retrofit.span(rebuilt, "headnorm", "{:+.2f}", retrofit.extra_loss),
             "rest": rest.in_words(of_rest), "rest price": rest.price(of_rest),
             "long loss": cures.long_gap(of_cures, "headnorm")}
 
@@ -658,9 +635,5 @@ def render(found) -> None:
         runner.fill_page(path, blocks)
 
 
-def main():
-    return runner.run(FILE, plan(), render, runner.parser("claims", __doc__).parse_args())
-
-
 if __name__ == "__main__":
-    sys.exit(program("claims", main))
+    runner.main("claims", __doc__, FILE, plan(), render)

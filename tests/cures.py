@@ -24,9 +24,6 @@ step 27,000 a sink of 0.31, softmax 0.25, in a smaller evaluation):
     headnorm cures, if it stays below the same two margins as gated; it does not, if it reaches
     those of softmax
 """
-import sys
-from dataclasses import replace
-from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
@@ -36,11 +33,11 @@ import probe
 import train
 from chapters import figures
 from chapters.lesson import trained
-from data.common import environment, program
+from data.common import environment
 from data.runs import read_log
 from model import record
 from tests import runner
-from tests.runner import interval_words, mean_std_words
+from tests.runner import RESULTS, interval_words, mean_std_words
 
 ATTENTIONS = ("softmax", "sigmoid", "headnorm", "gated")
 SEEDS, RATES = range(5), (2.5e-3, 5e-3, 1e-2, 2e-2)
@@ -49,7 +46,6 @@ LONG = dict(size="tiny", bos=0.0, hidden_size=96, intermediate_size=256, seq_len
             steps=36000, evals=24, threads=1)
 LONG_ATTENTIONS = ("softmax", "gated", "headnorm")
 T = 64
-RESULTS = Path(__file__).parent / "results"
 FILE, PAGE, FIGURE = (RESULTS / name for name in ("cures.json", "cures.md", "cures_long.png"))
 
 
@@ -69,24 +65,26 @@ def plan() -> dict:
 
 def train_and_measure(attn, lr, seed) -> dict:
     """One run of the grid: two minutes on one core, if it is not trained yet."""
-    run = train.resolve(train.Run(attn=attn, size="micro", lr=lr, seed=seed))
-    run = replace(run, out=f"out/cures/{attn}-{lr:g}-{seed}")
-    trained(run, jobs=1)
-    model, corpus, _ = train.load_run(run.out)
+    out = f"out/cures/{attn}-{lr:g}-{seed}"
+    model, corpus, _ = opened(train.Run(attn=attn, size="micro", lr=lr, seed=seed, out=out))
     return measure(model, corpus)
+
+
+def opened(run):
+    """The model, the corpus and the settings of a run, which is trained if need be."""
+    trained(run, jobs=1)
+    return train.load_run(run.out)
 
 
 @torch.no_grad()
 def measure(model, corpus) -> dict:
     """The chain, `ruler` and rank where nothing can be copied; the loss on the task, in nats per
     token above a perfect predictor on the same 1,024 windows."""
-    task, losses = corpus.task, []
+    task = corpus.task
     rest = task.rest(64, T, torch.Generator().manual_seed(0))
     tokens = task.windows(1024, T + 1, torch.Generator().manual_seed(1))
     perfect = task.token_loss(tokens.numpy())[:, 1:].mean()
-    for part in tokens.split(64):
-        x, y = part[:, :-1], part[:, 1:]
-        losses.append(model(x, y)[1].item())
+    losses = [model(part[:, :-1], part[:, 1:])[1].item() for part in tokens.split(64)]
     return {"chain": probe.chain(model, rest), "ruler": ruler(model, rest),
             "rank": rank(model, rest), "excess": fmean(losses) - float(perfect)}
 
@@ -134,16 +132,14 @@ def long(attn) -> dict:
     """One run of LONG, 50 minutes of one core; it goes on where it was stopped. Its log, and at the
     end, in 4 x 64 held-out windows, the chain, the rank and `lookup`; the loss on 2,048 windows."""
     out = f"out/cures/long-{attn}-0"
-    trained(train.Run(**LONG, attn=attn, out=out), jobs=1)
-    model, corpus, _ = train.load_run(out)
+    model, corpus, _ = opened(train.Run(**LONG, attn=attn, out=out))
     generator = torch.Generator().manual_seed(0)
 
     def batch():
         return corpus.batch(64, LONG["seq_len"], generator, "val", 0.0)
 
-    found = {"log": [], "chains": [], "ranks": [], "lookup": []}
-    for row in read_log(out):
-        found["log"].append({key: row[key] for key in ("step", "val_loss", "links")})
+    log = [{key: row[key] for key in ("step", "val_loss", "links")} for row in read_log(out)]
+    found = {"log": log, "chains": [], "ranks": [], "lookup": []}
     for _ in range(4):
         x, _ = batch()
         found["chains"].append(probe.chain(model, x))
@@ -183,13 +179,13 @@ def excess(run) -> float:
     return run["excess"]
 
 
-def best(found, attn) -> list[tuple]:
-    """(rate, run) of every seed at the rate that is best for the others."""
+def best(found, attn) -> tuple[str, list[dict]]:
+    """The rates that are best for the other seeds, and every seed there."""
     return runner.best_for_others(found["grid"][attn], excess)
 
 
 def best_cells(found, attn) -> list[dict]:
-    return [run for _, run in best(found, attn)]
+    return best(found, attn)[1]
 
 
 def same_choice(found, attn) -> list[dict]:
@@ -216,11 +212,9 @@ def best_table(found) -> str:
     """Every attention at its best learning rate."""
     rows = []
     for attn in ATTENTIONS:
-        rates = sorted({rate for rate, _ in best(found, attn)})
-        seeds = best_cells(found, attn)
+        rates, seeds = best(found, attn)
         able, sinks = learned(seeds)
-        row = [attn, ", ".join(rates), f"{able} of {len(seeds)}",
-               f"{sinks} of {able}"]
+        row = [attn, rates, f"{able} of {len(seeds)}", f"{sinks} of {able}"]
         for key in ("sink", "drain", "dominance"):
             row.append(interval_words([c["chain"][key] for c in seeds]))
         for key in ("rank", "excess"):
@@ -236,30 +230,22 @@ def best_table(found) -> str:
 
 def sinks_table(found) -> str:
     """The whole grid: the sink, and how many of the seeds that have learned pass SINK."""
-    rows = []
-    for attn in ATTENTIONS:
-        row = [attn]
-        for lr in RATES:
-            seeds = cells(found, attn, lr)
-            able, sinks = learned(seeds)
-            words = f"{sinks} of the {able} that learned" if able else "none learned"
-            row.append(f"{interval_words([c['chain']['sink'] for c in seeds])}; {words}")
-        rows.append(row)
-    return runner.markdown(("± 95 % of seeds", *(f"{lr:g}" for lr in RATES)), rows)
+    def cell(attn, lr):
+        seeds = cells(found, attn, lr)
+        able, sinks = learned(seeds)
+        words = f"{sinks} of the {able} that learned" if able else "none learned"
+        return f"{interval_words([c['chain']['sink'] for c in seeds])}; {words}"
+    return runner.grid(("± 95 % of seeds", *map(str, RATES)), ATTENTIONS, RATES, cell)
 
 
 def ruler_table(found) -> str:
     """In thousandths, at 0.005."""
-    rows = []
-    for attn in ATTENTIONS:
-        row = [attn]
-        for key in ("hidden", "hidden, moved by one", "token 5 hidden"):
-            changes = [1000 * c["ruler"][key] for c in cells(found, attn, 5e-3)]
-            row.append(interval_words(changes))
-        rows.append(row)
+    def cell(attn, key):
+        return interval_words([1000 * c["ruler"][key] for c in cells(found, attn, 5e-3)])
     head = ("± 95 % of seeds", "token 0 hidden", "token 0 hidden, curve moved back by one place",
             "token 5 hidden")
-    return runner.markdown(head, rows)
+    keys = ("hidden", "hidden, moved by one", "token 5 hidden")
+    return runner.grid(head, ATTENTIONS, keys, cell)
 
 
 def long_table(found) -> str:
@@ -290,11 +276,10 @@ def long_gap(found, attn) -> str:
 
 def long_sinks(found) -> str:
     """The sink of each run of LONG, in words."""
-    said = []
-    for attn in LONG_ATTENTIONS:
+    def told(attn):
         sink = fmean(chain["sink"] for chain in found["long"][attn]["0"]["chains"])
-        said.append(f"{sink:.2f} ({attn})")
-    return runner.listed(said)
+        return f"{sink:.2f} ({attn})"
+    return runner.listed(map(told, LONG_ATTENTIONS))
 
 
 @figures.styled
@@ -321,9 +306,5 @@ def render(found) -> None:
     figures.save(FIGURE, draw_long(found))
 
 
-def main():
-    return runner.run(FILE, plan(), render, runner.parser("cures", __doc__).parse_args())
-
-
 if __name__ == "__main__":
-    sys.exit(program("cures", main))
+    runner.main("cures", __doc__, FILE, plan(), render)

@@ -46,9 +46,8 @@ from data.common import (OUT, Parser, UserError, environment, pick_device, progr
 from data.windows import random_windows
 from model import GPT
 from tests import bench, runner
-from tests.runner import interval_words
+from tests.runner import RESULTS, interval_words
 
-RESULTS = Path(__file__).parent / "results"
 ATTENTIONS = ("softmax", "headnorm", "gated", "sigmoid", "logit")  # in the order of the plan
 RATES, RATE_SEED, SEEDS = (5e-4, 1e-3, 2e-3), 100, range(5)
 LEAST, MOST = 0.15, 1 / 3  # of the margins
@@ -150,13 +149,8 @@ def corpus(place, found) -> dict:
     if known and known["sha256"] != here["sha256"]:
         raise UserError(f"gpu.json is about other Python packages than those in {summary}: begin "
                         "anew with another --out, or measure on the machine that it is of")
-    facts = opened_corpus(place).fingerprint()
+    facts = train.load_corpus(settings(place)).fingerprint()  # `measure` has it read once
     return known or here | facts | {"seconds": time.monotonic() - begin}
-
-
-def opened_corpus(place) -> data.Corpus:
-    """`measure` sees to it that the text is read once."""
-    return train.load_corpus(settings(place))
 
 
 # ---------------------------------------------------------------- speed
@@ -238,7 +232,7 @@ def settings(place, attn="softmax", lr=RATES[0], seed=0, **more) -> train.Run:
 
 def trained(place, run) -> train.State:
     """A training, begun or gone on with; at the deadline it stops unfinished."""
-    x, _ = random_windows(8, run.seq_len, opened_corpus(place).bos)
+    x, _ = random_windows(8, run.seq_len, train.load_corpus(run).bos)
     begun = (Path(run.out) / "config.json").exists()
     return train.train(run, resume=begun, deadline=place.deadline, kinds={"links_random": x})
 
@@ -254,9 +248,8 @@ def try_rate(place, found, attn, lr) -> dict | None:
 
 
 def best_rate(found, attn) -> float:
-    losses = {float(lr): there["val_loss"] for lr, there in found["rates"][attn].items()}
-    learned = {lr: loss for lr, loss in losses.items() if loss is not None}
-    return min(learned, key=learned.get)
+    rates = found["rates"][attn]  # nothing is told of a training that has diverged
+    return float(min(rates, key=lambda lr: rates[lr]["val_loss"] or math.inf))
 
 
 def compare(place, found, attn, seed) -> dict | None:
@@ -278,9 +271,8 @@ def at_the_end(run, device) -> dict:
     model, corpus, _ = train.load_run(run.out)
     model, generator = model.to(device), torch.Generator().manual_seed(0)
     pairs = [corpus.batch(16, run.seq_len, generator, "val", 0.0) for _ in range(32)]
-    found = {"losses": [], "text": [], "random": []}
-    for x, y in pairs:
-        found["losses"].append(model(x.to(device), y.to(device))[1].item())
+    losses = [model(x.to(device), y.to(device))[1].item() for x, y in pairs]
+    found = {"losses": losses, "text": [], "random": []}
     for seed, (x, _) in enumerate(pairs[:4]):
         random, _ = random_windows(16, run.seq_len, corpus.bos, seed=1 + seed)
         found["text"].append(probe.chain(model, x.to(device)))
@@ -412,14 +404,10 @@ def speed_table(there) -> str:
 
 
 def rates_table(rates) -> str:
-    rows = []
-    for attn, there in rates.items():
-        row = [attn]
-        for lr in RATES:
-            loss = there.get(f"{lr:g}", {}).get("val_loss")
-            row.append(f"{loss:.3f}" if loss else "-")
-        rows.append(row)
-    return runner.markdown(("", *(f"{lr:g}" for lr in RATES)), rows)
+    def cell(attn, lr):
+        loss = rates[attn].get(f"{lr:g}", {}).get("val_loss")
+        return f"{loss:.3f}" if loss else "-"
+    return runner.grid(("", *map(str, RATES)), rates, RATES, cell)
 
 
 def heads(run, windows="text") -> float:

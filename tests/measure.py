@@ -18,15 +18,13 @@ import platform
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
-from matplotlib.ticker import PercentFormatter
 from tqdm.auto import tqdm
 
 import probe
 from chapters import figures
-from chapters.figures import ACCENT
+from chapters.figures import ACCENT, DOTTED
 from data import smollm2
 from data.common import program
 from data.windows import random_windows
@@ -35,8 +33,7 @@ from probe import at_token, later, sink_score
 from tests import runner
 from tests.unmixed import no_logits
 
-RESULTS = Path(__file__).parent / "results"
-PAGE = RESULTS / "smollm2.md"
+PAGE = runner.RESULTS / "smollm2.md"
 BATCHES, MANY, N, T = 8, 16, 8, 64
 TOKENS = (5, 10, 20, 40)  # where a sink is forged; the paper has 10
 FACTORS = (2, 4, 8, 16, 32)
@@ -142,9 +139,8 @@ def mask(model, batches):
     3. What is masked after the layer that writes the large state changes nothing more: masks from
        layer 12 on give less than 12.5 %, masks from 0 to 11 at least 25 %.
     """
-    L, plan = len(model.layers), []
-    for k in TOKENS:
-        plan.append(({"layers": "all", "k": k}, masked(model, k, range(L))))
+    L = len(model.layers)
+    plan = [({"layers": "all", "k": k}, masked(model, k, range(L))) for k in TOKENS]
     for i in range(L):
         for name, which in (("only", [i]), ("to", range(i + 1)), ("from", range(i, L))):
             label = {"layers": name, "layer": i, "k": 10}
@@ -167,10 +163,7 @@ def stronger(model, name, which, k):
     found = []
     for kind, change in KINDS.items():
         for by in FACTORS:
-            def stronger_z(z, change=change, by=by):
-                return change(z, k, None, None, by)
-
-            edit = at_token(k, stronger_z)
+            edit = at_token(k, partial(change, p=k, found=None, layer=None, factor=by))
             label = {"layers": name, "k": k, "kind": kind, "factor": by}
             found.append((label, make_tap(model.cfg, {f"{i}.z": edit for i in which})))
     return found
@@ -189,17 +182,12 @@ def variance(model, batches):
 
     k = 10 in 8 batches, in all layers in 16; the other tokens in the first 4, all layers only.
     """
-    every, first = range(len(model.layers)), [0]
-    some = [*stronger(model, "0", first, 10), *stronger(model, "0-3", range(4), 10)]
+    every = range(len(model.layers))
+    some = [*stronger(model, "0", [0], 10), *stronger(model, "0-3", range(4), 10)]
     rows = measured(model, batches[:BATCHES], some)
     rows += measured(model, batches, stronger(model, "all", every, 10))
     for k in (5, 20, 40):
         rows += measured(model, batches[:4], stronger(model, "all", every, k))
-    return {"rows": rows, "held": variance_held(rows)}
-
-
-def variance_held(rows):
-    """Which hypotheses of `variance` hold."""
     held = {"1": True, "2": True, "3": True}
     for k in TOKENS:
         amplified, scaled, shifted = (means(pick(rows, layers="all", k=k, kind=kind))
@@ -211,7 +199,7 @@ def variance_held(rows):
         last = pick(rows, layers="all", k=k, kind="amplify", factor=32)[0]["mean"]
         held["3"] &= last["norm"] >= 10 * last["untouched_norm"]
     alone = means(pick(rows, layers="0", kind="amplify"))
-    return held | {"4": max(alone) < 0.125}
+    return {"rows": rows, "held": held | {"4": max(alone) < 0.125}}
 
 
 def lambda_table(found) -> str:
@@ -228,9 +216,6 @@ def lambda_table(found) -> str:
 # ---------------------------------------------------------------- the figures
 # (the JSON) -> Figure. The accent is token 0, or the sink that was forged.
 
-DOTTED = {"color": "black", "ls": ":", "lw": 0.9}  # chance, or a threshold
-
-
 def spreads(labels, rows, key="share"):
     """A group of figures.bars: {label: (mean, std)}."""
     return dict(zip(labels, zip(means(rows, key), stds(rows, key))))
@@ -242,7 +227,7 @@ def curve(ax, x, rows, key="share", **style):
 
 def in_percent(ax, threshold):
     ax.axhline(threshold, label="from here on it holds", **DOTTED)
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.yaxis.set_major_formatter(figures.PERCENT)
 
 
 def draw_maps(found):
@@ -312,13 +297,12 @@ MEASUREMENTS = {"maps": (maps, draw_maps), "mask": (mask, draw_mask),
 
 def smollm2_and_windows():
     """The model, and disjoint batches of random windows."""
-    folder = smollm2.fetch()
-    model = GPT.from_llama(folder).eval().requires_grad_(False)
+    model = GPT.from_llama(smollm2.fetch()).eval().requires_grad_(False)
     return model, [random_windows(N, T, model.cfg.vocab_size, seed=b) for b in range(MANY)]
 
 
 def path(name, kind="json"):
-    return RESULTS / f"smollm2_{name}.{kind}"
+    return runner.RESULTS / f"smollm2_{name}.{kind}"
 
 
 def result(name) -> dict:

@@ -25,23 +25,20 @@ Our criteria, written before these seeds were trained; pilots with other seeds h
 The chain in five more seeds of softmax, its birth, cuts and forgeries: tests/claims.py.
 """
 import math
-import sys
-from pathlib import Path
 from statistics import fmean
 
 import torch
 
 import probe
 import train
-from data.common import environment, program
+from data.common import environment
 from model import record
 from tests import runner
 from tests.cures import rank
 
 SEEDS, RATES = range(10, 15), (2.5e-3, 5e-3, 1e-2)
 LEARNED = 0.01  # nats above a perfect predictor
-RESULTS = Path(__file__).parent / "results"
-FILE, PAGE = RESULTS / "rest.json", RESULTS / "rest.md"
+FILE, PAGE = runner.RESULTS / "rest.json", runner.RESULTS / "rest.md"
 
 
 def plan() -> dict:
@@ -91,8 +88,7 @@ def losses(model, task, x, y) -> dict:
 
 def weights(model, task, x) -> dict:
     """Where the heads of the last layer rest: for each head the weight on token 0 that reaches the
-    output, and its attention to token 0, to triggers, to itself, and to its largest key; and by
-    position of the key, mean over heads."""
+    output, and its attention to triggers and to its largest key."""
     last = len(model.layers) - 1
     name, rests = f"{last}.pattern", task.resting(x)
     raw = record(model, x, [name])[1][name]  # (N, H, T, T)
@@ -103,13 +99,9 @@ def weights(model, task, x) -> dict:
         return values.transpose(1, 2)[rests].mean(0).tolist()
 
     trigger = (x >= task.K)[:, None, None].float()
-    keys = attention.mean(1)[rests].mean(0)  # (T,)
     return {"reaching": probe.resting_weight(model, x, rests),
-            "token 0": by_head(attention[..., 0]),
             "triggers": by_head((attention * trigger).sum(-1)),
-            "itself": by_head(attention.diagonal(dim1=-2, dim2=-1)),
-            "largest": by_head(attention.amax(-1)),
-            "by key": keys.tolist()}
+            "largest": by_head(attention.amax(-1))}
 
 
 # ---------------------------------------------------------------- reading the records
@@ -122,18 +114,24 @@ def learned(cell) -> bool:
     return max(cell["loss"].values()) <= LEARNED
 
 
-def best(found, attn) -> list[tuple]:
-    """(rate, run) of every seed at the rate that is best for the others."""
+def best(found, attn) -> tuple[str, list[dict]]:
+    """The rates that are best for the other seeds, and every seed there."""
     return runner.best_for_others(found["grid"][attn], lambda run: sum(run["loss"].values()))
 
 
 def best_cells(found, attn) -> list[dict]:
-    return [run for _, run in best(found, attn)]
+    return best(found, attn)[1]
 
 
 def uniform(T=16) -> float:
     """The weight of uniform attention on token 0, mean over the places where a query may rest."""
     return fmean(1 / (t + 1) for t in range(T // 4, T))
+
+
+def taken(ours, softmax, windows="weights") -> float:
+    """The share of softmax's sink that an attention takes, in one seed."""
+    here, there = weight(ours, windows), weight(softmax, windows)
+    return (there - here) / (there - uniform())
 
 
 def interval(values, decimals=2) -> str:
@@ -149,23 +147,17 @@ def verdict(found, attn) -> str:
         return "has not learned"
     if max(weight(a) for a, _ in pairs) < 2 * uniform():
         return "ends it"
-    taken = []
-    for a, b in pairs:
-        for windows in ("weights", "letters only"):
-            whole = weight(b, windows) - uniform()
-            taken.append((weight(b, windows) - weight(a, windows)) / whole)
-    if min(taken) >= 0.5:
+    least = min(taken(*pair, windows) for pair in pairs for windows in ("weights", "letters only"))
+    if least >= 0.5:
         return "takes most of it"
-    return "does not take it" if min(taken) < 0.2 else "takes a part"
+    return "does not take it" if least < 0.2 else "takes a part"
 
 
 def in_words(found) -> str:
     """The weight on token 0 of every attention, mean over seeds and 95 % interval."""
-    said = []
-    for attn in found["grid"]:
-        weights = [weight(seed) for seed in best_cells(found, attn)]
-        said.append(f"{interval(weights)} ({attn})")
-    return f"{runner.listed(said)} of its attention"
+    def told(attn):
+        return f"{interval([weight(seed) for seed in best_cells(found, attn)])} ({attn})"
+    return f"{runner.listed(map(told, found['grid']))} of its attention"
 
 
 def price(found) -> str:
@@ -185,12 +177,11 @@ def comparison(found) -> str:
             "strongest head", "largest key of a query", "on triggers", "verdict")
     rows = []
     for attn in found["grid"]:
-        rates = sorted({rate for rate, _ in best(found, attn)})
-        seeds = best_cells(found, attn)
+        rates, seeds = best(found, attn)
         able = sum(map(learned, seeds))
         weights = [seed["weights"] for seed in seeds]
         rows.append((
-            attn, ", ".join(rates), f"{able} of {len(seeds)}",
+            attn, rates, f"{able} of {len(seeds)}",
             interval([weight(seed) for seed in seeds]),
             interval([weight(seed, "letters only") for seed in seeds]),
             interval([max(w["reaching"]) for w in weights]),
@@ -217,25 +208,16 @@ def chain_table(found) -> str:
 
 def grid_table(found) -> str:
     """The weight on token 0 at every rate, and how many seeds have learned."""
-    rows = []
-    for attn in found["grid"]:
-        row = [attn]
-        for lr in RATES:
-            seeds = found["grid"][attn][f"{lr:g}"].values()
-            able = sum(map(learned, seeds))
-            row.append(f"{interval([weight(s) for s in seeds])}; {able} of {len(seeds)}")
-        rows.append(row)
-    return runner.markdown(("", *(f"{lr:g}" for lr in RATES)), rows)
+    def cell(attn, lr):
+        seeds = found["grid"][attn][f"{lr:g}"].values()
+        able = sum(map(learned, seeds))
+        return f"{interval([weight(s) for s in seeds])}; {able} of {len(seeds)}"
+    return runner.grid(("", *map(str, RATES)), found["grid"], RATES, cell)
 
 
 def tables(found) -> dict[str, str]:
     return {"rest": comparison(found), "chain": chain_table(found), "grid": grid_table(found)}
 
 
-def main():
-    args = runner.parser("rest", __doc__).parse_args()
-    return runner.run(FILE, plan(), lambda found: runner.fill_page(PAGE, tables(found)), args)
-
-
 if __name__ == "__main__":
-    sys.exit(program("rest", main))
+    runner.main("rest", __doc__, FILE, plan(), lambda found: runner.fill_page(PAGE, tables(found)))

@@ -46,9 +46,7 @@ Written when the first had been seen for 200 steps (heads with a sink 0.00 at fi
     the control with at least half; the model does not need its sink, if the first ends within a
     tenth of a nat of the control
 """
-import sys
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -58,11 +56,11 @@ import probe
 import train
 from chapters import figures
 from data import Corpus, smollm2, text
-from data.common import environment, multiplies_bf16, program
+from data.common import environment, multiplies_bf16
 from data.windows import random_windows
 from model import ATTENTIONS, GPT, record
 from tests import runner
-from tests.runner import mean_std_words
+from tests.runner import RESULTS, mean_std_words
 
 CURES = ("softmax", "headnorm", "scaled", "gated", "scaled gated")
 NEURONS = ("softmax", "super redrawn", "others redrawn")
@@ -71,7 +69,6 @@ MODELS = (*CURES, *NEURONS[1:],
           *(f"{name}, order {i}" for name, orders in ORDERS.items() for i in orders))
 STEPS, B, T, END = 500, 4, 128, 0  # END: <|endoftext|>, which SmolLM2 knows between documents
 LOOKS = (0, 5, 10, 20, 40, 60, 80, 120, 160, 200, 260, 320, 380, 440, STEPS)
-RESULTS = Path(__file__).parent / "results"
 FILE, PAGE, FIGURE = (RESULTS / name for name in ("retrofit.json", "cures.md", "retrofit.png"))
 CPU = torch.device("cpu")
 
@@ -146,10 +143,8 @@ def stdlib(encoding) -> Corpus:
 def look(model, corpus, batches) -> dict:
     """The loss on held-out text, and the chain in random tokens and in that text."""
     fixed = torch.Generator().manual_seed(0)
-    found = {"losses": [], "random": [], "text": []}
-    for _ in range(4):
-        x, y = corpus.batch(8, T, fixed, "val", 0.0)
-        found["losses"].append(model(x, y)[1].item())
+    losses = [model(*corpus.batch(8, T, fixed, "val", 0.0))[1].item() for _ in range(4)]
+    found = {"losses": losses, "random": [], "text": []}
     for b in range(batches):
         x, _ = corpus.batch(8, 64, fixed, "val", 0.0)
         found["random"].append(probe.chain(model, noise(model, b)))
@@ -244,10 +239,8 @@ def comes_back(found) -> str:
 
 def healed(found) -> str:
     """How the model without its super neurons ends, and its control, in words."""
-    ends = []
-    for name in NEURONS[1:]:
-        ends += [sink_share(found, name), loss_of(found[name]["end"])]
-    sink, loss, whole, least = ends
+    (sink, loss), (whole, least) = (
+        (sink_share(found, name), loss_of(found[name]["end"])) for name in NEURONS[1:])
     return (f"a sink in {sink:.0%} of its heads and a loss of {loss:.2f}, with five others drawn "
             f"anew {whole:.0%} and {least:.2f}")
 
@@ -283,10 +276,5 @@ def render(found) -> None:
     figures.save(FIGURE, draw(found))
 
 
-def main():
-    plan = {(name,): (retrofit, name) for name in MODELS}
-    return runner.run(FILE, plan, render, runner.parser("retrofit", __doc__).parse_args())
-
-
 if __name__ == "__main__":
-    sys.exit(program("retrofit", main))
+    runner.main("retrofit", __doc__, FILE, {(name,): (retrofit, name) for name in MODELS}, render)

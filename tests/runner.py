@@ -8,6 +8,7 @@ On every page ± is the 95 % interval of the mean over seeds where there are see
 deviation over batches of windows where there is one model; the head of each table says which.
 """
 
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,9 +18,10 @@ import torch
 from tqdm.auto import tqdm
 
 import train
-from data.common import Parser, read_json, write_atomically, write_json
+from data.common import Parser, program, read_json, write_atomically, write_json
 from probe import mean_std
 
+RESULTS = Path(__file__).parent / "results"
 T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
        10: 2.262}  # Student's t, by number of seeds
 
@@ -30,6 +32,13 @@ def parser(name: str, description: str, jobs: int = 2) -> Parser:
     p.add_argument("--render", action="store_true", help="measure nothing: only pages and figures")
     p.add_argument("--jobs", type=int, default=jobs, help=f"measurements at a time ({jobs})")
     return p
+
+
+def main(name: str, description: str, file: Path, plan: dict, render, jobs: int = 2) -> None:
+    """The program tests/<name>.py: its flags, then `run`."""
+    def command():
+        return run(file, plan, render, parser(name, description, jobs).parse_args())
+    sys.exit(program(name, command))
 
 
 def run(file: Path, plan: dict, render, args) -> int:
@@ -54,9 +63,7 @@ def measure(file: Path, plan: dict, jobs: int) -> None:
 def holds(found: dict, path: tuple) -> bool:
     """Whether there is something in the JSON at a path of keys."""
     for key in path:
-        if key not in found:
-            return False
-        found = found[key]
+        found = found.get(key, {})
     return bool(found)
 
 
@@ -116,6 +123,11 @@ def markdown(head, rows) -> str:
     return "\n".join(lines)
 
 
+def grid(head, names, keys, cell) -> str:
+    """A table of cell(name, key): a row for each name, a column for each key."""
+    return markdown(head, [(name, *(cell(name, key) for key in keys)) for name in names])
+
+
 def mean_std_words(values) -> str:
     """Mean ± standard deviation, over batches of windows that one model reads."""
     return with_spread(*mean_std(values))
@@ -140,13 +152,11 @@ def best_rate(rates, loss, without=None) -> str:
     return min(rates, key=mean)
 
 
-def best_for_others(rates, loss) -> list[tuple]:
-    """(rate, run) of every seed, at the rate that is best for the others."""
-    found = []
-    for seed in sorted(next(iter(rates.values()))):
-        rate = best_rate(rates, loss, seed)
-        found.append((rate, rates[rate][seed]))
-    return found
+def best_for_others(rates, loss) -> tuple[str, list[dict]]:
+    """Every seed at the rate that is best for the others: these rates, and the runs."""
+    chosen = {seed: best_rate(rates, loss, seed) for seed in sorted(next(iter(rates.values())))}
+    runs = [rates[rate][seed] for seed, rate in chosen.items()]
+    return ", ".join(sorted(set(chosen.values()))), runs
 
 
 def with_spread(mean, spread) -> str:

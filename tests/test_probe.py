@@ -357,7 +357,7 @@ def test_share_and_verdict_by_the_rule(kind, attention, share, word):
 
 def test_a_control_that_does_half_as_much_refutes():
     found = judged(row("cut", 1, 0.4), row("cut", 1, 0.7, control=True))
-    assert (found["word"], found["why"]) == ("no", "control 30 %")
+    assert found["said"] == "no: control 30 %"
 
 
 def test_without_a_sink_nothing_is_explained():

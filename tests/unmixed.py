@@ -177,19 +177,14 @@ def neurons_at_0(model, x, k) -> dict:
         next_five.append(order[probe.TOP:2 * probe.TOP])
         rest.append(order[probe.TOP:])
         written += torch.stack([energy[top].sum(), energy[matched].sum()])
-    sets = {"top five": target.neurons, "like weight": like.neurons, "6 to 10": next_five,
-            "all others": rest}
+    silence = next(probe.planned("cut neurons"))[2]
     sinks, found = Sinks(model, x, k), {"like carries": (written[1] / written[0]).item()}
-    for name, ids in sets.items():
-        edits = {f"{i}.mlp_post": silence(ids[i]) for i in range(len(model.layers))}
-        found[name] = sinks.share("cut", probe.make_tap(model.cfg, edits))
+    for name, ids in {"6 to 10": next_five, "all others": rest}.items():
+        these = target._replace(neurons=ids)
+        tap = probe.intervene(model, silence, these, None, k, x.shape[1])
+        found[name] = sinks.share("cut", tap)
     found["turned"] = sinks.share("cut", turn_write(model, target.neurons))
     return found
-
-
-def silence(ids):
-    """An edit: these neurons answer nothing at token 0."""
-    return probe.at_token(0, lambda post: post[:, 0].index_fill(-1, ids, 0))
 
 
 def turn_write(model, neurons):
@@ -232,9 +227,9 @@ DEPTH = 3  # layers, the last of which ends the first wave of SmolLM2
 
 @torch.no_grad()
 def answers(model, x, mean, k) -> dict:
-    """Q9. z of token k is forged in the first three layers, as in `shares`, or in one of them. What
+    """Q9. z of token k is forged in the first three layers, as in `shares`. What
     do the neurons write there that write most at token 0, the TOP of each layer? Part of what they
-    write at token 0, along that write: 1 is the same, 0 nothing. By layers the mean only."""
+    write at token 0, along that write: 1 is the same, 0 nothing."""
     short = GPT(replace(model.cfg, num_hidden_layers=DEPTH))
     short.load_state_dict(model.state_dict(), strict=False)
     known, few = Alone(mean, alone(short, x[:, k])), probe.targets(short, x)[0].neurons
@@ -248,18 +243,9 @@ def answers(model, x, mean, k) -> dict:
             total = total + post[:, p, top].mean(0) @ block.mlp.down_proj.weight[:, top].T
         return total
 
-    at_0 = written(None, 0)
-
-    def answer(tap):
-        return (written(tap, k) @ at_0 / at_0.square().sum()).item()
-
-    found = {"untouched": answer(None)}
+    at_0, found = written(None, 0), {}
     for name, change in QUESTIONS.items():
         edit = Intervention(name, "z", "k", change)
-        found[name] = answer(probe.intervene(short, edit, known, None, k, x.shape[1]))
-    for i in range(DEPTH):
-        def only(z, i=i):
-            return mean_only(z, k, known, i)
-        tap = probe.make_tap(short.cfg, {f"{i}.z": probe.at_token(k, only)})
-        found[f"layer {i}"] = answer(tap)
+        at_k = written(probe.intervene(short, edit, known, None, k, x.shape[1]), k)
+        found[name] = (at_k @ at_0 / at_0.square().sum()).item()
     return found

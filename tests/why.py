@@ -19,22 +19,19 @@ attention, in the same seed. Our criteria, written before:
     a variant speaks against an explanation, if that says "takes" and the sink is left, or says
     "leaves" and it is taken
 """
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 
 import torch
 
 import probe
 import train
-from data.common import environment, program, read_json
+from data.common import environment, read_json
 from model import GPT, Attention, RMSNorm, record
 from tests import rest, runner
 
 SEEDS = range(10, 20)
-RESULTS = Path(__file__).parent / "results"
-FILE = RESULTS / "why.json"
+FILE = runner.RESULTS / "why.json"
 
 
 @dataclass
@@ -138,12 +135,8 @@ def runs(found, name) -> list[dict]:
 
 def shares(found, name) -> list[float]:
     """The share of softmax's sink that a variant takes, of each seed that has learned."""
-    taken = []
-    for ours, softmax in zip(runs(found, name), runs(found, "softmax")):
-        if rest.learned(ours) and rest.learned(softmax):
-            whole = rest.weight(softmax) - rest.uniform()
-            taken.append((rest.weight(softmax) - rest.weight(ours)) / whole)
-    return taken
+    pairs = zip(runs(found, name), runs(found, "softmax"))
+    return [rest.taken(*pair) for pair in pairs if all(map(rest.learned, pair))]
 
 
 def verdict(found, name) -> str:
@@ -177,11 +170,6 @@ def table(found) -> str:
     return runner.markdown(head, rows)
 
 
-def main():
-    args = runner.parser("why", __doc__).parse_args()
-    return runner.run(FILE, plan(),
-                      lambda found: runner.fill_page(rest.PAGE, {"why": table(found)}), args)
-
-
 if __name__ == "__main__":
-    sys.exit(program("why", main))
+    runner.main("why", __doc__, FILE, plan(),
+                lambda found: runner.fill_page(rest.PAGE, {"why": table(found)}))
