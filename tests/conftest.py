@@ -9,13 +9,14 @@ import torch
 
 import probe
 import train
+from chapters import figures
 from probe import Intervention, Link, Metric
 
 sys.path.append(str(Path(__file__).parent.parent / "chapters"))  # `import lesson`, as chapters do
 
 draw_curve = train.draw_curve  # `tiny_run` leaves it out; who wants the figure puts it back
 TINY = dict(data="copy", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=2, seq_len=16, batch_size=4, steps=12, evals=2, warmup=4, lr=1e-2,
+            num_attention_heads=2, seq_len=16, batch_size=4, steps=12, evals=1, warmup=4, lr=1e-2,
             threads=1, bos=0.5)
 
 
@@ -39,6 +40,7 @@ def same(a, b):
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit:DeprecationWarning")  # of torch
     config.addinivalue_line("markers", "slow: minutes, not seconds; run with pytest -m slow")
+    figures.STYLE["savefig.dpi"] = 40  # the files are looked at by nobody
     torch.set_num_threads(1)  # two are slower for models this small, most of all on a busy machine
 
 

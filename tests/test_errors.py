@@ -60,6 +60,13 @@ probe.py smollm2 out/run --file x       | give smollm2
 probe.py smollm2 --windows 1            | --windows must be at least 2
 probe.py nowhere                        | nowhere
 probe.py old no-bos                     | probe them one by one
+probe.py no-bos --text a                | give two words or more
+probe.py old --text abc --layer 7       | layers 0 to 1 and heads 0 to 1
+probe.py old --text abc --silence 1:99  | layers 0 to 1, and neurons 0 to 63
+probe.py old --text abc --silence 1-99  | invalid neurons value
+probe.py old --text abc --cut           | without --cut
+probe.py old --layer 1                  | --layer goes with --text
+probe.py old --from nowhere.txt         | nowhere.txt
 """
 ROWS = [line.split(" | ") for line in COMMANDS.strip().splitlines()]
 
@@ -97,8 +104,8 @@ OBJECTS = {
 def place(tmp_path_factory, tiny_run):
     """The current folder of all commands: texts, foreign folders, a run in `old`, damaged ones."""
     folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
-    tiny_run(folder / "old")
-    tiny_run(folder / "no-bos", bos=0.0)
+    tiny_run(folder / "old", steps=1)
+    tiny_run(folder / "no-bos", steps=1, bos=0.0)
     os.chdir(folder)
     for name, content in TEXTS.items():
         Path(name).parent.mkdir(exist_ok=True)
@@ -173,7 +180,7 @@ def test_a_text_that_has_changed(tmp_path, monkeypatch, tiny_run, capsys, what, 
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     path, out = tmp_path / "text.txt", tmp_path / "out"
     path.write_bytes(TEXTS["text.txt"])
-    tiny_run(out, data=str(path), vocab_size=vocab_size)
+    tiny_run(out, data=str(path), vocab_size=vocab_size, steps=1)
     path.write_bytes(TEXTS["text.txt"].replace(*CHANGES[what]))
     assert train.main(["--resume", str(out)]) == 2
     assert "has changed since" in capsys.readouterr().err

@@ -13,6 +13,7 @@ def small(monkeypatch, tmp_path):
     """The toy, with fewer attentions and seeds, in a folder of its own."""
     for module, name, value in ((gpu, "OUT", tmp_path), (gpu, "SEEDS", (0,)),
                                 (gpu, "ATTENTIONS", ("softmax", "gated")), (gpu, "ROUNDS", 1),
+                                (gpu, "RATES", (1e-3,)),
                                 (train, "EVAL_TOKENS", 64), (train, "PROBE_TOKENS", 64),
                                 (gpu.gc, "collect", lambda: None),  # seconds, among many tests
                                 (train, "draw_curve", lambda *_: None)):

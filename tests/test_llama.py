@@ -15,7 +15,8 @@ import probe
 from data.common import UserError
 from data.llama import memory
 from model import GPT, Config, record, rope_turns, tap_names
-from tests.tiny import SHAPES, llama_names, tiny_llama_folder, tiny_model, tokens
+from tests.tiny import (SHAPES, llama_names, tiny_llama_folder, tiny_model, tokens,
+                        with_tokenizer)
 
 # ---------------------------------------------------------------- the same numbers
 
@@ -116,19 +117,6 @@ def test_the_model_has_one_dtype_the_asked_one_or_that_of_the_head(tmp_path):
 
 # ---------------------------------------------------------------- what is refused
 
-@pytest.mark.parametrize("content, named", [
-    (None, "neither model.safetensors nor model-*"),
-    (b"\xff" * 9999, WEIGHTS),
-    (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "run git lfs pull")])
-def test_a_broken_folder_is_told_in_one_line(tmp_path, content, named):
-    weights = tiny_llama_folder(tmp_path) / WEIGHTS
-    weights.unlink() if content is None else weights.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        GPT.from_llama(tmp_path)
-    assert named in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("name", [WEIGHTS, "model-1.safetensors", "pytorch_model.bin"])
 def test_nothing_is_unpickled(tmp_path, name):
     """A pickle that would write a file, wherever weights are looked for."""
@@ -146,15 +134,7 @@ def test_nothing_is_unpickled(tmp_path, name):
 
 # ---------------------------------------------------------------- the text it reads
 
-def with_tokenizer(folder, the=1, bos="<s>"):
-    """The folder with a tokenizer that knows two words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    vocab = {"[UNK]": 0, "the": the, "<s>": 2}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos}))
-    return folder
+WORDS = {"[UNK]": 0, "the": 1, "<s>": 2}
 
 
 def opened(folder, *flags):
@@ -165,7 +145,7 @@ def opened(folder, *flags):
 
 @pytest.mark.parametrize("bos", ["<s>", {"content": "<s>"}])
 def test_bos_comes_first_where_it_is_asked_for(tmp_path, bos):
-    folder = with_tokenizer(tiny_llama_folder(tmp_path), bos=bos)
+    folder = with_tokenizer(tiny_llama_folder(tmp_path), WORDS, bos)
     plain, with_bos = opened(folder), opened(folder, "--bos")
     assert list(plain) == ["random tokens", "English text"]
     assert list(with_bos) == ["random tokens after <s>", "English text after <s>"]
@@ -176,12 +156,12 @@ def test_bos_comes_first_where_it_is_asked_for(tmp_path, bos):
         assert torch.equal(y_bos, x)
 
 
-@pytest.mark.parametrize("settings, told", [
-    (dict(bos=None), "leave --bos out"),
-    (dict(bos="the the"), "leave --bos out"),
-    (dict(the=50), "is of another model: it gives the id 50")])
-def test_a_tokenizer_without_bos_or_of_another_model(tmp_path, settings, told):
-    folder = with_tokenizer(tiny_llama_folder(tmp_path), **settings)
+@pytest.mark.parametrize("words, bos, told", [
+    (WORDS, None, "leave --bos out"),
+    (WORDS, "the the", "leave --bos out"),
+    (WORDS | {"the": 50}, "<s>", "is of another model: it gives the id 50")])
+def test_a_tokenizer_without_bos_or_of_another_model(tmp_path, words, bos, told):
+    folder = with_tokenizer(tiny_llama_folder(tmp_path), words, bos)
     with pytest.raises(UserError, match=told):
         opened(folder, "--bos")
 

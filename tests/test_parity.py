@@ -57,11 +57,15 @@ def without(*names):
     return write
 
 
-def besides(**more):
-    """More tensors; a dot in a name is written __."""
+def besides(name, width):
+    """One tensor more, in the attention of layer 0."""
     def write(folder, weights):
-        save(folder, weights | {name.replace("__", "."): w for name, w in more.items()})
+        save(folder, weights | {f"model.layers.0.self_attn.{name}": torch.ones(width)})
     return write
+
+
+def bytes_of(content):
+    return lambda folder, weights: (folder / WEIGHTS).write_bytes(content)
 
 
 def unprefixed(folder, weights):
@@ -70,10 +74,6 @@ def unprefixed(folder, weights):
 
 TWO = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-TABLE = besides(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
-QK_NORM = besides(model__layers__0__self_attn__q_norm__weight=torch.ones(8))
-BIAS = besides(model__layers__0__self_attn__q_proj__bias=torch.ones(32))
-OTHER_HEAD = besides(lm_head__weight=torch.ones(50, 32) / 3)
 
 
 def rope(**keys):
@@ -154,7 +154,7 @@ SAME = {  # shapes as we write them: test_llama.py
     "fp64": ({}, {}, as_type(torch.float64)),
     "mixed": ({}, {}, as_type(torch.bfloat16, "mlp")),
     "head in bf16": ({}, {}, as_type(torch.bfloat16, HEAD)),
-    "rotary tables": ({}, {}, TABLE),
+    "rotary tables": ({}, {}, besides("rotary_emb.inv_freq", 4)),
     "shards": ({}, {}, sharded(*TWO)),
     "shards of other names": ({}, {}, sharded("a.safetensors", "b.safetensors")),
     "an index to one file": ({}, {}, sharded(WEIGHTS)),
@@ -163,14 +163,17 @@ SAME = {  # shapes as we write them: test_llama.py
     "a tied model in shards": (SHAPES["tied"], {}, sharded(*TWO)),
 }
 REFUSED = {  # and words of the line
+    "no weights": ({}, {}, lambda *_: None, "neither model.safetensors nor model-*"),
+    "no safetensors": ({}, {}, bytes_of(b"\xff" * 9999), WEIGHTS),
+    "a pointer": ({}, {}, bytes_of(b"version https://git-lfs.github.com/"), "run git lfs pull"),
     "a shard absent": ({}, {}, sharded(*TWO, absent=True), "is not there, but"),
     "stale shards, no index": ({}, {}, sharded(*TWO, index=False, stale=True), "there twice"),
     "no head": ({}, {}, without(HEAD), "no lm_head.weight"),
     "no embedding": ({}, {}, without(EMBEDDING), "embed_tokens.weight"),
     "no norm": ({}, {}, without("model.norm.weight"), "norm.weight"),
     "a bare model, untied": ({}, dict(architectures=["LlamaModel"]), without(HEAD), "lm_head"),
-    "QK-norm": ({}, {}, QK_NORM, "q_norm"),
-    "biases that config denies": ({}, {}, BIAS, "q_proj.bias"),
+    "QK-norm": ({}, {}, besides("q_norm.weight", 8), "q_norm"),
+    "biases that config denies": ({}, {}, besides("q_proj.bias", 32), "q_proj.bias"),
     "biases that are missing": ({}, dict(attention_bias=True), save, "q_proj.bias"),
     "another width": ({}, dict(hidden_size=64, head_dim=8), save, "size mismatch"),
     "other heads": ({}, dict(num_key_value_heads=2), save, "size mismatch"),

@@ -1,7 +1,6 @@
 """Every number on tensors with a known answer; every edit changes what it names and nothing else;
 and LINKS is the one place: what is added there shows up everywhere."""
 
-import json
 import math
 from itertools import chain
 
@@ -10,7 +9,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import probe
-from data.common import UserError
+from data.common import UserError, read_json
 from model import ATTENTIONS, Config
 from tests.tiny import activation, near, tiny_llama_folder, tiny_model, tokens
 
@@ -380,14 +379,10 @@ def llama(tmp_path):
     return ["--llama", str(folder), "--windows=4", "--threads=1", f"--out={out}"], out
 
 
-def saved(path):
-    return json.loads(path.read_text())
-
-
 def test_what_is_added_to_links_is_cut(made_up, llama):
     words, out = llama
-    assert probe.main([*words, "--cut"]) == 0
-    found = saved(out / "cut.json")["cut"]["tiny"]
+    assert probe.main([*words, "--cut", "--batches=1"]) == 0
+    found = read_json(out / "cut.json")["cut"]["tiny"]
     assert "mirrors" in [verdict["link"] for verdict in found["verdicts"]]
     assert "mirror" in found["batches"][0][0]["after"][0]
     assert (out / "cut.png").exists()
@@ -401,18 +396,19 @@ def test_what_is_added_to_links_is_measured_and_kept_before_a_figure_fails(
     printed = capsys.readouterr().out
     assert "a number nobody else names" in printed
     assert "no chain.png (division by zero)" in printed
-    found = saved(out / "chain.json")
+    found = read_json(out / "chain.json")
     mean = found["chain"]["random tokens"]["tiny"]["mean"]
     assert {"made_up", "mirror"} <= mean.keys()
     kept = found["by layer"]["tiny"]["random tokens"]
     assert torch.tensor(kept["token 32"]["sink"]).shape == (3, 4)
 
 
-def test_a_run_beside_itself_untrained(tmp_path, tiny_run):
+def test_a_run_beside_itself_untrained(tmp_path, tiny_run, monkeypatch):
+    monkeypatch.setattr("chapters.figures.drawn", lambda *_: b"")
     tiny_run(tmp_path / "run")
     probe.main([str(tmp_path / "run"), "--windows=4", "--batches=2"])
     assert (tmp_path / "run/chain.png").exists()
-    found = saved(tmp_path / "run/chain.json")["chain"]
+    found = read_json(tmp_path / "run/chain.json")["chain"]
     assert list(found) == ["nothing to copy", "ordinary first token"]
     for columns in found.values():
         assert list(columns) == ["run", "run, token 8", "run, untrained"]

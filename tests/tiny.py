@@ -81,3 +81,13 @@ def tiny_llama_folder(folder, **changes):
     (folder / "config.json").write_text(json.dumps(llama_config(gpt.cfg)))
     save_file(llama_names(gpt), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def with_tokenizer(folder, words, bos=None):
+    """The folder with a tokenizer of these words, {word: id}; the first stands for all others."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=next(iter(words))))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos}))
+    return folder
