@@ -503,7 +503,7 @@ def compile_model(model: GPT, compiled: bool, device) -> torch.autocast:
 
 
 def draw_curve(state: State, header: dict) -> None:
-    """curve.png"""
+    """curve.png: losses and sink over the steps."""
     baseline = probe.baseline(probe.metric("sink"), state.model.cfg, state.run.seq_len)
     drawn = (state.folder.name, state.log, KINDS, baseline, header["optimal_loss"])
     probe.draw("curve", drawn, state.folder / "curve.png")
@@ -608,13 +608,14 @@ def run_of(folder) -> Run:
 
 def command(words) -> int:
     given = parse(words)
-    folder, overwrite = given.pop("resume", None), given.pop("overwrite", False)
+    folder = given.pop("resume", None)
     if folder is not None:
         for name in given:
             if name not in MACHINE:
                 raise UserError(f"{flag(name)} does not go with --resume; leave it out")
         state = train(replace(run_of(folder), **given), resume=True)
     else:
+        overwrite = given.pop("overwrite", False)
         state = train(Run(**given), overwrite=overwrite)
     if not state.finished:
         return 130

@@ -39,6 +39,7 @@ COMMANDS = """
 --out notes --overwrite                 | holds files that are no run
 --resume nowhere                        | nowhere holds no run
 --resume old --attn sigmoid             | --attn does not go with --resume
+--resume old --overwrite                | --overwrite does not go with --resume
 --resume older                          | older is of an older train.py (no 'repeat')
 probe.py no-model                       | go on with: python train.py --resume no-model
 probe.py llama                          | python probe.py --llama llama
