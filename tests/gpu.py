@@ -234,7 +234,7 @@ def trained(place, run) -> train.State:
     """A training, begun or gone on with; at the deadline it stops unfinished."""
     x, _ = random_windows(8, run.seq_len, train.load_corpus(run).bos)
     begun = (Path(run.out) / "config.json").exists()
-    return train.train(run, resume=begun, deadline=place.deadline, kinds={"links_random": x})
+    return train.train(run, resume=begun, deadline=place.deadline, more={"links_random": x})
 
 
 def try_rate(place, found, attn, lr) -> dict | None:

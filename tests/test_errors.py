@@ -25,7 +25,7 @@ COMMANDS = """
 --steps 0                               | --steps must be at least 1
 --num-attention-heads 3                 | hidden_size must be a multiple of num_attention_heads 3
 --device tpu                            | --device must be
---vocab-size 500                        | --vocab-size is for text
+--vocab-size 500                        | --vocab-size changes nothing with --data rest
 --data text.txt --vocab-size 256        | at least 257
 --data text.txt --seq-len 9999          | too short for windows of 9999
 --data nowhere.txt                      | 'nowhere.txt': it does not exist
