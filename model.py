@@ -6,8 +6,9 @@
 
 In this file: `Config`, the shape of a model; rotary positions; the layers, of which
 `Attention.mix` has the formulas of all `attn` (the bias comes from `GPT.mask_bias`); `GPT`, the
-whole model, and how to open a saved one; and taps, to read and to edit activations. A *tap* is a function that is called with every activation
-and its name, and may replace it: `tap_names` lists all names and shapes.
+whole model, and how to open a saved one; and taps, to read and to edit activations. A *tap* is a
+function that is called with every activation and its name, and may replace it: `tap_names` lists
+all names and shapes.
 
 Letters in shapes: B batch, T position, H query head, K key/value head, D head width, C model
 width, F FFN width, V vocabulary. Modules and settings have the names of Hugging Face's Llama

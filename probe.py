@@ -13,10 +13,10 @@ cut matrix, the verdicts, the numbers that train.py logs, the glossary of --help
 read off LINKS. To add a number, a link or an intervention, add one entry there.
 
 Every number is a function of *activations*, named as in `model.tap_names`: q, k, v of attention, z
-the average of values that a head forms, resid_pre and resid_post the state before and after a layer.
-Letters in shapes: N windows, T position, H head, K key/value head, D head width, C model width, F
-neuron, L layer. `k` is the token looked at: 0, the first one, unless told. "Claim n" is the paper's,
-as tests/results/claims.md lists them.
+the average of values that a head forms, resid_pre and resid_post the state before and after a
+layer. Letters in shapes: N windows, T position, H head, K key/value head, D head width, C model
+width, F neuron, L layer. `k` is the token looked at: 0, the first one, unless told. "Claim n" is
+the paper's, as tests/results/claims.md lists them.
 
 In this file: functions of one number, measures, edits, LINKS, the chain, cut and forge, a reader's
 own words, figures' data, tables, the command line.

@@ -37,15 +37,17 @@ L, H = model.cfg.num_hidden_layers, model.cfg.num_attention_heads
 print(f"SmolLM2-135M: {L} layers, {H} heads a layer")
 
 # %% [markdown]
-# SmolLM2-135M is a Llama like the large ones, only smaller. Our copy has weights of 4
-# bits (Q4_1), turned back into ordinary numbers. It puts no special token in front of a
-# text, so its first token is an ordinary one.
+# SmolLM2-135M-Instruct (here *SmolLM2*) is a Llama like the large ones, only smaller,
+# and trained further to follow instructions. Our copy has weights of 4 bits (Q4_1; the
+# embedding has 8), turned back into ordinary numbers. It puts no special token in front
+# of a text, so its first token is an ordinary one.
 #
 # ## Your own words
 #
 # Put your own sentence here. Each row of a map is a word that reads, each column a word
 # that is looked at; the first word's column is orange. On the right, five neurons of
-# every layer are silent at the first word; chapter 03 says which neurons these are.
+# every layer, those that write most there, are silent at the first word; the output
+# calls them *super neurons* (chapter 03).
 
 # %%
 look("Dear students, today we look inside a language model and ask why its heads look "
@@ -272,24 +274,24 @@ for title, (name, kind) in cases.items():
 rows = log("softmax")
 links = {"sink": "sink", "value": "drain", "length of the state": "norm_ratio"}
 figure = figures.birth(rows, links, "links_rest",
-                       "The sink comes first, the long state later")
-show(figure, "00_birth", "Three lines over the steps of training: the sink rises while "
-     "the value of the first token shrinks; its state grows long only afterwards.")
-half = {}
+                       "The long state comes after the sink")
+show(figure, "00_birth", "Three lines over the steps of training: the value of the "
+     "first token begins to shrink, then the sink rises; the state grows long only "
+     "afterwards.")
+half, steps = {}, [row["step"] for row in rows]
 for name, key in links.items():
-    steps = [row["step"] for row in rows]
     values = [row["links_rest"][key] for row in rows]
-    middle, rises = (values[0] + values[-1]) / 2, values[-1] > values[0]
-    past_half = [(value > middle) == rises for value in values]
+    whole = values[-1] - values[0]
+    past_half = [(value - values[0]) / whole >= 0.5 for value in values]
     half[name] = steps[past_half.index(True)]
     print(f"{name}: half of its way at step {half[name]}")
 assert half["sink"] < half["length of the state"], "the long state comes first"
 
 # %% [markdown]
-# Here the long state comes *after* the sink, so it cannot be the cause of the sink.
-# Five seeds agree (`tests/results/claims.md`). Yet the finished SmolLM2 needs the
-# neurons that write its long state, and its direction (chapter 06). So a finished model
-# does not tell how its sink was born.
+# Here the long state comes *after* the sink, so it cannot be what this sink was born
+# from. Five seeds agree (`tests/results/claims.md`). The finished SmolLM2 needs the
+# neurons that write its long state, and its direction (chapter 06); how *its* sink was
+# born we have not seen.
 #
 # ## Beside the paper
 
@@ -349,7 +351,9 @@ check("00.hidden", hidden)
 prediction = ...
 mask = hidden(64, 0)
 right = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
-if right and prediction is not ...:
+if not right:
+    print("prediction: not yet. Exercise 2 first, whose mask it needs")
+elif prediction is not ...:
     x, y = english()
     _, seen = record(model, x, names[12:], mask=mask)
     moved = torch.cat(list(seen.values()))
@@ -359,4 +363,4 @@ if right and prediction is not ...:
     _, before = model(x, y)
     _, after = model(x, y, mask=mask)
     print(f"loss {before:.2f} -> {after:.2f}")
-check("00.prediction", prediction)
+    check("00.prediction", prediction)

@@ -39,15 +39,16 @@ _, seen = record(model, x, answers + states)
 # ## Found by weights
 #
 # Let $h$ be what an MLP reads: the state of one token (its vector in the residual
-# stream) after RMSNorm. Neuron $i$ has a row $w_g$ in the gate matrix, a row $w_u$ in
-# the up matrix, and a column of $W_{down}$. It adds this column to the state, times its
-# *answer*
+# stream) after RMSNorm, which divides it by the root of the mean of its squares and
+# multiplies each entry by a learned *gain* $\gamma_j$ (chapter 05). Neuron $i$ has a
+# row $w_g$ in the gate matrix, a row $w_u$ in the up matrix, and a column of
+# $W_{down}$. It adds this column to the state, times its *answer*
 #
 # $$a(h) = \mathrm{silu}(w_g \cdot h)\;(w_u \cdot h)$$
 #
 # A neuron with long rows can answer loudly, and one with a large entry in its column
 # can push one dimension far. So give each neuron a score, for which no token is read
-# (after arXiv 2603.05498; $\gamma$ is the gain of the norm in front):
+# (after arXiv 2603.05498):
 #
 # $$\mathrm{score}_i = \max_j |W_{down,ji}| \cdot \lVert \gamma \odot w_{g,i} \rVert
 # \cdot \lVert \gamma \odot w_{u,i} \rVert$$
@@ -125,12 +126,13 @@ for axis, (of, e) in zip(axes, written.items()):
 axes[0].set_ylabel("energy of the write (log)")
 figure.suptitle("Layer 11: two neurons stand out, by weight and at token 0")
 show(figure, "03_neurons", "Scatter of 1,536 neurons, weight score against energy. Two "
-     "lie far to the right; at token 0 they also lie far above all others.")
+     "lie far to the right and far above all others, much lower at other tokens than "
+     "at token 0.")
 
 # %% [markdown]
-# On the right the pair is on top too. The right panel is a mean dominated by a few
-# tokens: to the median token the pair writes almost nothing, as the contrast says.
-# Exercise 3 of chapter 08 finds one of these few tokens.
+# On the right the pair is on top too. The right panel is a mean dominated by two
+# tokens: in two of the eight windows the pair answers to token 1 as well. To the median
+# token it writes almost nothing, as the contrast says.
 #
 # How do the two recognise the first token, when it can be any token? The first token
 # sees only itself. So let tokens 10, 25 and 45 see only themselves:
@@ -159,7 +161,8 @@ squares = down[:, pair].square()  # (C, 2)
 share, dimension = (squares / squares.sum(0)).max(0)
 print("largest dimension:", dimension.tolist(), "its share of the squared length:",
       *(f"{part:.0%}" for part in share))
-assert share.min() > 0.5, "they write into many dimensions"
+assert share.min() > 0.9, "they write into many dimensions"
+assert dimension[0] == dimension[1], "they write into two dimensions"
 c = dimension[0].item()
 
 # %%
@@ -237,7 +240,8 @@ figures.by_layer(axis, sinks, "Two silent neurons of layer 11 take most later si
                  ylabel="attention to token 0,\nmean of heads")
 axis.axhline(probe.uniform_sink(64), color="black", lw=0.9, ls=":")
 show(figure, "03_silent", "Attention to token 0 by layer. Up to layer 11 the curves "
-     "are one; after it that of the silent pair falls to the baseline by layer 21.")
+     "are one; after it that of the silent pair rises to 0.4 at most, and from layer "
+     "21 on is near the baseline.")
 
 # %% [markdown]
 # Layers 12 to 15 keep a part of their sinks. How their heads recognise the first token
@@ -274,6 +278,9 @@ for name, tap in taps.items():
 assert "Paris" in texts["untouched"], "the model does not know it"
 assert "Paris" not in texts["pair silent"], "it writes without the pair"
 assert texts["two others"] == texts["untouched"], "any two would do"
+if prediction is not ...:
+    same = texts["but at token 0"] == texts["untouched"]
+    assert same, "the pair matters at other tokens"
 check("03.prediction", prediction)
 
 # %% [markdown]
@@ -322,7 +329,7 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 # The story would fail if weight and activity found different neurons, if an ordinary
 # token had neurons of its own with the same contrast, or if silencing two others took
 # the sink as well. The assertions above exclude all three. Not shown is that *every*
-# Llama has its pair in one layer: SmolLM2 writes in two waves, and nobody knows why.
+# Llama has such a pair. Why SmolLM2 writes in two waves is open.
 #
 # **You can now** rank neurons by what they write, silence some of them beside others,
 # and see what the model then says.
@@ -332,7 +339,7 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 # **1.** The prediction above the cell that writes.
 #
 # **2.** Fool the neurons. Change one token of every window of `x` (N, T), not the
-# first, so that token 1 of SmolLM2 gets the same answer from the pair as token 0.
+# first, so that the pair gives token 1 the same answer as token 0.
 
 
 # %%

@@ -61,7 +61,7 @@ library = probe.over_median(states[12].norm(dim=-1), 0).mean()
 assert torch.isclose(ratio[12], library), "the same number in probe"
 some = [f"{i}: {ratio[i]:.3g}" for i in (0, 2, 3, 8, 11, 12, 20, 28, 29)]
 print("longer than the median, by layer:", ", ".join(some), "times")
-assert ratio[11] < 3, "it is long before layer 11"
+assert ratio[11] < 3, "what layer 11 reads is still long"
 assert ratio[12] > 100, "layer 11 does not make it a hundred times as long"
 
 # %% [markdown]
@@ -117,16 +117,18 @@ figures.by_layer(right, curves, "and in both it is more dominated",
 right.axhline(formula, color="black", lw=0.9, ls=":", label="Gaussian")
 right.axhline(C, color="black", lw=0.9, ls="--", label=f"ceiling {C}")
 right.legend(ncols=2, loc="upper left", fontsize=8, columnspacing=1)
-show(figure, "04_disparity", "Left: the norm ratio by layer, 10 in the first wave, "
-     "over 100 from layer 12 on, falling at the end. Right: DomRatio of token 0, in "
-     "both waves far above that of token 32, between them below it.")
+show(figure, "04_disparity", "Left: the norm ratio by layer, up to 10 in the first "
+     "wave, 161 at layer 12, then falling, to 14 at layer 29. Right: DomRatio of token "
+     "0, in both waves far above that of token 32, at layer 11 far below it.")
 
 # %% [markdown]
-# Notice two things. First, an ordinary token is no Gaussian vector either: every state
-# has a few large dimensions. So compare the two tokens in the *same* layer: in the two
-# waves the DomRatio of token 0 is a few times that of token 32. Second, RMSNorm undoes
-# much of the difference. Its learned gain $\gamma$, one factor for each dimension, is
-# small in the dimension that dominates: the model has learned to turn it down.
+# Notice two things. First, an ordinary token is no Gaussian vector either: in most
+# layers its state has a few large dimensions. So compare the two tokens in the *same*
+# layer: in the two waves the DomRatio of token 0 is a few times that of token 32.
+# Second, in the second wave RMSNorm undoes much of the difference: it makes token 0
+# less dominated and, in most of its layers, token 32 more. Its learned gain $\gamma$,
+# one factor for each dimension, is small there in the dimension that dominates: the
+# model has learned to turn it down.
 
 # %%
 squares = states[12][:, 0].square()  # (N, C)
@@ -226,8 +228,8 @@ assert abs(losses["mean"] - losses["untouched"]) < 0.1, "its value tells of the 
 check("04.prediction", prediction)
 
 # %% [markdown]
-# So this dimension carries no information about the text. It is a constant that marks
-# a place, and the model cannot do without it. Sun et al. found the same in Llama-2-7B,
+# So this entry of token 0 tells later layers nothing about the text. It is a constant,
+# and the model cannot do without it. Sun et al. found the same in Llama-2-7B,
 # by the same two changes.
 #
 # ## In small models that you train

@@ -8,10 +8,11 @@
 # %% [markdown]
 # # 05 · RMSNorm and the lock
 #
-# **Claim.** RMSNorm removes the length of a state and keeps its direction. So in
-# SmolLM2 the key of the first token is the same, whatever token stands there, and it is
-# not long. In nearly every head with a sink the queries point to the side of this key.
-# For other keys that is rare. Without the norm in the keys, the model breaks.
+# **Claim.** RMSNorm removes the length of a state and keeps its direction. So in the
+# layers of SmolLM2 where the first state is long, the key of the first token is nearly
+# the same, whatever token stands there, and it is not long. In nearly every head with a
+# sink the queries point to the side of this key. For other keys that is rare. Without
+# the norm in the keys, the model breaks.
 #
 # **You learn** what a norm before attention does to a long state, and to ask of a
 # striking count what it is for another token. **You need** chapter 04: the first state
@@ -138,8 +139,9 @@ figures.by_layer(left, lengths, "RMSNorm keeps key 0 short", **look,
                  ylim=(0.1, 500), ylabel="length of key 0 / median key (log)")
 figures.by_layer(right, gaps, "and its lock gap near ten nats", **look,
                  ylim=(0.05, 5000), ylabel="largest lock gap, nats (log)")
-show(figure, "05_without", "Left: length of key 0 by layer, below 1 with RMSNorm, far "
-     "above with a constant. Right: its logit, about 10 nats, and hundreds without.")
+show(figure, "05_without", "Left: length of key 0 by layer: with RMSNorm below 1 where "
+     "the state is long, with a constant far above, most from layer 12 on. Right: the "
+     "largest lock gap, about 10 nats, with a constant up to hundreds.")
 
 # %%
 growth = {}
@@ -148,10 +150,10 @@ for name, gap in gaps.items():
     growth[name] = largest[second_wave].mean() / largest[first_wave].mean()
 print(f"largest gap, second wave over first: {growth['with RMSNorm']:.1f} with RMSNorm,"
       f" {growth['with a constant']:.1f} with a constant")
-assert 0.3 < growth["with RMSNorm"] < 3, "the norm hides the length"
-assert growth["with a constant"] > 3, "a constant does not"
-assert lengths["with RMSNorm"][second_wave].max() < 1, "the norm keeps the key short"
-assert lengths["with a constant"][second_wave].min() > 1, "a constant does not"
+assert 0.3 < growth["with RMSNorm"] < 3, "the gap grows with the length"
+assert growth["with a constant"] > 3, "the gap does not grow"
+assert lengths["with RMSNorm"][second_wave].max() < 1, "the norm leaves the key long"
+assert lengths["with a constant"][second_wave].min() > 1, "the key stays short"
 
 # %% [markdown]
 # In the second wave of chapter 04 the state is many times as long as in the first. With
@@ -244,7 +246,8 @@ figures.dress(axis, "Nearly every sink has its queries on the side of key 0",
               {"loc": "upper left"}, xlabel="cos(u₁, k₀) of a head, before rotation",
               ylabel="attention to token 0 (dotted: 0.3, a sink)", ylim=(0, 1.15))
 show(figure, "05_heads", "Scatter of 261 heads. Those with nearly all queries on the "
-     "side of key 0 lie mostly above the sink threshold, the others below it.")
+     "side of key 0 lie mostly above the sink threshold, the others nearly all below "
+     "it.")
 
 # %%
 both = (locked & has_sink).sum()
@@ -261,8 +264,8 @@ assert has_sink[~locked].float().mean() < 0.3, "heads that are not locked have s
 assert max(control.values()) < locked.sum() / 4, "heads are locked to any key"
 
 # %% [markdown]
-# Most heads are locked to key 0, so that sinks are found among locked heads says little
-# by itself. The control says more: to another key few heads are locked. The crosses are
+# Most heads are locked to key 0. So it says little by itself that heads with a sink are
+# locked. The control says more: to another key few heads are locked. The crosses are
 # mostly heads of layers in which dimension 507 is not yet written, or erased.
 #
 # ## In small models that you train
@@ -300,10 +303,11 @@ assert abs(others["text"]) < 3, "the other keys do not score about zero"
 assert others["copy"] < -2 < key_0["copy"], "the other keys do not score below zero"
 
 # %% [markdown]
-# `text` locks as SmolLM2 does: key 0 scores high, and the other keys score about zero.
-# In `copy`, where nothing is to be copied, key 0 scores about zero, and the *others*
-# score far below. Softmax sees only *differences*, so both are sinks. The paper counts
-# whether $q \cdot k_0$ is above zero; attention asks whether it is above the others.
+# In `text`, as in SmolLM2, nearly all queries have $q \cdot k_0 > 0$. Key 0 scores
+# high, and the other keys score about zero. In `copy`, where nothing is to be copied,
+# key 0 scores about zero, and the *others* score far below. Softmax sees only
+# *differences*, so both are sinks. The paper counts whether $q \cdot k_0$ is above
+# zero; attention asks whether it is above the others.
 #
 # ## Beside the paper
 

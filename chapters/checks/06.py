@@ -59,7 +59,7 @@ def first_layer(answer):
     k, wanted = 10, [probe.metric("sink")]
 
     def attention(last):
-        """(L, H) to token 0 and to token k, alone in the layers up to `last`."""
+        """(L - 1, H) to token 0 and to token k, alone in the layers up to `last`."""
         def alone(scores):
             return probe.see_only_itself(scores, k, None, None)
 

@@ -48,6 +48,9 @@ def weights_with_logit(answer):
     wanted = scores.exp() / total
     assert torch.allclose(got, wanted, atol=1e-6), \
         "The denominator is exp(b) plus the sum over the keys of one query."
+    four = answer(scores.expand(2, 3, 2, 3), 0.5)
+    assert torch.allclose(four, wanted.expand(2, 3, 2, 3), atol=1e-6), \
+        "Scores may have more axes in front, as in (N, H, T, T)."
     large = answer(torch.tensor([[200.0, 0.0]]), 0.0)
     assert large.isfinite().all(), "exp(200) is too large: append b, then softmax."
 

@@ -1,15 +1,9 @@
 """Solutions of chapter 02."""
 
-import torch
-
-
-def kendall(a, b):
-    # A pair agrees if both lists put it in the same order: then its two signs have the
-    # product 1, else -1. The sum is the pairs that agree minus those that do not, and
-    # the matrix holds every pair twice.
-    n = len(a)
-    agree = torch.sign(a[:, None] - a) * torch.sign(b[:, None] - b)
-    return agree.sum() / (n * (n - 1))
+def share_agreeing(tau):
+    # A share s agrees and 1 - s does not, and tau is their difference, 2 s - 1. So the
+    # paper's 0.32 means that two pairs of three agree.
+    return (1 + tau) / 2
 
 
 # The reading by columns uses the lengths of the columns and the variance of z, and the
