@@ -235,7 +235,7 @@ _, seen = record(model, x, ["0.z"])
 varies = probe.variance(seen["0.z"])  # (T,)
 for factor in factors:
     times = factor**2 * varies[k] / varies[0]
-    print(f"λ = {factor}: in layer 0 token 10 varies {times:.1f} times as much as token 0")
+    print(f"λ = {factor}: in layer 0 token 10 varies {times:.1f} times as much as 0")
 assert 4 * varies[k] < varies[0] < 25 * varies[k] / 3, "λ = 2 or 5: not as told below"
 
 # %% [markdown]

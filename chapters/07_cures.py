@@ -239,7 +239,8 @@ for rate in sorted(grid["headnorm"], key=float):
     for attn in ("softmax", "headnorm"):
         found = [run for _, run in sorted(grid[attn][rate].items())]
         excess_loss = fmean(sum(run["loss"].values()) for run in found)
-        print(f"rate {rate:6} {attn:9} weight on token 0 {fmean(map(on_first, found)):.2f}, "
+        weight = fmean(map(on_first, found))
+        print(f"rate {rate:6} {attn:9} weight on token 0 {weight:.2f}, "
               f"{excess_loss:.4f} nats above perfect, at rest plus at triggers")
 at_best, usual = (fmean(map(on_first, grid["headnorm"][rate].values()))
                   for rate in ("0.01", RATE))
