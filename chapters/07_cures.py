@@ -348,14 +348,17 @@ for name in ("softmax", "headnorm", "scaled", "gated", "logit", "sigmoid"):
               *(f"{share:.0f}" for share in left[name]), "| in text:",
               *(f"{share:.0f}" for share in ends[name]), "| loss",
               *(f"{loss - whole:+.2f}" for loss in losses))
-assert max(left["headnorm"]) < left["softmax"][0] / 5, "no cure there"
+assert min(left["headnorm"]) < left["softmax"][0] / 5, "it comes back in every order"
+assert max(left["headnorm"]) > left["softmax"][0] / 2, "it stays away in every order"
 assert min(left["scaled"]) > 50, "the control is a cure as well"
-assert max(ends["headnorm"]) > ends["softmax"][0] / 2, "in text it stays away"
 
 # %% [markdown]
-# (A number for each order of batches.) On random tokens headnorm keeps the sink away,
-# at a loss that is some 0.4 nats higher. In text it depends on the order of the
-# batches. Gated pays nothing, and after these 500 steps it still has its sink.
+# (A number for each order of batches.) Under headnorm the sink on random tokens stays
+# away in some orders of the batches and comes back in others; in text it comes back in
+# most. Its loss is some 0.4 nats higher each time. So a single training with a cure
+# decides little, in a real model too. Gated pays nothing, and after these 500 steps it
+# still has its sink. The learned logit begins with $b = 0$ in every head, and loses a
+# part of it.
 #
 # ## A sink that is of use: the ruler
 #

@@ -386,9 +386,13 @@ def claim_table(tests) -> str:
 
 def evaluations(found) -> str:
     """When the seeds of Q1 were looked at."""
-    steps = [row["step"] for row in found["micro"]["0"]["softmax"]["birth"]]
-    return (f"Looked at after {', '.join(map(str, steps))} steps: a difference of less than the "
-            "distance of two looks is not seen, and equal steps (*tied*) count as held.")
+    looks = []
+    for lane in ("micro", "rest"):
+        steps = [str(row["step"]) for row in found[lane]["0"]["softmax"]["birth"]]
+        looks.append(", ".join(steps))
+    return (f"`text` and `micro` were looked at after {looks[0]} steps, `rest` after {looks[1]}: a "
+            "difference of less than the distance of two looks is not seen, and equal steps "
+            "(*tied*) count as held.")
 
 
 def chain_table(found) -> str:
@@ -470,49 +474,53 @@ def losses_table(found) -> str:
 
 
 FOUND = """
-**In a real Llama a handful of neurons carries the sink.** Silence five of the 1,536 neurons of each
-layer of SmolLM2 at the first token, and its sink is gone ({cut neurons.share %} ± {neurons sd} of
-it: less than chance is left); the next tokens get that attention. Silence all others there instead,
-and it loses {neurons at 0.all others %} ± {others sd} ([chapter 03](chapters/book/03.md)).
+**In a real Llama a handful of neurons a layer carries the sink.** Silence five of the 1,536 neurons
+of each layer of SmolLM2 at the first token, and its sink is gone ({cut neurons.share %} ± {neurons
+sd} of it: less than chance is left); the next tokens get that attention. Silence all others there
+instead, and it loses {neurons at 0.all others %} ± {others sd} ([chapter 03](chapters/book/03.md)).
 
 **A value that was not mixed with others forges one.** A token of SmolLM2 whose z is the *mean* of
 tokens that see only themselves gets {unmixed.forge, every: mean only %} ± {unmixed sd} of the two
 sinks: variance, the paper's reason, is not needed to forge one, though in our copying model it is
 ([chapter 06](chapters/book/06.md)).
 
-**Not every link holds.** In the first layer W_O weakens the outlier that it is said to pass on:
-{first.variance} ± {sd of variance} times the median before, {after} after ([claim by
-claim](tests/results/claims.md)).
+**Not every link holds.** Giving the first token the RMS of the others before W_O takes {cut
+W_O.share %} of the sink, and in the first layer W_O weakens the outlier that it is said to pass on:
+{first.variance} ± {sd of variance} times the median before, {after} after (in text
+{text.first.variance} and {text.first.variance_out}) ([claim by claim](tests/results/claims.md)).
 
-**Of the paper's two cures sigmoid ends the sink, headnorm takes a part or most of it.** Where heads
-must rest, softmax gives the first token {softmax} of its attention, headnorm {headnorm} (ten seeds;
-{headnorm at best} at its best learning rate, five seeds), uniform attention 0.11; sigmoid, or
+**Where heads must rest, sigmoid ends the sink, and headnorm takes a part or most of it.** Softmax
+gives the first token {softmax} of its attention, headnorm {headnorm} (ten seeds; {headnorm at best}
+at the best, and highest, of three learning rates, five seeds), uniform attention 0.11; sigmoid, or
 softmax with one learned logit more in its denominator, none. Neither of headnorm's two effects,
 equal variance and no silent output, explains that alone ([chapter 07](chapters/book/07.md)).
 
-**Built into a finished model headnorm costs loss, and a sink may have a use.** After 500 steps of
-retraining, SmolLM2 with headnorm has a sink in {left} of the heads on random tokens, at {price}
-nats of loss, and in text it came back in {back}. Where heads count positions from the first token,
-every attention tried goes on using it, and headnorm does not end the sink ([the
+**Built into a finished model headnorm costs loss and need not last, and a sink may have a use.**
+After 500 steps of retraining, SmolLM2 with headnorm has a sink in {left} of the heads on random
+tokens and in {left in text} in text, depending on the order of the batches, at {price} nats of loss
+(its control, which keeps the sink: {control price}). Where heads count positions from the first
+token, every attention tried goes on using it, and headnorm does not end the sink ([the
 cures](tests/results/cures.md)).
 """  # for the README; what stands in braces is a `value_at`, of SmolLM2 where it names no lane
 
 IN_FULL = """
-**A real Llama shows the chain.** In SmolLM2, on random tokens, the first token varies
+**A real Llama shows most of the chain.** In SmolLM2, on random tokens, the first token varies
 {first.variance} times as much as the median (± {sd of variance} over batches), its state is
 {first.norm_ratio} times as long, and {first.sink_rate %} of all heads have a sink on it. Cutting
 what it averages, its neurons, its direction or its key takes {cut variance.share %}, {cut
-neurons.share %}, {cut direction.share %} and {cut lock.share %} of the sink; the controls take next
-to nothing.
+neurons.share %}, {cut direction.share %} and {cut lock.share %} of the sink; the controls of these
+four take at most 4%. (Disparity: {cut disparity.share %}, its control {cut disparity.control %};
+W_O: {cut W_O.share %}.)
 
 **A handful of neurons carries it.** (Others silenced the whole first MLP at that token: arXiv
 2510.06477.) With five of 1,536 a layer silent at that one token it has no sink; the next tokens
 take it over. With all *others* silent it loses {neurons at 0.all others %}, without the next five
 by write {neurons at 0.6 to 10 %}, and with the write of the five turned to a random direction of
 the same length {neurons at 0.turned %}. (Five of like weight take nothing, but they carry only
-{like carries} of that write.) In one training of 500 short steps the model with these five drawn
-anew has {healed}; its strongest head rises all the time, from {strongest}. Let it write without two
-of them: [chapter 03](../../chapters/book/03.md).
+{like carries} of its squared length.) In one training of 500 short steps the model with these five
+drawn anew has {healed}; the strongest head of the first of these two gives token 0 {strongest} (one
+batch, before and after the training). Let it write without two of them: [chapter
+03](../../chapters/book/03.md).
 
 **An unmixed value forges a sink; to forge one in SmolLM2, variance is not needed.** A token that
 sees only itself gets {forge variance.share %} of the two sinks. It gets {unmixed.forge, every: mean
@@ -526,21 +534,22 @@ second {rest: unmixed.forge, every: deviation only %} and neither {rest: unmixed
 neither %}; in copying only the deviation does it ({copying}). More models, not quantised, would
 settle it.
 
-**Not everything holds.** In SmolLM2 the columns of W_O do not favour the dimensions of high
-variance (Kendall tau {first.wo_tau}, the paper 0.32; in the first layer {tau of layer 0}, in text
-{text.tau of layer 0}), nor do long rows write into dimensions of the state that vary much ({tau of
-rows}); it weakens the outlier that it is said to pass on ({first.variance} times the median before
-it, {first.variance_out} after, in text {text.first.variance} and {text.first.variance_out}). Giving
-the first token the others' RMS before W_O takes only {cut W_O.share %} of the sink. Its fixed
-direction is its own (cosine {first.direction_own} less what all states share, an ordinary token
-{ordinary.direction_own}), its large DomRatio less so: in the median layer {DomRatio by
-layer.median} times that of an ordinary token, at most {DomRatio by layer.largest} times.
+**Not everything holds.** In SmolLM2, in the mean over layers, the columns of W_O do not favour the
+dimensions of high variance (Kendall tau {first.wo_tau}, the paper 0.32), in the first layer they do
+({tau of layer 0}, in text {text.tau of layer 0}); nor do long rows write into dimensions of the
+state that vary much ({tau of rows}). In the first layer W_O weakens the outlier that it is said to
+pass on ({first.variance} times the median before it, {first.variance_out} after, in text
+{text.first.variance} and {text.first.variance_out}). Giving the first token the others' RMS before
+W_O takes only {cut W_O.share %} of the sink. Its fixed direction is its own (cosine
+{first.direction_own} less what all states share, an ordinary token {ordinary.direction_own}), its
+large DomRatio less so: in the median layer {DomRatio by layer.median} times that of an ordinary
+token, at most {DomRatio by layer.largest} times.
 
-**A cure can be judged in a minute.** Where heads have nothing to look for and must be silent
-(`python train.py`; five seeds, each at the learning rate, of three, that is best for the others,
-95 % interval), a head of the last layer gives the ordinary first token {rest}; uniform
-attention gives 0.11. (What counts is the weight that reaches the output: attention, for gated
-times gate.) *Logit* is one learned number a head in the denominator of softmax, as in
+**A cure can be tried in a minute, and judged in fifteen runs.** Where heads have nothing to look
+for and must be silent (`python train.py`; five seeds, each at the learning rate, of three, that is
+best for the others, 95 % interval), a head of the last layer gives the ordinary first token {rest};
+uniform attention gives 0.11. (What counts is the weight that reaches the output: attention, for
+gated times gate.) *Logit* is one learned number a head in the denominator of softmax, as in
 gpt-oss. {rest price} [Heads that must rest](rest.md).
 
 **A sink may be of use, and then headnorm does not end it.** In copying (`--size micro`, five seeds,
@@ -551,10 +560,13 @@ nats against softmax, with rates chosen on other seeds (95 % interval; the paper
 without `<|bos|>`, trained for an hour (one seed), the sink is {long}, and headnorm's loss is lower
 ({long loss}, standard deviation over batches).
 
-**Built into SmolLM2, headnorm ends most of the sink on random tokens, and costs {price} nats.**
-After 500 steps {retrofit} of the heads (counted in each window) have a sink, where *scaled* brings
-heads, but not tokens, to one length, so that the sink has to come back; in text it does so under
-headnorm in {back}. More: [the cures](cures.md).
+**Built into SmolLM2, headnorm keeps the sink away in some orders of batches and not in others, and
+costs {price} nats, its control {control price}.** After 500 steps of the first order {retrofit} of
+the heads (counted in each window) have a sink on random tokens, where *scaled* brings heads, but
+not tokens, to one length, so that this sink is lost at first, as under headnorm. Over all orders
+headnorm ends with {left} on random tokens and {left in text} in text; the sink comes back (half of
+softmax's share) in {back on random tokens} orders and, in text, in {back}. More: [the
+cures](cures.md).
 """  # the same for claims.md
 
 
@@ -596,7 +608,11 @@ def other_numbers(found) -> dict[str, str]:
             "headnorm at best": rest.interval([
                 rest.weight(seed) for seed in rest.best_cells(of_rest, "headnorm")]),
             "after": f"{fmean(values_of(found, 'SmolLM2', 'first.variance_out')):.0f}",
-            "back": retrofit.comes_back(rebuilt),
+            "back": retrofit.comes_back(rebuilt, "text"),
+            "back on random tokens": retrofit.comes_back(rebuilt, "random"),
+            "left in text": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share,
+                                          "text"),
+            "control price": retrofit.span(rebuilt, "scaled", "{:+.2f}", retrofit.extra_loss),
             "left": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share),
             "strongest": " to ".join(f"{head:.2f}" for head in heads),
             "copying sinks": cures.best_sinks(of_cures),

@@ -165,8 +165,9 @@ def price(found) -> str:
     pairs = zip(best_cells(found, "headnorm"), best_cells(found, "softmax"))
     gaps = [ours["val_loss"] - softmax["val_loss"] for ours, softmax in pairs]
     verdicts = [f"{attn} {verdict(found, attn)}" for attn in found["grid"] if attn != "softmax"]
-    return (f"By criteria written before, {runner.listed(verdicts)}; headnorm's loss over all "
-            f"targets is {interval(gaps, 4)} nats above softmax's.")
+    return (f"By criteria written before these seeds (pilots with others were known), "
+            f"{runner.listed(verdicts)}; headnorm's loss over all targets is {interval(gaps, 4)} "
+            "nats above softmax's.")
 
 
 # ---------------------------------------------------------------- the page

@@ -216,25 +216,36 @@ def span(found, name, form, number, *more) -> str:
     return " to ".join(dict.fromkeys(form.format(v) for v in (min(values), max(values))))
 
 
+def judged(found, name, kind) -> str:
+    """In how many orders of batches a cure works, and in how many it does not, by the criteria."""
+    whole = sink_share(found, "softmax", kind)
+    shares = [sink_share(found, each, kind) / whole for each in found
+              if each.partition(",")[0] == name]
+    works, fails = (sum(holds) for holds in ([share <= 0.2 for share in shares],
+                                             [share >= 0.5 for share in shares]))
+    return f"works in {works} and does not in {fails} of {len(shares)}"
+
+
 def orders_in_words(found) -> str:
     """How the models end that were trained in several orders of batches, a line each."""
     lines = []
     for name in ORDERS:
-        there = sum(each.partition(",")[0] == name for each in found)
-        if there:
+        if any(each.partition(",")[0] == name for each in found):
+            random, text = (span(found, name, "{:.0%}", sink_share, kind)
+                            for kind in ("random", "text"))
             lines.append(
-                f"- *{name}*, {there} orders: a sink in "
-                f"{span(found, name, '{:.0%}', sink_share)} of the heads on random tokens and in "
-                f"{span(found, name, '{:.0%}', sink_share, 'text')} in text, at a loss of "
+                f"- *{name}*: a sink in {random} of the heads on random tokens (as a cure it "
+                f"{judged(found, name, 'random')} orders) and in {text} in text "
+                f"({judged(found, name, 'text')}), at a loss of "
                 f"{span(found, name, '{:+.2f}', extra_loss)}")
     return "\n".join(lines)
 
 
-def comes_back(found) -> str:
-    """In how many orders headnorm's sink comes back in text, in words."""
-    shares = [sink_share(found, name, "text") for name in found if name.startswith("headnorm")]
-    back = sum(share >= sink_share(found, "softmax", "text") / 2 for share in shares)
-    return f"{back} of {len(shares)} orders of batches"
+def comes_back(found, kind) -> str:
+    """In how many orders headnorm's sink comes back, in words."""
+    shares = [sink_share(found, name, kind) for name in found if name.startswith("headnorm")]
+    back = sum(share >= sink_share(found, "softmax", kind) / 2 for share in shares)
+    return f"{back} of {len(shares)}"
 
 
 def healed(found) -> str:
