@@ -518,8 +518,8 @@ take it over. With all *others* silent it loses {neurons at 0.all others %}, wit
 by write {neurons at 0.6 to 10 %}, and with the write of the five turned to a random direction of
 the same length {neurons at 0.turned %}. (Five of like weight take nothing, but they carry only
 {like carries} of its squared length.) In one training of 500 short steps the model with these five
-drawn anew has {healed}; the strongest head of the first of these two gives token 0 {strongest} (one
-batch, before and after the training). Let it write without two of them: [chapter
+drawn anew has {healed}; the strongest head of the first of these two gives token 0 {strongest} of
+its attention, before and after the training (one batch). Let it write without two of them: [chapter
 03](../../chapters/book/03.md).
 
 **An unmixed value forges a sink; to forge one in SmolLM2, variance is not needed.** A token that
@@ -545,11 +545,11 @@ W_O takes only {cut W_O.share %} of the sink. Its fixed direction is its own (co
 large DomRatio less so: in the median layer {DomRatio by layer.median} times that of an ordinary
 token, at most {DomRatio by layer.largest} times.
 
-**A cure can be tried in a minute, and judged in fifteen runs.** Where heads have nothing to look
-for and must be silent (`python train.py`; five seeds, each at the learning rate, of three, that is
-best for the others, 95 % interval), a head of the last layer gives the ordinary first token {rest};
-uniform attention gives 0.11. (What counts is the weight that reaches the output: attention, for
-gated times gate.) *Logit* is one learned number a head in the denominator of softmax, as in
+**A cure can be tried in a minute, and judged in fifteen runs of each.** Where heads have nothing to
+look for and must be silent (`python train.py`; five seeds, each at the learning rate, of three,
+that is best for the others, 95 % interval), a head of the last layer gives the ordinary first token
+{rest}; uniform attention gives 0.11. (What counts is the weight that reaches the output: attention,
+for gated times gate.) *Logit* is one learned number a head in the denominator of softmax, as in
 gpt-oss. {rest price} [Heads that must rest](rest.md).
 
 **A sink may be of use, and then headnorm does not end it.** In copying (`--size micro`, five seeds,
@@ -614,7 +614,7 @@ def other_numbers(found) -> dict[str, str]:
                                           "text"),
             "control price": retrofit.span(rebuilt, "scaled", "{:+.2f}", retrofit.extra_loss),
             "left": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share),
-            "strongest": " to ".join(f"{head:.2f}" for head in heads),
+            "strongest": " and ".join(f"{head:.2f}" for head in heads),
             "copying sinks": cures.best_sinks(of_cures),
             "copying": copying(found), "retrofit": retrofit.shares_in_words(rebuilt),
             "healed": retrofit.healed(rebuilt), "loss": cures.gain(of_cures),
