@@ -1,7 +1,7 @@
 """A finished Llama gets a cure, or loses its super neurons: does its sink go, and does it stay away
 while it heals?
 
-    python -m tests.retrofit            # what is missing: 40 minutes of one core a model
+    python -m tests.retrofit            # what is missing: 40 to 80 minutes of a core a model
     python -m tests.retrofit --render   # only the table and the figure, from the JSON
 
 SmolLM2 gets another attention, and is trained on for STEPS steps of 4 x 128 tokens of Python's
