@@ -47,6 +47,7 @@ Written when the first had been seen for 200 steps (heads with a sink 0.00 at fi
     tenth of a nat of the control
 """
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -209,43 +210,45 @@ def extra_loss(found, name) -> float:
     return round(ends[0] - ends[1], 2) + 0.0  # no -0.00
 
 
+def in_orders(found, name) -> list[str]:
+    """A model by name, in each order of batches in which it was trained."""
+    return [each for each in found if each.partition(",")[0] == name]
+
+
 def span(found, name, form, number, *more) -> str:
-    """The least and the largest of number(found, model, *more) over the orders of batches in which
-    a model was trained, in words."""
-    values = [number(found, each, *more) for each in found if each.partition(",")[0] == name]
+    """The least and the largest of number(found, model, *more) over `in_orders`, in words."""
+    values = [number(found, each, *more) for each in in_orders(found, name)]
     return " to ".join(dict.fromkeys(form.format(v) for v in (min(values), max(values))))
 
 
-def judged(found, name, kind) -> str:
-    """In how many orders of batches a cure works, and in how many it does not, by the criteria."""
+def counted(found, name, kind) -> tuple[int, int, int]:
+    """By the criteria: in how many orders of batches a cure works, in how many it does not, because
+    the sink comes back, and of how many."""
     whole = sink_share(found, "softmax", kind)
-    shares = [sink_share(found, each, kind) / whole for each in found
-              if each.partition(",")[0] == name]
-    works, fails = (sum(holds) for holds in ([share <= 0.2 for share in shares],
-                                             [share >= 0.5 for share in shares]))
-    return f"works in {works} and does not in {fails} of {len(shares)}"
+    left = [sink_share(found, each, kind) / whole for each in in_orders(found, name)]
+    return sum(share <= 0.2 for share in left), sum(share >= 0.5 for share in left), len(left)
 
 
 def orders_in_words(found) -> str:
     """How the models end that were trained in several orders of batches, a line each."""
+    def ends(name, kind):
+        works, fails, n = counted(found, name, kind)
+        share = span(found, name, "{:.0%}", sink_share, kind)
+        return share, f"works in {works} and does not in {fails} of {n}"
+
     lines = []
-    for name in ORDERS:
-        if any(each.partition(",")[0] == name for each in found):
-            random, text = (span(found, name, "{:.0%}", sink_share, kind)
-                            for kind in ("random", "text"))
-            lines.append(
-                f"- *{name}*: a sink in {random} of the heads on random tokens (as a cure it "
-                f"{judged(found, name, 'random')} orders) and in {text} in text "
-                f"({judged(found, name, 'text')}), at a loss of "
-                f"{span(found, name, '{:+.2f}', extra_loss)}")
+    for name in filter(partial(in_orders, found), ORDERS):
+        (random, on_random), (text, in_text) = ends(name, "random"), ends(name, "text")
+        lines.append(f"- *{name}*: a sink in {random} of the heads on random tokens (as a cure it "
+                     f"{on_random} orders) and in {text} in text ({in_text}), at a loss of "
+                     f"{span(found, name, '{:+.2f}', extra_loss)}")
     return "\n".join(lines)
 
 
 def comes_back(found, kind) -> str:
     """In how many orders headnorm's sink comes back, in words."""
-    shares = [sink_share(found, name, kind) for name in found if name.startswith("headnorm")]
-    back = sum(share >= sink_share(found, "softmax", kind) / 2 for share in shares)
-    return f"{back} of {len(shares)}"
+    _, back, n = counted(found, "headnorm", kind)
+    return f"{back} of {n}"
 
 
 def healed(found) -> str:
