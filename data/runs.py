@@ -93,8 +93,8 @@ def load_checkpoint(path) -> dict:
     generator), step, smooth (training loss), seconds.
 
     Damage is found by the checksums of the file, and no code in it runs; every tensor must be
-    float32 and finite. Whether the shapes fit,
-    `GPT.from_weights` and `train.State.restore` find out. Raises UserError.
+    float32 and finite. Whether the shapes fit, `GPT.from_weights` and `train.State.restore` find
+    out. Raises UserError.
     """
     path = Path(path)
     if not path.exists():

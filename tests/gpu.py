@@ -248,8 +248,9 @@ def try_rate(place, found, attn, lr) -> dict | None:
 
 
 def best_rate(found, attn) -> float:
-    rates = found["rates"][attn]  # nothing is told of a training that has diverged
-    return float(min(rates, key=lambda lr: rates[lr]["val_loss"] or math.inf))
+    losses = {float(lr): there["val_loss"] for lr, there in found["rates"][attn].items()}
+    learned = [lr for lr, loss in losses.items() if loss is not None]  # the others have diverged
+    return min(learned, key=losses.get)
 
 
 def compare(place, found, attn, seed) -> dict | None:

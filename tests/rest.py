@@ -125,7 +125,7 @@ def best_cells(found, attn) -> list[dict]:
 
 def uniform(T=16) -> float:
     """The weight of uniform attention on token 0, mean over the places where a query may rest."""
-    return fmean(1 / (t + 1) for t in range(T // 4, T))
+    return probe.uniform_sink(T, T // 4)
 
 
 def taken(ours, softmax, windows="weights") -> float:
@@ -165,7 +165,7 @@ def price(found) -> str:
     pairs = zip(best_cells(found, "headnorm"), best_cells(found, "softmax"))
     gaps = [ours["val_loss"] - softmax["val_loss"] for ours, softmax in pairs]
     verdicts = [f"{attn} {verdict(found, attn)}" for attn in found["grid"] if attn != "softmax"]
-    return (f"By criteria written before these seeds (pilots with others were known), "
+    return ("By criteria written before these seeds (pilots with others were known), "
             f"{runner.listed(verdicts)}; headnorm's loss over all targets is {interval(gaps, 4)} "
             "nats above softmax's.")
 

@@ -111,9 +111,9 @@ def interventions():
 
 
 def early(change):
-    """The same change in the first three layers alone."""
+    """The same change in the first DEPTH layers alone."""
     def apply(z, p, known, layer):
-        return change(z, p, known, layer) if layer < 3 else z[:, p]
+        return change(z, p, known, layer) if layer < DEPTH else z[:, p]
     return apply
 
 
@@ -227,9 +227,9 @@ DEPTH = 3  # layers, the last of which ends the first wave of SmolLM2
 
 @torch.no_grad()
 def answers(model, x, mean, k) -> dict:
-    """Q9. z of token k is forged in the first three layers, as in `shares`. What
-    do the neurons write there that write most at token 0, the TOP of each layer? Part of what they
-    write at token 0, along that write: 1 is the same, 0 nothing."""
+    """Q9. z of token k is forged in the first three layers, as in `shares`. What do the neurons
+    write there that write most at token 0, the TOP of each layer? Part of what they write at token
+    0, along that write: 1 is the same, 0 nothing."""
     short = GPT(replace(model.cfg, num_hidden_layers=DEPTH))
     short.load_state_dict(model.state_dict(), strict=False)
     known, few = Alone(mean, alone(short, x[:, k])), probe.targets(short, x)[0].neurons
