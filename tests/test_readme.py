@@ -58,6 +58,11 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+def test_the_chain_is_a_list_in_the_order_of_links():
+    items = re.findall(r"^\d\. \[(.+?)\]", README, flags=re.M)
+    assert items == [link.name for link in probe.LINKS]
+
+
 def test_what_smollm2_writes_stands_in_the_book():
     book = (ROOT / "chapters/book/03.md").read_text(encoding="utf-8")
     for line in re.findall(r"^The capital of France is.*$", README, flags=re.M):
