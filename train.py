@@ -258,9 +258,11 @@ class Diverged(UserError):
 
 
 class State:
-    """A training: settings, corpus, and all that changes, which model.pt and log.jsonl hold."""
+    """A training: settings, corpus, windows of the evaluations (`held_out`), and all that changes,
+    which model.pt and log.jsonl hold."""
 
-    def __init__(self, run: Run, cfg: Config, corpus, device, saved: dict | None):
+    def __init__(self, run: Run, cfg: Config, corpus, device, saved: dict | None,
+                 more: dict | None):
         self.run, self.corpus, self.device = run, corpus, device
         self.folder = Path(run.out)
         self.path = self.folder / "model.pt"
@@ -272,6 +274,7 @@ class State:
         self.batches = torch.Generator().manual_seed(run.seed + 1)
         self.step, self.smooth, self.seconds, self.log = 0, None, 0.0, []
         self.film = []  # a `frame` for each row of the log
+        self.windows = held_out(run, corpus, device, more)
         if saved is not None:
             self.restore(saved)
 
@@ -333,12 +336,12 @@ class State:
                         f"{self.run.lr}) or a longer --warmup")
 
 
-def make_header(state: State, windows) -> dict:
-    """config.json; `windows` are those of `held_out`."""
+def make_header(state: State) -> dict:
+    """config.json."""
     run, corpus = state.run, state.corpus
     optimal = corpus.optimal_loss(run.seq_len, run.bos)
     if run.data == "rest":  # exact, on the very windows of the evaluations
-        (x, _), _ = windows
+        (x, _), _ = state.windows
         optimal = corpus.task.optimal_loss(x)
     return {"run": asdict(run), "model": asdict(state.model.cfg),
             "parameters": sum(p.numel() for p in state.model.parameters()),
@@ -375,16 +378,15 @@ def train(run: Run, resume=False, overwrite=False, say=tqdm.write, deadline=math
             check_folder(folder, overwrite)  # another training may have ended here meanwhile
         elif (folder / "model.pt").exists():  # not if it was killed before its first save
             saved = load_checkpoint(folder / "model.pt")
-        state = State(run, cfg, corpus, device, saved)
-        windows = held_out(run, corpus, device, more)
-        header = make_header(state, windows)
+        state = State(run, cfg, corpus, device, saved, more)
+        header = make_header(state)
         announce(state, header, why, say)
         if not resume:
             for name in (*MEASURED, *FILES):  # until here nothing has been removed or written
                 (folder / name).unlink(missing_ok=True)
         if not state.finished:
             write_json(folder / "config.json", header)
-        loop(state, header, windows, stop, deadline, say)
+        loop(state, header, stop, deadline, say)
         if not state.finished:
             say(f"stopped at step {state.step:,} and saved; go on with: python train.py --resume "
                 f"{shlex.quote(run.out)}")
@@ -403,18 +405,18 @@ def announce(state: State, header: dict, why: str, say) -> None:
         say(f"resuming at step {state.step:,}")
 
 
-def loop(state: State, header: dict, windows, stop, deadline, say) -> None:
-    """From state.step to the last step, to Ctrl-C or to the deadline. Each evaluation measures the
-    windows of `held_out` and saves the state."""
+def loop(state: State, header: dict, stop, deadline, say) -> None:
+    """From state.step to the last step, to Ctrl-C or to the deadline. Each evaluation saves the
+    state."""
     run = state.run
     logged = [row["step"] for row in state.log]
     due = set(evaluation_steps(run.steps, run.evals)) - set(logged)
     cast = compile_model(state.model, run.compile, state.device)
-    say(f"sink: attention of the strongest head ({KINDS[told_kind(windows[1])]})")
+    say(f"sink: attention of the strongest head ({KINDS[told_kind(state.windows[1])]})")
     with tqdm(total=run.steps, initial=state.step, disable=None, leave=False, unit="step") as bar:
         while True:
             if state.step in due:
-                evaluate_and_save(state, windows, header)
+                evaluate_and_save(state, header)
                 say(row_line(state))
             if state.finished or stop.is_set() or time.monotonic() >= deadline:
                 break
@@ -448,17 +450,18 @@ def train_step(state: State, cast) -> torch.Tensor:
     return loss
 
 
-def evaluate_and_save(state: State, windows, header: dict) -> None:
+def evaluate_and_save(state: State, header: dict) -> None:
     """Add a row to the log, and save all."""
     run, begin = state.run, time.perf_counter()
     row = {"step": state.step, "tokens": state.step * run.batch_size * run.seq_len,
            "seconds": round(state.seconds, 2), "train_loss": state.smooth}
+    _, kinds = state.windows
     plain = contextlib.nullcontext()
     if run.compile:
         plain = torch.compiler.set_stance("force_eager")  # taps are for plain layers
     with plain:
-        row |= evaluate(state.model, windows)
-        x, _ = windows[1][told_kind(windows[1])]
+        row |= evaluate(state.model, state.windows)
+        x, _ = kinds[told_kind(kinds)]
         picture = frame(state.model, x[0, :FILMED], state.step)
     if not math.isfinite(row["val_loss"]):
         raise state.diverged()
@@ -554,7 +557,7 @@ SOFTMAX = Path(__file__).parent / "tests" / "results" / "rest.json"  # seeds to 
 def rest_story(state: State) -> tuple[str, str]:
     """What was seen, and the verdict: how much of softmax's sink does the attention take?"""
     run = state.run
-    (windows, _), kinds = held_out(run, state.corpus, state.device)
+    (idx, _), kinds = state.windows
     x, queries = kinds["links_rest"]
     heads = probe.resting_weight(state.model, x, queries)
     here, uniform = statistics.fmean(heads), probe.uniform_weight(queries)
@@ -567,7 +570,7 @@ def rest_story(state: State) -> tuple[str, str]:
   {here:.2f}   under {run.attn}, here (head by head: {by_head})
   {uniform:.2f}   if it looks everywhere alike"""
     gap = state.log[-1]["val_loss"] - loss
-    above = state.log[-1]["val_loss"] - state.corpus.task.optimal_loss(windows)
+    above = state.log[-1]["val_loss"] - state.corpus.task.optimal_loss(idx)
     if above > LEARNED:
         return told, (f"has not learned the task (its loss is {above:.2f} nats above that of a "
                       "perfect predictor): this says nothing about its sink")

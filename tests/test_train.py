@@ -202,8 +202,8 @@ def test_a_run_of_rest_that_has_learned_ends_beside_softmax(tmp_path, monkeypatc
                                                             verdict):
     settings = train.Run(attn=attn, steps=1, evals=1, out=str(tmp_path))
     state = train.train(settings, say=lambda line: None)
-    windows, _ = train.held_out(state.run, state.corpus, "cpu")
-    state.log[-1]["val_loss"] = state.corpus.task.optimal_loss(windows[0])
+    (x, _), _ = state.windows
+    state.log[-1]["val_loss"] = state.corpus.task.optimal_loss(x)
     monkeypatch.setattr(probe, "resting_weight", lambda *_: [weight] * 4)
     assert train.rest_story(state)[1].startswith(verdict)
 
