@@ -45,9 +45,9 @@ print(f"SmolLM2-135M: {L} layers, {H} heads a layer")
 # ## Your own words
 #
 # Put your own sentence here. Each row of a map is a word that reads, each column a word
-# that is looked at; the first word's column is orange. On the right, five neurons of
-# every layer, those that write most there, are silent at the first word; the output
-# calls them *super neurons* (chapter 03).
+# that is looked at; the first word's column is orange. On the right, the five neurons
+# of every layer that write most at the first word are silent there; the output calls
+# them *super neurons* (chapter 03).
 
 # %%
 look("Dear students, today we look inside a language model and ask why its heads look "
@@ -71,8 +71,9 @@ look("Dear students, today we look inside a language model and ask why its heads
 # model has never seen, and on tokens drawn at random. If heads look at the first token
 # even of random tokens, its meaning cannot be the reason.
 #
-# A chapter reads 4 or 8 windows of SmolLM2, to be quick. The README has means over 8 or
-# 16 batches of 8. So a chapter's numbers differ from those, a variance by up to a half.
+# A chapter reads few windows of SmolLM2, mostly 4 or 8, to be quick. The README has
+# means over 8 or 16 batches of 8. So a chapter's numbers differ from those, a variance
+# by up to a half.
 
 # %%
 texts = {"English": english()[0], "random tokens": random_tokens()[0]}

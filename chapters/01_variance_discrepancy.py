@@ -45,8 +45,8 @@ model, _ = real()
 # the weights as given. The variance of a sum is the sum of all covariances, and a
 # covariance here is $\sigma^2$ if $s = s'$ and $\rho\sigma^2$ if not:
 #
-# $$\operatorname{Var} z_t
-#   = \sum_{s, s'} a_{ts} a_{ts'} \operatorname{Cov}(v_s, v_{s'})
+# $$\mathrm{Var} z_t
+#   = \sum_{s, s'} a_{ts} a_{ts'} \mathrm{Cov}(v_s, v_{s'})
 #   = \sigma^2 \big[ \rho (\textstyle\sum_s a_{ts})^2
 #     + (1 - \rho) \textstyle\sum_s a_{ts}^2 \big]$$
 #
@@ -66,11 +66,11 @@ model, _ = real()
 # What we measure is the variance of $z_t$ over windows at each position, averaged over
 # heads and their dimensions:
 #
-# $$V_t = \frac{1}{HD} \sum_{h,\,j} \operatorname{Var}_{\text{windows}} z_{t,h,j}$$
+# $$V_t = \frac{1}{HD} \sum_{h,\,j} \mathrm{Var}_{\text{windows}} z_{t,h,j}$$
 #
 # *Discrepancy* is $V_0$ over the median of the other positions. For the law, $\sigma^2$
 # is the variance of the values, and $\rho$ follows from how much the *mean* value of a
-# window varies: $\operatorname{Var} \bar v = \sigma^2 (1 + (T - 1) \rho) / T$.
+# window varies: $\mathrm{Var} \bar v = \sigma^2 (1 + (T - 1) \rho) / T$.
 
 # %%
 one = replace(model.cfg, num_hidden_layers=1)
@@ -194,9 +194,9 @@ for name, (m, x) in cases.items():
 #
 # Many models see one fixed token first, such as `<|bos|>`. Give SmolLM2's windows the
 # same first token. It sees nothing else, so its variance *over windows* is zero, the
-# least of all. So use ordinary first tokens, as above. The *spread*, the variance over
-# the dimensions of one vector, does not vanish for a fixed token, but it shows the
-# outlier only weakly, and with some first tokens hardly at all.
+# least of all. So use ordinary first tokens, as above. The variance over the
+# *dimensions* of one vector does not vanish for a fixed token, but it shows the outlier
+# only weakly, and with some first tokens hardly at all.
 
 # %%
 fixed = random_tokens()[0].clone()
@@ -207,7 +207,7 @@ over_dimensions = discrepancy(z.var(-1).mean((0, 2)))
 print(f"same first token, variance over windows: {over_windows:.2g} x the median")
 print(f"same first token, variance over dimensions: {over_dimensions:.2g} x the median")
 assert over_windows < 1e-6, "the variance over windows shows a fixed token"
-assert over_dimensions > 1, "the spread hides it too"
+assert over_dimensions > 1, "the variance over dimensions hides it too"
 
 # %% [markdown]
 # ## Deeper layers
@@ -221,7 +221,7 @@ names = [f"{i}.z" for i in range(model.cfg.num_hidden_layers)]
 _, seen = record(model, random_tokens()[0], names)
 depth = torch.tensor([discrepancy(variance(seen[name])) for name in names])
 figure, axis = plt.subplots(figsize=(8.8, 3))
-title = "Token 0 varies more than others in early layers, hardly at all in deep ones"
+title = "Token 0 varies more than others in layers 0 to 2, hardly at all in deep ones"
 figures.by_layer(axis, {"token 0": depth}, title, hot=["token 0"], yscale="log",
                  ylabel="$V_0$ / median of the others\n(log; dotted: 1)")
 axis.axhline(1, color="black", lw=0.9, ls=":")
@@ -346,7 +346,7 @@ check("01.prediction", prediction)
 # and the window `T`. A normed state (divided by the root of the mean of its squares)
 # has coordinates of size about 1. So a coordinate of a query or key has variance
 # `std**2 * C`. What variance $\tau^2$ has a score $q \cdot k / \sqrt D$? Over many
-# keys, Gaussian scores of this variance give
+# keys, Gaussian scores $x$ of this variance give
 #
 # $$\sum_s a_{ts}^2 \approx \frac{(t+1)\, E[e^{2x}]}{\big((t+1)\, E[e^x]\big)^2}
 #   = \frac{e^{\tau^2}}{t+1}$$

@@ -10,9 +10,9 @@
 #
 # **Claim.** In SmolLM2 the output projection $W_O$ of the first layer weakens the
 # outlier of chapter 01, and over all layers $W_O$ does not favour the dimensions that
-# vary most. In two small models it favours them. In SmolLM2 the mean Kendall tau is
-# clearly positive if one compares the rows of $W_O$ and not its columns, but the row
-# version is nearly automatic.
+# vary most. In two small models it favours them. The paper's number for this, Kendall's
+# tau, is clearly positive in SmolLM2 if one compares the rows of $W_O$ and not its
+# columns, but for the rows it must be, whatever they read.
 #
 # **You learn** what a matrix passes on, and why one measure has two readings. **You
 # need** chapter 01, and what an eigenvector is. **Run time**: ten to forty seconds,
@@ -61,8 +61,8 @@ seen = {"random tokens": around(model, random_tokens()[0]),
 # layer adds $y_t = W_O z_t$ to the stream. Let $\Sigma_t$ be the covariance of $z_t$
 # over windows. The variance after $W_O$, averaged over the $C$ dimensions of $y_t$, is
 #
-# $$V^{out}_t = \frac1C \operatorname{tr}\big(W_O\, \Sigma_t\, W_O^\top\big),
-#   \qquad E\big[V^{out}_t\big] = w^2 \operatorname{tr} \Sigma_t$$
+# $$V^{out}_t = \frac1C \mathrm{tr}\big(W_O\, \Sigma_t\, W_O^\top\big),
+#   \qquad E\big[V^{out}_t\big] = w^2 \mathrm{tr} \Sigma_t$$
 #
 # The second formula holds if the entries of $W_O$ are independent with mean 0 and
 # variance $w^2$: then $W_O^\top W_O$ is $C w^2$ times the identity, in the mean. So a
@@ -118,8 +118,8 @@ show(figure, "02_through", "Variance by position before and after W_O. After it,
 # pair in opposite order, and takes the mean:
 #
 # $$\tau
-#   = \frac{2}{n(n-1)} \sum_{i<j} \operatorname{sign}(d_i - d_j)\,
-#     \operatorname{sign}\big(\lVert c_i \rVert - \lVert c_j \rVert\big)$$
+#   = \frac{2}{n(n-1)} \sum_{i<j} \mathrm{sign}(d_i - d_j)\,
+#     \mathrm{sign}\big(\lVert c_i \rVert - \lVert c_j \rVert\big)$$
 #
 # For two unrelated rankings its mean is 0 and its standard deviation $\sqrt{2(2n+5) /
 # (9n(n-1))}$. Chance gives no more than about twice this.
@@ -284,8 +284,7 @@ for name, x in reads.items():
 # Before training $W_O$ passes the outlier on as it is; after training $W_O$ weakens it
 # in `copy`, as in SmolLM2, and hardly in `text`. But training also makes what the paper
 # reports: by directions, and by columns in most layers, these $W_O$ favour the
-# dimensions that vary. Here the real model and the small ones disagree, and nobody
-# knows why.
+# dimensions that vary. Here the real model and the small ones disagree; *why* is open.
 #
 # ## Beside the paper
 
@@ -296,7 +295,7 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 
 # %% [markdown]
 # Nothing here shows that the sink *needs* a long $z_0$ in front of $W_O$. That takes an
-# experiment: in chapter 06 it gets the length that $z$ has at other tokens, and
+# experiment: in chapter 06 $z_0$ gets the length that $z$ has at other tokens, and
 # SmolLM2's sink stays.
 #
 # ## What would falsify this

@@ -88,8 +88,8 @@ pair = relative[11].topk(2).indices
 # to token $k$. Their *contrast* is their energy there over that at the median token:
 #
 # $$e_i = a_i^2 \; \lVert W_{down,\cdot i} \rVert^2, \qquad
-# \mathrm{contrast}_k = \frac{f_k}{\operatorname{median}_{t \ne k} f_t}, \qquad
-# f_t = \operatorname{mean}_{\text{windows}} \sum_{i \in \mathrm{top}} e_{i,t}$$
+# \mathrm{contrast}_k = \frac{f_k}{\mathrm{median}_{t \ne k} f_t}, \qquad
+# f_t = \mathrm{mean}_{\text{windows}} \sum_{i \in \mathrm{top}} e_{i,t}$$
 #
 # Choosing the strongest neurons makes the contrast larger than 1 at any token. So token
 # 32 is the control.
@@ -98,7 +98,7 @@ pair = relative[11].topk(2).indices
 down = model.layers[11].mlp.down_proj.weight
 energy = seen["11.mlp_post"].square() * down.square().sum(0)  # (N, T, F)
 at_first = energy[:, 0].mean(0)  # (F,)
-elsewhere = energy[:, 1:].mean((0, 1))
+elsewhere = energy[:, 1:].flatten(0, 1).median(0).values
 by_activity = at_first.topk(2).indices
 print("by weight:", pair.tolist(), " by activity at token 0:", by_activity.tolist())
 _, second, third = relative[11].topk(3).values
@@ -114,7 +114,7 @@ assert at_32 < 20, "an ordinary token has such neurons too"
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8.8, 3.7), sharey=True)
-written = {"token 0": at_first, "other tokens": elsewhere}
+written = {"token 0": at_first, "the median token": elsewhere}
 for axis, (of, e) in zip(axes, written.items()):
     axis.plot(relative[11], e, ls="", marker=".", color="0.55")
     axis.plot(relative[11, pair], e[pair], ls="", marker="o", color=figures.ACCENT)
@@ -126,13 +126,12 @@ for axis, (of, e) in zip(axes, written.items()):
 axes[0].set_ylabel("energy of the write (log)")
 figure.suptitle("Layer 11: two neurons stand out, by weight and at token 0")
 show(figure, "03_neurons", "Scatter of 1,536 neurons, weight score against energy. Two "
-     "lie far to the right and far above all others, much lower at other tokens than "
-     "at token 0.")
+     "lie far to the right, and at token 0, not at the median token, far above all "
+     "others.")
 
 # %% [markdown]
-# On the right the pair is on top too. The right panel is a mean dominated by two
-# tokens: in two of the eight windows the pair answers to token 1 as well. To the median
-# token it writes almost nothing, as the contrast says.
+# To the median token the pair writes almost nothing, as the contrast says. It does
+# answer to a few others: in two of the eight windows to token 1.
 #
 # How do the two recognise the first token, when it can be any token? The first token
 # sees only itself. So let tokens 10, 25 and 45 see only themselves:
@@ -234,7 +233,7 @@ assert sink["two others"] > 0.9 * sink["untouched"], "any two would do"
 
 # %%
 figure, axis = plt.subplots(figsize=(8.8, 3.2))
-figures.by_layer(axis, sinks, "Two silent neurons of layer 11 take most later sinks",
+figures.by_layer(axis, sinks, "With two neurons of layer 11 silent, most later sinks go",
                  ["untouched"], dict(loc="upper left", ncols=3), ylim=(0, 0.95),
                  xlabel="layer (dotted line: uniform attention)",
                  ylabel="attention to token 0,\nmean of heads")
@@ -351,9 +350,9 @@ check("03.twin", twin)
 
 # %% [markdown]
 # **3.** An experiment. The pair is silent, and your function is given what the MLP of
-# layer 11 then adds, `out` (N, T, C). Change no more than *one number a window*: put
-# back what the two neurons wrote there, to within a tenth. The loss on English text
-# must come back to within 0.3 nats of that of the untouched model.
+# layer 11 then adds, `out` (N, T, C). Change no more than *one number a window*, and
+# put back into it what the two neurons wrote, to within a tenth. The loss on English
+# text must come back to within 0.3 nats of that of the untouched model.
 
 
 # %%

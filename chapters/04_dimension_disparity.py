@@ -44,7 +44,7 @@ states = [seen[name] for name in reads]  # what each layer reads, (N, T, C)
 # The *state* of a token is its residual stream, a vector; its *length* is the norm. We
 # divide the length at the first token by that at the median token:
 #
-# $$\text{norm ratio} = \frac{\lVert x_0 \rVert}{\operatorname{median}_{t>0}
+# $$\text{norm ratio} = \frac{\lVert x_0 \rVert}{\mathrm{median}_{t>0}
 # \lVert x_t \rVert}$$
 
 
@@ -60,7 +60,7 @@ ratio = torch.tensor([norm_ratio(state) for state in states])  # (L,)
 library = probe.over_median(states[12].norm(dim=-1), 0).mean()
 assert torch.isclose(ratio[12], library), "the same number in probe"
 some = [f"{i}: {ratio[i]:.3g}" for i in (0, 2, 3, 8, 11, 12, 20, 28, 29)]
-print("longer than the median, by layer:", ", ".join(some), "times")
+print("length over the median, by layer:", ", ".join(some))
 assert ratio[11] < 3, "what layer 11 reads is still long"
 assert ratio[12] > 100, "layer 11 does not make it a hundred times as long"
 
@@ -111,7 +111,7 @@ figures.by_layer(left, {"token 0": ratio}, "Token 0 is long in two waves",
                  ["token 0"], yscale="log", ylabel="length / median length (log)")
 curves = {"token 0": raw_0, "token 0, after RMSNorm": normed_0,
           "token 32": raw_32, "token 32, after RMSNorm": normed_32}
-figures.by_layer(right, curves, "and in both it is more dominated",
+figures.by_layer(right, curves, "and in both more dominated than token 32",
                  ["token 0", "token 0, after RMSNorm"], yscale="log", ylim=(3, 3000),
                  ylabel="DomRatio (log)")
 right.axhline(formula, color="black", lw=0.9, ls=":", label="Gaussian")
@@ -124,11 +124,11 @@ show(figure, "04_disparity", "Left: the norm ratio by layer, up to 10 in the fir
 # %% [markdown]
 # Notice two things. First, an ordinary token is no Gaussian vector either: in most
 # layers its state has a few large dimensions. So compare the two tokens in the *same*
-# layer: in the two waves the DomRatio of token 0 is a few times that of token 32.
-# Second, in the second wave RMSNorm undoes much of the difference: it makes token 0
-# less dominated and, in most of its layers, token 32 more. Its learned gain $\gamma$,
-# one factor for each dimension, is small there in the dimension that dominates: the
-# model has learned to turn it down.
+# layer: in the two waves the DomRatio of token 0 is up to eleven times that of token
+# 32. Second, in the second wave RMSNorm undoes much of the difference: it makes token 0
+# less dominated and, in most layers of this wave, token 32 more. The learned gain
+# $\gamma$ of RMSNorm, one factor for each dimension, is small there in the dimension
+# that dominates: the model has learned to turn it down.
 
 # %%
 squares = states[12][:, 0].square()  # (N, C)
@@ -149,7 +149,7 @@ print("DomRatio of token 0 over that of token 32, layer by layer from 12 to 27:"
 for name, ratio_of_two in {"raw": before[deep], "normed": after[deep]}.items():
     print(f"{name:6} {ratio_of_two.min():.1f} to {ratio_of_two.max():.1f}")
 assert before[deep].mean() > 3, "token 0 is hardly dominated more than token 32"
-assert after[deep].mean() > 1.5, "the norm takes the difference away"
+assert after[deep].mean() > 1.5, "RMSNorm takes the difference away"
 
 # %% [markdown]
 # ## Two waves, and the sinks follow
@@ -262,8 +262,8 @@ for what, (name, tokens) in inputs.items():
 # few dimensions dominate it. The copying model does not agree. Its first state is about
 # as long as the others, an *ordinary* state is more dominated, and the sink is there
 # all the same. So not every sink *needs* this link. Why does a real model have it? One
-# guess, untested here: it reads many kinds of token, and a state a hundred times as
-# long cannot be disturbed by any of them.
+# guess, untested here: any token can come first, and beside an entry this large the
+# rest of the state, which depends on the token, hardly counts.
 #
 # ## Beside the paper
 
@@ -304,7 +304,7 @@ check("04.spike_for", spike_for)
 # layer 12 reads, change token 0 only, make it *at most a tenth as long*, and keep the
 # loss on English text within 0.3 nats of that of the untouched model. It does not help
 # to make dimension 507 alone smaller: even at 0 the rest is longer than a tenth. Look
-# at the loss, `model(text, target, with_507(9000))[1]`, and think of what the norm then
+# at the loss, `model(text, target, with_507(9000))[1]`, and think of what RMSNorm then
 # sees.
 
 

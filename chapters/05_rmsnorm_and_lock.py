@@ -109,8 +109,8 @@ assert usual_own.abs() < 0.2, "so has an ordinary token, without the shared mean
 # The *lock gap* (`probe.lock_gap`) says by how much a query prefers key 0: it is the
 # logit of key 0 minus the mean logit of the other keys,
 #
-# $$\mathrm{gap} = \operatorname{mean}_{t>0} \Bigl[ \frac{q_t \cdot k_0}{\sqrt D} -
-# \operatorname{mean}_{1 \le s \le t} \frac{q_t \cdot k_s}{\sqrt D} \Bigr] .$$
+# $$\mathrm{gap} = \mathrm{mean}_{t>0} \Bigl[ \frac{q_t \cdot k_0}{\sqrt D} -
+# \mathrm{mean}_{1 \le s \le t} \frac{q_t \cdot k_s}{\sqrt D} \Bigr] .$$
 
 
 # %%
@@ -211,12 +211,13 @@ assert bad > good + 1, "the model can do without"
 #
 # Why do nearly all queries of a head prefer key 0? The paper's answer: they share a
 # direction, and key 0 lies on its side. Here we look whether it is so; chapter 06 cuts
-# it. Let all queries after the first be the rows of a matrix $Q$. The unit
-# vector $u$ with the largest $\lVert Q u \rVert^2$ is the leading *right singular
-# vector* $u_1$ of $Q$; of its two signs take the side of the mean query. The *lock* is
-# $\cos(u_1, k_0)$ (`probe.lock_cos`; exercise 3 writes $u_1$). It is measured before
-# *rotation*, which turns $q$ and $k$ by angles that grow with their positions. We also
-# count the later queries with $q_t \cdot k_0 > 0$, here after rotation.
+# it. Let all queries after the first be the rows of a matrix $Q$. The unit vector $u$
+# with the largest $\lVert Q u \rVert^2$ is the leading *right singular vector* $u_1$ of
+# $Q$; of its two signs take the side of the mean query. The *lock* is $\cos(u_1, k_0)$
+# (`probe.lock_cos`; exercise 3 writes $u_1$). It is measured before *rotation*, which
+# turns $q$ and $k$ by angles that grow with their positions. We also count the later
+# queries with $q_t \cdot k_0 > 0$, here after rotation. A head where more than 95 % of
+# them have it is called *locked*.
 
 # %%
 def liking(t):

@@ -160,8 +160,7 @@ assert excess(mask=mask) < 2 * excess(), "token 1 is a worse place to rest"
 # ## The cures
 #
 # Here are the last layer's heads in windows of letters only, where all queries rest:
-# the mean over heads of the weight that reaches the output (for gated: attention times
-# gate, because a head whose gate is shut may look anywhere).
+# the mean over heads of the weight that reaches the output.
 
 # %%
 trained = models(*ATTENTIONS)  # what is missing is trained, two at a time
@@ -255,8 +254,8 @@ assert at_best < 0.5 * usual, "the learning rate does not matter"
 #
 # It does two things at once, so there are two explanations:
 #
-# - *parity*, the paper's: heads rest on the first token because its value varies most.
-#   Where all values vary alike there is no sink.
+# - *parity*, the paper's: heads rest on the first token because its $z$ varies most.
+#   Where the $z$ of all tokens vary alike there is no sink.
 # - *no-op*: a head that has nothing to say rests on a value that is nothing. Headnorm
 #   divides by the length of $z$: every output has full length, so a head cannot be
 #   silent by resting.
@@ -266,9 +265,10 @@ assert at_best < 0.5 * usual, "the learning rate does not matter"
 # 2). *Levelled* attention divides $z_t$ by $(\sum_s A_{ts}^2)^{1/2}$: by the law of
 # chapter 01 all positions then vary alike, or nearly so, but a value that is nothing
 # stays nothing. What each explanation says of each variant was written down before its
-# runs; the two variants "in layers 0 and 1" were added when the others were known. All
-# were trained at the rate 0.005 only. (*Varies*: in layer 0, over the median token; of
-# softmax and headnorm in five of the ten seeds.)
+# runs (but for five seeds of softmax and headnorm); the two variants "in layers 0 and
+# 1" were added when the others were known. All were trained at the rate 0.005 only.
+# (*Varies*: in layer 0, over the median token, in windows of letters only; of softmax
+# and headnorm in five of the ten seeds.)
 
 # %%
 VARIANTS = {"softmax": "neither", "norm in layer 0": "parity",
@@ -304,7 +304,7 @@ assert free < 1.2 * uniform, "softmax has a sink where heads need not rest"
 # By a rule fixed before (a variant *leaves* the sink if less than a fifth of it is gone
 # in 8 of 10 seeds) parity by the norm, in the layers before the heads that rest, leaves
 # it: in layer 0 in nine seeds, in layers 0 and 1 in eight. With levelled attention
-# there it is seven, so that the seeds disagree, as they do without a no-op in layer 2.
+# there it is seven, so that the seeds disagree, as they do with the norm in layer 2.
 # Equal variance alone is mostly not enough. The norm at both ends takes more than half.
 #
 # Levelled attention in all layers takes most of the sink of token 0, although its heads
@@ -315,9 +315,9 @@ assert free < 1.2 * uniform, "softmax has a sink where heads need not rest"
 #
 # In the last row the residual, the MLP and the norm behind the heads may ignore what a
 # resting head says (`readout` is final). Nothing has to be silent, and softmax has no
-# sink at all, although its first token varies 2.5 times as much as the median token,
-# more than in any other row. So variance alone makes no sink here: a head needs a
-# reason to rest.
+# sink at all, although in windows of letters only its first token varies 2.5 times as
+# much as the median token, more than in any other row (with triggers 0.8 to 1.2 times).
+# So variance alone makes no sink here: a head needs a reason to rest.
 #
 # ## Built into SmolLM2
 #
@@ -347,7 +347,7 @@ for name in ("softmax", "headnorm", "scaled", "gated", "logit", "sigmoid"):
         print(f"{name:8} % of heads with a sink, on random tokens:",
               *(f"{share:.0f}" for share in left[name]), "| in text:",
               *(f"{share:.0f}" for share in ends[name]), "| loss",
-              *(f"{loss - whole:+.2f}" for loss in losses))
+              *(f"{round(loss - whole, 2) + 0.0:+.2f}" for loss in losses))  # no -0.00
 assert min(left["headnorm"]) < left["softmax"][0] / 5, "it comes back in every order"
 assert max(left["headnorm"]) > left["softmax"][0] / 2, "it stays away in every order"
 assert min(left["scaled"]) > 50, "the control is a cure as well"
@@ -357,8 +357,8 @@ assert min(left["scaled"]) > 50, "the control is a cure as well"
 # away in some orders of the batches and comes back in others; in text it comes back in
 # most. Its loss is some 0.4 nats higher each time. So a single training with a cure
 # decides little, in a real model too. Gated pays nothing, and after these 500 steps it
-# still has its sink. The learned logit begins with $b = 0$ in every head, and loses a
-# part of it.
+# still has its sink. The learned logit begins with $b = 0$ in every head. That takes a
+# part of the sink at once; then some of it comes back, in text nearly all.
 #
 # ## A sink that is of use: the ruler
 #
@@ -423,8 +423,8 @@ beside(("weights, tokens seen", "152M, 20B", "0.2M, 1.5M"),
         f"{means['softmax']:.2f}, {means['headnorm']:.2f} (takes {taken:.0%})"),
        ("sink under gated (2505.06708)", "0.47 to 0.07",
         f"{means['softmax']:.2f} to {means['gated']:.2f}"),
-       ("DomRatio, headnorm / softmax", "0.41",
-        dominance["headnorm"] / dominance["softmax"]),
+       ("DomRatio, headnorm / softmax", "0.41 (mean of layers)",
+        f"{dominance['headnorm'] / dominance['softmax']:.2f} (largest layer)"),
        ("effective rank (chapter 08), headnorm / softmax", f"{446.0 / 343.7:.2f}",
         rank["headnorm"] / rank["softmax"]),
        ("SmolLM2 with headnorm, heads with a sink, random tokens", "-",
@@ -437,8 +437,9 @@ beside(("weights, tokens seen", "152M, 20B", "0.2M, 1.5M"),
 #
 # - A seed in which softmax learns this task without a sink.
 # - A seed of sigmoid, gated or logit with one.
-# - A large text model in which a learned logit leaves the sink as it is: then it rests
-#   there for another reason than that it must look somewhere.
+# - A large text model, trained with a learned logit from the start, that keeps its
+#   sink: then it rests there for another reason than that it must look somewhere.
+#   (SmolLM2 got its logit late, and in text it keeps its sink.)
 #
 # **You can now** say which of two explanations an experiment tells apart, and why a
 # cure must be tried in a model that has no other use for its sink.

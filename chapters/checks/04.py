@@ -44,4 +44,4 @@ def shorten(answer):
     tap = make_tap(model.cfg, {"12.resid_pre": change})
     loss, whole = model(x, y, tap)[1].item(), model(x, y)[1].item()
     assert loss < whole + 0.3, (f"The loss is {loss:.2f}, untouched {whole:.2f}. What "
-                                "does the norm before every layer keep of a state?")
+                                "does the RMSNorm before every layer keep of a state?")

@@ -41,7 +41,8 @@ def common_direction(answer):
     assert abs(float(got.norm()) - 1) < 1e-4, "It has to be a unit vector."
     assert abs(float(got @ fixed)) > 0.98, \
         "Take the vector of the largest singular value; do not subtract the mean."
-    turned = got @ fixed > 0 and answer(-q) @ fixed < 0
+    mixed = torch.cat((-q[:5], q))  # the first query is not on the side of the mean
+    turned = got @ fixed > 0 and answer(-q) @ fixed < 0 and answer(mixed) @ fixed > 0
     assert turned, "A singular vector has no sign: turn it towards the mean query."
     few, wanted = q[:5], probe.leading_query(q[:5, None, None])[0]
     assert torch.allclose(answer(few), wanted, atol=1e-4), \
