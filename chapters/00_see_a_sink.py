@@ -229,7 +229,7 @@ assert extra["last 32 and token 16"] > 0.7 * extra["last 32"], "any token would 
 # StreamingLLM (Xiao et al. 2023) uses this: keep a window of keys and values, and the
 # first four tokens. Chapter 08 lets the model write that way.
 #
-# ## In one that you train
+# ## In a small model that you train
 #
 # A finished model cannot show how a sink is *born*. Two small models can.
 #

@@ -149,7 +149,7 @@ for name, by_law in expected.items():
     off[name] = factor_off(measured[name], by_law)
     off_stranger[name] = factor_off(strangers[name], by_law)
     print(f"{name:13} discrepancy {gap[name]:4.1f}, "
-          f"by the law {discrepancy(by_law):4.1f}")
+          f"of the law's own curve {discrepancy(by_law):4.1f}")
     print(f"{'':13} a position is off by a factor {off[name]:.2f}; "
           f"with a neighbour's weights by {off_stranger[name]:.2f}")
 assert gap["not trained"] > 4, "the architecture alone makes no outlier"
@@ -234,7 +234,7 @@ assert depth[12:28].max() < 0.1, "the first state is no fixed vector"
 # In layers 10 and 11 it varies once more: there its first large entry is erased
 # (chapter 03), and what is left of its state depends on the token.
 #
-# ## In one that you train
+# ## In a small model that you train
 #
 # `copy` has learned to continue random letters that repeat; `text` is that of chapter
 # 00. We measure the discrepancy before and after training, on windows with ordinary
@@ -276,7 +276,7 @@ for name, keys in used.items():
 # (chapter 00). These numbers show only that a cue to position, the larger variance,
 # exists before training. Whether a sink uses it takes an experiment.
 #
-# SmolLM2 keeps more of it: a gap of 10 on random tokens, a third of what its shape has
+# SmolLM2 keeps more of it: a gap of 10.5 on random tokens, a third of what its shape has
 # before training, and of 5 on English. In `text` both heads look at few keys, so they
 # average little: all tokens vary, and hardly a gap is left. In `copy` two heads look at
 # 3 keys and have none. The other two look at many and have a large one, but what they

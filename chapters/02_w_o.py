@@ -247,7 +247,7 @@ for kind, layers in seen.items():
     assert 0.75 < g.mean() < 1.3, "SmolLM2's W_O has a preference"
 
 # %% [markdown]
-# ## In one that you train
+# ## In a small model that you train
 #
 # For `copy` and `text` (chapter 01) the same numbers before and after training: the
 # outlier of the first layer, before and after $W_O$; the mean gain over layers; and tau

@@ -283,7 +283,7 @@ if prediction is not ...:
 check("03.prediction", prediction)
 
 # %% [markdown]
-# ## In one that you train
+# ## In a small model that you train
 #
 # `softmax` is what `python train.py` trains, and any letter can come first. `text`
 # reads text after `<|bos|>`. Of all layers but the last, whose writes no attention

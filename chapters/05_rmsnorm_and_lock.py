@@ -53,7 +53,7 @@ states = [seen[f"{i}.resid_pre"] for i in range(L)]  # (N, T, C)
 # = \sqrt C \; \gamma \odot \frac{x}{\lVert x \rVert} ,$$
 #
 # so the length cancels: $\mathrm{RMSNorm}(b x) = \mathrm{RMSNorm}(x)$ for every $b >
-# 0$. If one dimension $c$ dominates, then $x \approx \pm a\,e_c$ with the unit vector
+# 0$. If one dimension $c$ dominates, then $x \approx \pm a e_c$ with the unit vector
 # $e_c$ along it, and
 #
 # $$\mathrm{RMSNorm}(x) \approx \pm \sqrt C \, \gamma_c \, e_c .$$
@@ -97,7 +97,7 @@ assert usual_own.abs() < 0.2, "so has an ordinary token, without the shared mean
 # Ordinary states are alike too, because all states share a mean. Subtract this mean:
 # the cosine of token 32 falls to about zero, and token 0 keeps its own direction.
 #
-# A key is a linear map of the normed state, $k_0 = W_K \,\mathrm{RMSNorm}(x_0)$. So one
+# A key is a linear map of the normed state, $k_0 = W_K \mathrm{RMSNorm}(x_0)$. So one
 # direction means one key, whatever the first token was.
 #
 # ## What if the norm were left out?

@@ -196,7 +196,7 @@ def on_first(run):
 
 seeds = {attn: each_seed(attn, on_first) for attn in ATTENTIONS}
 figure, axis = plt.subplots(figsize=(6.4, 3))
-figures.dots(axis, seeds, "Heads that may be silent have no sink; headnorm a part",
+figures.dots(axis, seeds, "Heads that may be silent have no sink; headnorm keeps a part",
              hot=["softmax"], xlim=(-0.02, 1),
              xlabel="weight on token 0, a dot a seed (dotted line: uniform attention)")
 axis.axvline(uniform, **figures.DOTTED)
@@ -227,7 +227,7 @@ for attn in ATTENTIONS:
 # gated and logit they say little, because hardly any of it reaches the output.)
 # Headnorm's heads still put most of their attention on one key, often token 0, else a
 # letter, and all of it reaches the output. Its loss at rest is as high as softmax's.
-# The three others reach a tenth of that, and have no sink on token 0 to explain.
+# That of the three others is a tenth of it.
 #
 # Headnorm takes a part here, and how much depends on the learning rate: look at three,
 # each with the same five seeds. (At 0.005 there are ten above. Seeds differ much: the

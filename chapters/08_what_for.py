@@ -258,8 +258,8 @@ assert collapsed < rest / 5, "the rank is low without token 0, too"
 # The *gradient* of a state says how much the loss changes when the state moves a
 # little. Every layer reads a state through RMSNorm, which divides it by its length. So
 # a state that is 100 times as long must move 100 times as far until the layer sees the
-# same change. As a formula: $\mathrm{RMSNorm}(c\,x) = \mathrm{RMSNorm}(x)$, so the
-# gradient $\partial\,\mathrm{loss} / \partial x$ of a state $c$ times as long is $c$
+# same change. As a formula: $\mathrm{RMSNorm}(c x) = \mathrm{RMSNorm}(x)$, so the
+# gradient $\partial \mathrm{loss} / \partial x$ of a state $c$ times as long is $c$
 # times as short, if all else is equal. Is all else equal?
 
 
@@ -342,7 +342,7 @@ assert left["super redrawn"] < left["others redrawn"] / 5, "its sink comes back"
 # longer one may grow new super neurons. (Heads are counted anew in each window here, as
 # in `tests/results/cures.md`, so the shares differ a little from other chapters.)
 #
-# ## In one that you train
+# ## In a small model that you train
 #
 # The small model `text` reads `<|bos|>` first in every window, and this token is its
 # sink. Does it, too, fail with a sliding window, and with one scale for all?

@@ -70,7 +70,7 @@ def page(path, notebook):
     parts, figures = [], {}
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            parts.append(links(cell.source))
+            parts.append(formulas(links(cell.source)))
         elif cell.cell_type == "code":
             parts.append(f"```python\n{cell.source}\n```")
             parts += outputs(path, cell.get("outputs", ()), figures)
@@ -81,6 +81,11 @@ def links(text):
     """Links as seen from the folder of the book: other chapters are pages there."""
     text = re.sub(r"\]\((\d\d)_\w+\.py", r"](\1.md", text)
     return re.sub(r"\]\((?!\w+:|#|\d\d\.md)", "](../", text)
+
+
+def formulas(text):
+    """Displayed formulas in a fence of their own: in $$ GitHub reads _ as Markdown."""
+    return re.sub(r"^\$\$(.+?)\$\$$", r"```math\n\1\n```", text, flags=re.M | re.S)
 
 
 def outputs(path, found, figures):
@@ -137,7 +142,7 @@ def contents():
     for path in chapters():
         claim = re.search(r"\*\*Claim\.\*\*(.*?)\n\n", opening(path), re.DOTALL)[1]
         rows.append(f"- {link(path)}. {links(' '.join(claim.split()))}\n")
-    return "# The chapters, run\n\n" + "".join(rows)
+    return "# The book: all chapters, with their output\n\n" + "".join(rows)
 
 
 def stale():

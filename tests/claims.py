@@ -476,8 +476,9 @@ def losses_table(found) -> str:
 FOUND = """
 **In a real Llama a handful of neurons a layer carries the sink.** Silence five of the 1,536 neurons
 of each layer of SmolLM2 at the first token, and its sink is gone ({cut neurons.share %} ± {neurons
-sd} of it: less than chance is left); the next tokens get that attention. Silence all others there
-instead, and it loses {neurons at 0.all others %} ± {others sd} ([chapter 03](chapters/book/03.md)).
+sd} of it: less than uniform attention is left); the next tokens get that attention. Silence all
+others there instead, and it loses {neurons at 0.all others %} ± {others sd} ([chapter
+03](chapters/book/03.md)).
 
 **A value that was not mixed with others forges one.** A token of SmolLM2 whose z is the *mean* of
 tokens that see only themselves gets {unmixed.forge, every: mean only %} ± {unmixed sd} of the two
@@ -489,18 +490,19 @@ W_O.share %} of the sink, and in the first layer W_O weakens the outlier that it
 {first.variance} ± {sd of variance} times the median before, {after} after (in text
 {text.first.variance} and {text.first.variance_out}) ([claim by claim](tests/results/claims.md)).
 
-**Where heads must rest, sigmoid ends the sink, and headnorm takes a part or most of it.** Softmax
-gives the first token {softmax} of its attention, headnorm {headnorm} (ten seeds; {headnorm at best}
-at the best, and highest, of three learning rates, five seeds), uniform attention 0.11; sigmoid, or
-softmax with one learned logit more in its denominator, none. Neither of headnorm's two effects,
-equal variance and no silent output, explains that alone ([chapter 07](chapters/book/07.md)).
+**Where heads must rest, sigmoid ends the sink, and headnorm takes a part or most of it.** Where
+they rest, the last layer's heads give the first token {softmax} of their attention under softmax,
+{headnorm} under headnorm (ten seeds; {headnorm at best} at 0.01, the best of three learning rates,
+five seeds), uniform attention 0.11; sigmoid, or softmax with one learned logit more in its
+denominator, none. Neither of headnorm's two effects, equal variance and no silent output, explains
+that alone ([chapter 07](chapters/book/07.md)).
 
 **Built into a finished model headnorm costs loss and need not last, and a sink may have a use.**
 After 500 steps of retraining, SmolLM2 with headnorm has a sink in {left} of the heads on random
-tokens and in {left in text} in text, depending on the order of the batches, at {price} nats of loss
-(its control, which keeps the sink: {control price}). Where heads count positions from the first
-token, every attention tried goes on using it, and headnorm does not end the sink ([the
-cures](tests/results/cures.md)).
+tokens and in {left in text} in Python code, depending on the order of the batches, at {price} nats
+of loss (its control, in which the sink comes back: {control price}; trained on unchanged, SmolLM2
+has {whole} and {whole in text}). Where heads count positions from the first token, every attention
+tried goes on using it, and headnorm does not end the sink ([the cures](tests/results/cures.md)).
 """  # for the README; what stands in braces is a `value_at`, of SmolLM2 where it names no lane
 
 IN_FULL = """
@@ -547,10 +549,10 @@ token, at most {DomRatio by layer.largest} times.
 
 **A cure can be tried in a minute, and judged in fifteen runs of each.** Where heads have nothing to
 look for and must be silent (`python train.py`; five seeds, each at the learning rate, of three,
-that is best for the others, 95 % interval), a head of the last layer gives the ordinary first token
-{rest}; uniform attention gives 0.11. (What counts is the weight that reaches the output: attention,
-for gated times gate.) *Logit* is one learned number a head in the denominator of softmax, as in
-gpt-oss. {rest price} [Heads that must rest](rest.md).
+that is best for the others, 95 % interval), a resting head of the last layer gives the ordinary
+first token {rest}; uniform attention gives 0.11. (What counts is the weight that reaches the
+output: attention, for gated times gate.) *Logit* is one learned number a head in the denominator of
+softmax, as in gpt-oss. {rest price} [Heads that must rest](rest.md).
 
 **A sink may be of use, and then headnorm does not end it.** In copying (`--size micro`, five seeds,
 each at the learning rate that is best for the others) the strongest head gives token 0 {copying
@@ -620,6 +622,8 @@ def other_numbers(found) -> dict[str, str]:
             "healed": retrofit.healed(rebuilt), "loss": cures.gain(of_cures),
             "long": cures.long_sinks(of_cures),
             "price": retrofit.span(rebuilt, "headnorm", "{:+.2f}", retrofit.extra_loss),
+            "whole": f"{retrofit.sink_share(rebuilt, 'softmax'):.0%}",
+            "whole in text": f"{retrofit.sink_share(rebuilt, 'softmax', 'text'):.0%}",
             "rest": rest.in_words(of_rest), "rest price": rest.price(of_rest),
             "long loss": cures.long_gap(of_cures, "headnorm")}
 

@@ -223,7 +223,7 @@ def best_table(found) -> str:
             row.append("-" if attn == "softmax" else gain(found, attn, chosen))
         rows.append(row)
     return runner.markdown(("± 95 % of seeds", "learning rate", "have learned",
-                            "of these pass 0.3", "sink", "value drain", "DomRatio",
+                            "of these pass 0.3", "sink", "length of its value", "DomRatio",
                             "effective rank", "loss above perfect", "minus softmax",
                             "minus softmax, rates chosen on the same seeds"), rows)
 
@@ -261,7 +261,7 @@ def long_table(found) -> str:
         rows.append([*row, f"{fmean(run['losses']):.3f}",
                      "-" if attn == "softmax" else long_gap(found, attn)])
     return runner.markdown(("± sd of batches", "sink", "length of token 0", "DomRatio",
-                            "value drain",
+                            "length of its value",
                             "effective rank", "letter of token 0", "letter of token 5", "loss",
                             "minus softmax"), rows)
 

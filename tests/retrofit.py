@@ -195,7 +195,7 @@ def table(found) -> str:
                      f"{extra_loss(found, name):+.2f}"])
     return runner.markdown(("SmolLM2 as (± sd of batches)", "heads with a sink, before", "after",
                             "after, in text",
-                            "length of token 0", "value drain", "loss before", "after",
+                            "length of token 0", "length of its value", "loss before", "after",
                             "minus softmax"), rows)
 
 

@@ -100,7 +100,7 @@ NAMED = [
     ("chapters/book/00.md", "random tokens: strongest head #", FIRST["sink"]),
     ("chapters/book/00.md", "head 8 reads a value of #", FIRST["drain"]),
     ("chapters/book/01.md", "random tokens discrepancy #", FIRST["variance"]),
-    ("chapters/book/01.md", "random tokens .*, by the law #", FIRST["variance_law"]),
+    ("chapters/book/01.md", "random tokens .*, of the law's own curve #", FIRST["variance_law"]),
     ("chapters/book/02.md", "random tokens, .* before W_O #", FIRST["variance"]),
     ("chapters/book/02.md", "random tokens, .*, after #, after a random", FIRST["variance_out"]),
     ("chapters/book/02.md", "random tokens  columns .* over layers #", FIRST["wo_tau"]),
