@@ -34,9 +34,9 @@ Tap = Callable[[str, torch.Tensor], torch.Tensor]
 
 # ---------------------------------------------------------------- config
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
-HF_SIZES = (*SIZES, "head_dim")  # what we read from a config.json, besides rope and tied weights
+POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+HF_SIZES = (*POSITIVE, "head_dim")  # what we read from a config.json, besides rope and tied weights
 HF_FAMILY = {  # model_type: the keys that it has besides, and what a missing key means
     "llama": dict(rms_norm_eps=1e-6, max_position_embeddings=2048, attention_bias=False,
                   mlp_bias=False),
@@ -94,7 +94,7 @@ class Config:
     def __post_init__(self):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        for name in (*SIZES, "rope_theta"):
+        for name in (*POSITIVE, "rope_theta"):
             value = getattr(self, name)  # whatever a config.json holds; None if it is missing
             kind = (int, float) if name in ("rms_norm_eps", "rope_theta") else int
             if not isinstance(value, kind) or value <= 0:

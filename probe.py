@@ -522,8 +522,10 @@ def layers(model, x, tap=None, ks=(0,), y=None, wanted=None, queries=None):
         return value
 
     loss = model(x, y, tap=compose(tap, look))[1]
-    stacked = [{key: torch.stack(v) for key, v in values.items()} for values in found]
-    return stacked, None if loss is None else loss.item()
+    for values in found:
+        for key, by_depth in values.items():
+            values[key] = torch.stack(by_depth)
+    return found, None if loss is None else loss.item()
 
 
 def as_rows(found) -> list[dict]:
@@ -576,10 +578,8 @@ def summary(found) -> dict[str, float]:
     for n in metrics():
         if n.key in found:
             values = found[n.key]
-            if n.read == "sink head":
-                value = values[head]
-            else:
-                value = {"first": values[0], "mean": values.mean(), "largest": values.max()}[n.read]
+            ways = {"first": values[0], "mean": values.mean(), "largest": values.max()}
+            value = values[head] if n.read == "sink head" else ways[n.read]
             one[n.key] = value.item()
     return one
 
@@ -707,20 +707,20 @@ def cuts(model, x, y, k=10, seed=0, names=(), step=lambda: None, queries=None) -
                         f"(the middle one, {T // 2}, is a control)")
     target, matched = targets(model, x, seed)
     wanted = [link.numbers[0] for link in LINKS]
-    untouched, _ = layers(model, x, None, (0, k), y, wanted, queries)
-    heads = with_sink(untouched[0]["sink"])
+    untouched = layers(model, x, None, (0, k), y, wanted, queries)
+    heads = with_sink(untouched[0][0]["sink"])
 
-    def measure(tap):
-        both, loss = layers(model, x, tap, (0, k), y, wanted, queries)
+    def told(both, loss):
         numbers = []
         for found in both:
             resting = later(found["sink"])[heads].mean().item()
             numbers.append(summary(found) | {"resting": resting, "loss": loss})
         return numbers
 
-    before, rows = measure(None), []
+    before, rows = told(*untouched), []
     for link, kind, edit, control in planned(*names):
-        after = measure(intervene(model, edit, target, matched, k, T))
+        tap = intervene(model, edit, target, matched, k, T)
+        after = told(*layers(model, x, tap, (0, k), y, wanted, queries))
         rows.append({"link": link.name, "kind": kind, "control": control, "says": edit.says,
                      "token": 0 if kind == "cut" else k, "before": before, "after": after})
         if queries is not None:
@@ -770,7 +770,8 @@ def verdicts(tables, T) -> list[dict]:
     the standard deviation, said what `judge` says and word its first word."""
     found = []
     for same in zip(*tables):
-        row, (mean, std) = same[0], mean_std([share(row, T) for row in same])
+        row = same[0]
+        mean, std = mean_std([share(one, T) for one in same])
         if row["control"]:
             found[-1]["controls"].append((mean, std))
         else:
@@ -906,12 +907,14 @@ def buttons(prompt, silence=None, every=False) -> list[dict]:
     if silence:
         few = ", ".join(f"{ids} of layer {layer}" for layer, ids in silence.items())
         says, tap = f"neurons {few} answer 0 at every token", silent(prompt.model, silence)
+        label = "neurons silent"
     else:
+        label = "super neurons silent"
         tap = of_links("cut neurons")
         says = (f"in every layer the {TOP} of {prompt.model.cfg.intermediate_size:,} neurons that "
                 "write most at the first token answer 0 there")
     states = [{"label": "as it is", "says": "nothing is changed", "tap": None},
-              {"label": "super neurons silent", "says": says, "tap": tap}]
+              {"label": label, "says": says, "tap": tap}]
     if not every:
         return states
     states += [{"label": "first token averaged", "tap": of_links("cut variance"),
@@ -1038,7 +1041,8 @@ def print_cuts(found):
 
 def print_words(prompt, shown):
     """What a reader's own words show, in lines."""
-    words, (usual, quiet) = shown["words"], shown["states"].values()
+    words, (_, label) = shown["words"], shown["states"]
+    usual, quiet = shown["states"].values()
     T, first = len(words), words[0]
     even = uniform_weight(prompt.asked)
     print("\n" + textwrap.fill(f"{prompt.name} reads {T} tokens: {' '.join(words)}", 95))
@@ -1053,7 +1057,7 @@ def print_words(prompt, shown):
             print(f"layer{several}: heads {' '.join(map(str, heads))}")
     if even > SINK:
         print("with so few tokens uniform attention itself is above that: give ten or more")
-    print("\n" + textwrap.fill(f"super neurons silent: {quiet['says']}", 95))
+    print("\n" + textwrap.fill(f"{label}: {quiet['says']}", 95))
     now = quiet["heads with a sink"]
     heir = max(range(1, max(2, T // 2)), key=now.__getitem__)
     print(f"heads that rest on {first!r}: {usual['heads with a sink'][0]} of {sinks.numel()} as it "
@@ -1073,7 +1077,7 @@ def neurons(text) -> dict[int, list[int]]:
     found = {}
     for part in text.split():
         layer, _, ids = part.partition(":")
-        found[int(layer)] = [int(i) for i in ids.split(",")]
+        found.setdefault(int(layer), []).extend(map(int, ids.split(",")))
     return found
 
 
@@ -1101,7 +1105,7 @@ def add_flags(add):
     add("--layer", type=int, help="with words: layer of the head to draw (default: that "
         "of the strongest head)")
     add("--head", type=int, help="with words: its number in the layer (default: the strongest)")
-    add("--silence", type=neurons, metavar="11:1229,1487", help="with --text: neurons of a layer "
+    add("--silence", type=neurons, metavar="11:1229,1487", help="with words: neurons of a layer "
         f"that are silent at every token (default: the {TOP} of each layer that write most at the "
         "first token, there only, as --cut has it); of several layers: \"11:1229 2:16\"")
     add("--page", action="store_true", help="one HTML file to click through: of --text or --from; "
@@ -1112,7 +1116,7 @@ def add_flags(add):
         help="with --cut: the token where a sink is forged (default: 10)")
     add("--windows", type=int,
         help="windows a batch (default: 32; for a Llama 8, or 6 with --cut)")
-    add("--batches", type=int, help="disjoint batches, for the spread (default: 4; for a Llama 1, "
+    add("--batches", type=int, help="batches, for the spread (default: 4; for a Llama 1, "
         "or 2 with --cut)")
     add("--seed", type=int, default=0, help="of random windows and random controls (default: 0)")
     add("--threads", type=int, help="CPU threads (default: 1 for a run, else all cores)")
@@ -1129,11 +1133,15 @@ def filled(look) -> argparse.Namespace:
         raise UserError("--bos goes with --llama; leave it out")
     look.is_llama = bool(look.llama) or look.runs == ["smollm2"]
     check_words(look)
-    windows, batches = (32, 4) if not look.is_llama else (6, 2) if look.cut else (8, 1)
-    look.windows = windows if look.windows is None else look.windows
-    look.batches = batches if look.batches is None else look.batches
-    if look.windows < 2 or look.batches < 1:
-        raise UserError("--windows must be at least 2, and --batches at least 1")
+    usual = (32, 4)
+    if look.is_llama:
+        usual = (6, 2) if look.cut else (8, 1)
+    if look.windows is None:
+        look.windows = usual[0]
+    if look.batches is None:
+        look.batches = usual[1]
+    if look.windows < 2 or min(look.batches, look.threads or 1) < 1:
+        raise UserError("--windows must be at least 2, --batches and --threads at least 1")
     if look.out is None:
         look.out = f"{OUT}/{checkpoint_name(look)}" if look.is_llama else look.runs[0]
     return look
@@ -1366,10 +1374,11 @@ def examine(prompt, layer=None, head=None, silence=None, every=False):
 
 def page_of(prompt, shown, states) -> dict:
     """What `page.write` wants: the states under each button, then those of the film."""
-    names = ("step", "pattern", "length", "ids_next", "p_next")
-    for step, *seen in zip(*(prompt.film.get(name, ()) for name in names)):
-        state = dict(zip(names[1:], seen)) | {"label": f"step {step}", "step": int(step),
-                                              "says": f"the run after {step:,} steps of training"}
+    names = ("pattern", "length", "ids_next", "p_next")
+    for i, step in enumerate(prompt.film.get("step", ())):
+        state = {name: prompt.film[name][i] for name in names}
+        state |= {"label": f"step {step}", "step": int(step),
+                  "says": f"the run after {step:,} steps of training"}
         states.append(state)
     kept = ("label", "says", "k", "step", "pattern", "length")
     told = [{key: state[key] for key in kept if key in state} | {"next": prompt.next(state)}

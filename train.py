@@ -60,11 +60,12 @@ SIZES = {  # model and schedule that fit together; a flag overrides any of them
         vocab_size=1024, seq_len=1024, batch_size=16, steps=20000, lr=6e-4),
 }
 SIZE_OF = {None: "rest", "rest": "rest", "copy": "micro"}  # by data; tiny for a text
-READOUTS = {"rest": "attn_out"}  # by data; final for all other
+READOUT_OF = {"rest": "attn_out"}  # by data; final for all other
 COMMON = dict(data="stdlib", bos=1.0, weight_decay=0.3)  # of each size that does not say otherwise
 MINUTES = {"rest": 1, "micro": 2, "tiny": 2}  # of a training, about, on one core of a laptop
 MACHINE = ("device", "threads", "compile")  # do not change the result, up to rounding
-LEAST = {"steps": 1, "batch_size": 1, "seq_len": 3, "lr": 0, "weight_decay": 0}
+LEAST = {"steps": 1, "batch_size": 1, "seq_len": 3, "lr": 0, "weight_decay": 0, "evals": 0,
+         "initializer_range": 0, "threads": 1}
 WIDE = 128  # C from which on a CPU compiles by default; narrower models gain little
 SHORT = 512  # T up to which attention, compiled for a CPU, is faster written out than as a kernel
 
@@ -118,12 +119,16 @@ def resolve(run: Run) -> Run:
     usual = {f.name: f.default for f in fields(Run)} | COMMON | SIZES[run.size]
     if isinstance(usual["lr"], dict):  # tuned for each attention
         usual["lr"] = usual["lr"][run.attn]
+    if run.data == "rest":  # of any size: it has no <|bos|>
+        usual["bos"] = 0.0
     if run.data not in (None, *data.TASKS):  # a text needs all bytes
         usual["vocab_size"] = max(257, usual["vocab_size"])
     missing = {name: value for name, value in usual.items() if getattr(run, name) is None}
     full = replace(run, **missing)
-    full.initializer_range = full.initializer_range or full.hidden_size ** -0.5
-    full.threads = full.threads or min(os.cpu_count() or 1, 4)
+    if full.initializer_range is None:
+        full.initializer_range = max(1, full.hidden_size) ** -0.5
+    if full.threads is None:
+        full.threads = min(os.cpu_count() or 1, 4)
     full.out = full.out or usual_folder(run, usual)
     for name, least in LEAST.items():
         if not getattr(full, name) >= least:
@@ -155,7 +160,7 @@ def model_config(run: Run, corpus) -> Config:
     same = ("attn", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "initializer_range")
     shape = {name: getattr(run, name) for name in same}
-    readout = READOUTS.get(run.data, "final")
+    readout = READOUT_OF.get(run.data, "final")
     return Config(vocab_size=corpus.vocab_size, max_position_embeddings=run.seq_len,
                   readout=readout, **shape)
 
@@ -259,7 +264,7 @@ class Diverged(UserError):
 
 class State:
     """A training: settings, corpus, windows of the evaluations (`held_out`), and all that changes,
-    which model.pt and log.jsonl hold."""
+    which model.pt, log.jsonl and film.npz hold."""
 
     def __init__(self, run: Run, cfg: Config, corpus, device, saved: dict | None,
                  more: dict | None):
@@ -298,8 +303,10 @@ class State:
         self.log = [row for row in read_log(self.folder) if row["step"] <= self.step]
         film = read_film(self.folder)
         ids = film.pop("ids", None)
-        pictures = [dict(zip(film, values), ids=ids) for values in zip(*film.values())]
-        self.film = [picture for picture in pictures if picture["step"] <= self.step]
+        for values in zip(*film.values()):
+            picture = dict(zip(film, values), ids=ids)
+            if picture["step"] <= self.step:
+                self.film.append(picture)
 
     def follow(self, loss: float) -> None:
         """The smooth training loss."""
@@ -308,7 +315,7 @@ class State:
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
 
     def save(self, header: dict) -> None:
-        """log.jsonl, then model.pt: a resumed run drops rows that are later than model.pt."""
+        """model.pt last: a resumed run drops rows and pictures that are later than it."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.diverged()
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -456,10 +463,7 @@ def evaluate_and_save(state: State, header: dict) -> None:
     row = {"step": state.step, "tokens": state.step * run.batch_size * run.seq_len,
            "seconds": round(state.seconds, 2), "train_loss": state.smooth}
     _, kinds = state.windows
-    plain = contextlib.nullcontext()
-    if run.compile:
-        plain = torch.compiler.set_stance("force_eager")  # taps are for plain layers
-    with plain:
+    with as_written(run):
         row |= evaluate(state.model, state.windows)
         x, _ = kinds[told_kind(kinds)]
         picture = frame(state.model, x[0, :FILMED], state.step)
@@ -469,6 +473,13 @@ def evaluate_and_save(state: State, header: dict) -> None:
     state.film.append(picture)
     state.save(header)
     state.seconds += time.perf_counter() - begin
+
+
+def as_written(run: Run):
+    """A context in which the layers are not compiled: taps are for plain ones."""
+    if run.compile:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def row_line(state: State) -> str:
@@ -552,6 +563,7 @@ def sink_story(state: State) -> tuple[str, str]:
 
 LEARNED = 0.02  # nats above a perfect predictor, of all targets; a model above that is no evidence
 SOFTMAX = Path(__file__).parent / "tests" / "results" / "rest.json"  # seeds to compare with
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "seq_len")
 
 
 def rest_story(state: State) -> tuple[str, str]:
@@ -559,14 +571,15 @@ def rest_story(state: State) -> tuple[str, str]:
     run = state.run
     (idx, _), kinds = state.windows
     x, queries = kinds["links_rest"]
-    heads = probe.resting_weight(state.model, x, queries)
+    with as_written(run):
+        heads = probe.resting_weight(state.model, x, queries)
     here, uniform = statistics.fmean(heads), probe.uniform_weight(queries)
     seeds = read_json(SOFTMAX)["grid"]["softmax"]["0.005"].values()
     mean, std = probe.mean_std([statistics.fmean(seed["weights"]["reaching"]) for seed in seeds])
     loss = statistics.fmean(seed["val_loss"] for seed in seeds)
-    by_head = " ".join(f"{head:.2f}" for head in heads)
+    by_head, n = " ".join(f"{head:.2f}" for head in heads), len(seeds)
     told = f"""where there is nothing to look for, a head of the last layer gives the first token
-  {mean:.2f}   under softmax (mean of {len(seeds)} seeds, standard deviation {std:.2f})
+  {mean:.2f}   under softmax, default size (mean of {n} seeds, standard deviation {std:.2f})
   {here:.2f}   under {run.attn}, here (head by head: {by_head})
   {uniform:.2f}   if it looks everywhere alike"""
     gap = state.log[-1]["val_loss"] - loss
@@ -576,6 +589,8 @@ def rest_story(state: State) -> tuple[str, str]:
                       "perfect predictor): this says nothing about its sink")
     if run.attn == "softmax":
         return told, f"rests on the first token with {here:.0%} of its attention: a sink"
+    if any(getattr(run, name) != SIZES["rest"][name] for name in SHAPE):
+        return told, f"rests on the first token with {here:.0%} of its attention"
     taken = (mean - here) / (mean - uniform)
     return told, (f"takes {taken:.0%} of softmax's sink; its loss is {abs(gap):.4f} nats "
                   f"{'above' if gap > 0 else 'below'} softmax's mean")

@@ -276,12 +276,12 @@ for name, keys in used.items():
 # (chapter 00). These numbers show only that a cue to position, the larger variance,
 # exists before training. Whether a sink uses it takes an experiment.
 #
-# SmolLM2 keeps more of it: a gap of 10.5 on random tokens, a third of what its shape has
-# before training, and of 5 on English. In `text` both heads look at few keys, so they
-# average little: all tokens vary, and hardly a gap is left. In `copy` two heads look at
-# 3 keys and have none. The other two look at many and have a large one, but what they
-# gather varies so little that the mean over heads hides it. *Why* the heads of
-# SmolLM2's first layer look at so many keys is open.
+# SmolLM2 keeps more of it: a gap of 10.5 on random tokens, a third of what its shape
+# has before training, and of 5 on English. In `text` both heads look at few keys, so
+# they average little: all tokens vary, and hardly a gap is left. In `copy` two heads
+# look at 3 keys and have none. The other two look at many and have a large one, but
+# what they gather varies so little that the mean over heads hides it. *Why* the heads
+# of SmolLM2's first layer look at so many keys is open.
 #
 # Does the sink use the gap that is left? Chapter 06 gives the first token the mean
 # attention output of the others, and SmolLM2's sink goes. But this edit takes away more

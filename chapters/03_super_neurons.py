@@ -233,7 +233,7 @@ assert sink["two others"] > 0.9 * sink["untouched"], "any two would do"
 
 # %%
 figure, axis = plt.subplots(figsize=(8.8, 3.2))
-figures.by_layer(axis, sinks, "With two neurons of layer 11 silent, most later sinks go",
+figures.by_layer(axis, sinks, "With two neurons silent, most later sinks go",
                  ["untouched"], dict(loc="upper left", ncols=3), ylim=(0, 0.95),
                  xlabel="layer (dotted line: uniform attention)",
                  ylabel="attention to token 0,\nmean of heads")

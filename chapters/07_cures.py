@@ -196,7 +196,7 @@ def on_first(run):
 
 seeds = {attn: each_seed(attn, on_first) for attn in ATTENTIONS}
 figure, axis = plt.subplots(figsize=(6.4, 3))
-figures.dots(axis, seeds, "Heads that may be silent have no sink; headnorm keeps a part",
+figures.dots(axis, seeds, "Three cures end the sink; headnorm leaves a part of it",
              hot=["softmax"], xlim=(-0.02, 1),
              xlabel="weight on token 0, a dot a seed (dotted line: uniform attention)")
 axis.axvline(uniform, **figures.DOTTED)

@@ -29,7 +29,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from data.common import UserError, digits, write_atomically
 
-SINK = "sink"  # the key of the number that has the accent
+HOT = "sink"  # the key of the number that has the accent
 ACCENT, GREY, WIDTH = "#e8450c", "0.45", 8.8
 KINDS_OF_LINE = cycler(
     color=["black", "0.45", "0.6", "black", "0.3", "0.6", "0.45", "black"],
@@ -248,8 +248,8 @@ def words(maps, words, nexts, title) -> Figure:
     T, n = len(words), len(maps)
     side = max(3.4, 0.14 * T)  # inches: a line of type a word
     beside = T <= 24
-    height = side + 1 if beside else n * (side + 1)
-    figure, axes = new(height + 0.4, *(1, n) if beside else (n, 1), sharey=beside)
+    rows, columns = (1, n) if beside else (n, 1)
+    figure, axes = new(rows * (side + 1) + 0.4, rows, columns, sharey=beside)
     short_words = [word if len(word) < 13 else word[:11] + "\u2026" for word in words]
     for ax, (name, pattern), following in zip(axes.flat, maps.items(), nexts):
         attention(ax, pattern, name)
@@ -378,7 +378,7 @@ def matrix(rows, columns) -> Figure:
         for j, key in enumerate(columns.values()):
             change = abs(after[key] - before[key]) / max(abs(before[key]), 0.02)
             depth = 0.85 * min(change, 1.0)
-            color, dark = (ACCENT, 0.75) if key == SINK else ("black", 0.5)
+            color, dark = (ACCENT, 0.75) if key == HOT else ("black", 0.5)
             letters = "white" if depth > dark else "black"
             image[i, j] = tint(torch.tensor(depth), color)
             ax.text(j, i, digits(after[key]), ha="center", va="center", color=letters)
@@ -413,7 +413,7 @@ def birth(rows, columns, links, title) -> Figure:
         if high - low < 1e-6:  # rounding, if the first token is always the same
             steps, way, label = [], [], "does not move"
         accent = {"color": ACCENT, "lw": 2.2, "zorder": 3}
-        style = accent if key == SINK else next(styles)
+        style = accent if key == HOT else next(styles)
         ax.plot(steps, way, label=f"{tex(name)} ({label})", **style)
     ax.set(xscale="log", ylim=(-0.03, 1.03))
     ax.yaxis.set_major_formatter(PERCENT)
@@ -435,7 +435,7 @@ def curve(name, log, kinds, baseline, optimum=None) -> Figure:
         losses[what] = [row[key] for row in log]
     for kind, windows in kinds.items():
         if kind in log[0]:
-            sinks[windows] = [row[kind][SINK] for row in log]
+            sinks[windows] = [row[kind][HOT] for row in log]
     lines(left, losses, steps)
     lines(right, sinks, steps, hot=sinks)
     right.axhline(baseline, label="uniform attention", **DOTTED)

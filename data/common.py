@@ -211,7 +211,7 @@ def program(name: str, main) -> int:
         message, code = "stopped", 130
     except BrokenPipeError:  # as in `probe.py ... | head`: what is still to be printed vanishes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141  # as a shell says of a program that a closed pipe has ended
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{reason(error)}"

@@ -18,8 +18,8 @@ import data
 from data.common import UserError, read_json, reason
 
 FILES = ("model.pt", "film.npz", "curve.png", "log.jsonl", "config.json")  # in order of removal
-MEASURED = ("chain.json", "chain.png", "cut.json", "cut.png", "words.json", "words.png",
-            "page.html")  # what probe.py adds
+MEASURED = ("page.html", *(f"{what}.{kind}" for what in ("chain", "cut", "words")
+                           for kind in ("json", "png", "svg", "pdf")))  # what probe.py adds
 KEYS = {"run", "model", "corpus", "environment"}  # of config.json
 
 

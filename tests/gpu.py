@@ -428,8 +428,8 @@ def ends_table(runs) -> str:
         loss = fmean(fmean(run["losses"]) for run in runs_of)
         rows.append([*row, f"{loss:.3f}", gap(seeds, runs.get("softmax", {}))])
     head = ("", "seeds", "learning rate", "% of heads with a sink", "the same, random tokens",
-            "attention of the strongest head", "length of token 0", "DomRatio", "length of its value",
-            "loss", "minus softmax")
+            "attention of the strongest head", "length of token 0", "DomRatio",
+            "length of its value", "loss", "minus softmax")
     return runner.markdown(head, rows)
 
 
