@@ -56,6 +56,16 @@ def test_the_book_shows_the_chapters():
 
 
 @every_chapter
+def test_github_shows_the_formulas(path):
+    """It refuses the macro, and takes a backslash before a sign in $..$ for Markdown's."""
+    page = read(book.BOOK / f"{path.stem[:2]}.md")
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)
+    assert "operatorname" not in page
+    assert "$$" not in prose
+    assert not re.search(r"\$[^$]*\\[^a-zA-Z\s][^$]*\$", prose)
+
+
+@every_chapter
 def test_figures_of_the_book(path):
     text = read(book.BOOK / f"{path.stem[:2]}.md")
     named = re.findall(r'^<img src="([^"]+)" width="\d+" alt="[^"]+">$', text, flags=re.M)

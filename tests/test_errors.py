@@ -23,6 +23,7 @@ from tests.tiny import tiny_llama_folder
 COMMANDS = """
 --atn softmax                           | unrecognized
 --steps 0                               | --steps must be at least 1
+--evals -1                              | --evals must be at least 0
 --num-attention-heads 3                 | hidden_size must be a multiple of num_attention_heads 3
 --device tpu                            | --device must be
 --vocab-size 500                        | --vocab-size changes nothing with --data rest
@@ -59,6 +60,7 @@ probe.py nan                            | not finite
 --resume bad-log                        | log.jsonl cannot be read
 probe.py smollm2 out/run --file x       | give smollm2
 probe.py smollm2 --windows 1            | --windows must be at least 2
+probe.py smollm2 --threads -1           | --threads at least 1
 probe.py nowhere                        | nowhere
 probe.py old no-bos                     | probe them one by one
 probe.py no-bos --text a                | give two words or more

@@ -103,6 +103,13 @@ def test_killed_before_the_first_save(tmp_path, tiny_run, how):
     assert files(killed).keys() == {*files(whole), "film.part"}
 
 
+def test_overwrite_removes_what_was_seen_in_the_old_model(tmp_path, tiny_run):
+    tiny_run(tmp_path)
+    (tmp_path / "words.svg").write_text("the old one")
+    tiny_run(tmp_path, overwrite=True)
+    assert not (tmp_path / "words.svg").exists()
+
+
 def test_a_folder_has_one_writer(tmp_path, tiny_run):
     def meanwhile(line):
         with pytest.raises(UserError, match="is being written by"):
@@ -206,6 +213,12 @@ def test_a_run_of_rest_that_has_learned_ends_beside_softmax(tmp_path, monkeypatc
     state.log[-1]["val_loss"] = state.corpus.task.optimal_loss(x)
     monkeypatch.setattr(probe, "resting_weight", lambda *_: [weight] * 4)
     assert train.rest_story(state)[1].startswith(verdict)
+    state.run.seq_len = 12  # then softmax's committed seeds are of another model
+    assert "softmax" not in train.rest_story(state)[1].removeprefix(attn)
+
+
+def test_rest_has_no_bos_in_any_size():
+    assert train.resolve(train.Run(size="tiny", data="rest")).bos == 0
 
 
 def half_written(state, path):
