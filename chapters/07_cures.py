@@ -330,10 +330,10 @@ retrofit = read_json(ROOT / "tests/results/retrofit.json")
 
 
 def sink_and_loss(name):
-    """Of a retrained SmolLM2: % of the heads with a sink on random tokens and in text,
-    and the loss on text."""
+    """Of a retrained SmolLM2: % of the heads with a sink (counted in each window) on
+    random tokens and in text, and the loss on text."""
     end = retrofit[name]["end"]
-    shares = [100 * fmean(chain["sink_rate"] for chain in end[kind])
+    shares = [100 * fmean(chain["share"] for chain in end[kind])
               for kind in ("random", "text")]
     return *shares, fmean(end["losses"])
 

@@ -323,7 +323,7 @@ losses, left = {}, {}
 for name in ("softmax", "super redrawn", "others redrawn"):
     end = retrofit[name]["end"]
     losses[name] = fmean(end["losses"])
-    left[name] = fmean(chain["sink_rate"] for chain in end["random"])
+    left[name] = fmean(chain["share"] for chain in end["random"])
     print(f"after 500 steps more, {name:14} loss {losses[name]:.2f}, "
           f"heads with a sink {left[name]:.0%}")
 late = losses["super redrawn"] - losses["others redrawn"]

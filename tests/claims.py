@@ -4,11 +4,11 @@
     python -m tests.claims --render     only the tables, from the committed JSON
 
 `SmolLM2` is one trained model, so it has no seeds: its spread is that of 8 or 16 disjoint batches
-of 8 windows of 64 tokens, random ones unless a line says text. The others are five seeds each of
+of 8 windows of 64 tokens (16 of 4 in text), random ones unless a line says text. The others are five seeds each of
 models that train.py makes: `rest` is the default (heads that must rest, read at the queries that
 do), `text` is `--size tiny` (each window starts with <|bos|>, which a head can know by its
 embedding), `micro` is copying (read in windows of random symbols, where nothing is to be copied).
-Token k is token 10, in rest 6; the middle token is 32, in rest 8.
+Token k is token 10, in rest 6 (Q8: 5); the middle token is 32, in rest 8.
 
 The hypotheses and margins in claims.csv were written down before they were measured; `place` says
 where in the JSON a number stands (`value_at`). A test holds in a batch (or seed) or it does not:
@@ -95,7 +95,8 @@ def agreement(model, x, k=K, queries=None):
     """Q7. The first layer's z_k is given one mean and, head by head, one variance over windows:
 
         z_k = mean + d,   d being the deviation that a token has which sees only itself,
-        or the same with each head's part taken from another window: heads that disagree
+        or the same with each head's part taken from another window: heads that disagree (of
+        SmolLM2's nine heads, in eight windows, one keeps its own and two share one)
 
     -> attention to k of the strongest head, for both."""
     T = x.shape[1]
@@ -351,7 +352,7 @@ def word_of(tests) -> str:
 
 
 def in_words(values, lane) -> str:
-    """Mean and spread; median and range of numbers that span more than a decade."""
+    """Mean and spread; median and range of numbers that span more than a decade or pass 1,000."""
     there = with_sink_only(values)
     without = len(values) - len(there)
     if not there:

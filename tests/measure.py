@@ -120,7 +120,7 @@ def maps(model, batches):
         scores = [sink_score(pattern[:, None], t).mean().item() for t in range(T - 1)]
         found["attention"][name] = scores
     without, alone = (found["attention"][name] for name in ("neurons silent", "token 10 alone"))
-    held = [max(without[:T // 2]) < 0.2, alone[10] > 0.25]
+    held = [max(without) < 0.2, alone[10] > 0.25]
     return found | {"layer": layer, "head": head, "held": held}
 
 

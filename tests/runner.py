@@ -55,9 +55,12 @@ def measure(file: Path, plan: dict, jobs: int) -> None:
     missing = {path: job for path, job in plan.items() if not holds(found, path)}
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = {pool.submit(*job): path for path, job in missing.items()}
-        for done in tqdm(as_completed(waiting), file.name, len(waiting), disable=None):
-            found = put(found, waiting[done], done.result())
-            write_json(file, found)
+        try:
+            for done in tqdm(as_completed(waiting), file.name, len(waiting), disable=None):
+                found = put(found, waiting[done], done.result())
+                write_json(file, found)
+        finally:  # after Ctrl-C or a failure no other is begun: what it finds would be lost
+            pool.shutdown(cancel_futures=True)
 
 
 def holds(found: dict, path: tuple) -> bool:

@@ -1,5 +1,7 @@
 """The claims: the rule that judges, the committed numbers, and a real Llama measured afresh."""
 
+import csv
+
 import pytest
 
 import probe
@@ -31,7 +33,10 @@ def test_value_at():
 
 
 def test_every_unit_is_there():
-    for row in claims.tests_of(read_json(claims.FILE)):
+    rows = claims.tests_of(read_json(claims.FILE))
+    with claims.HYPOTHESES.open(encoding="utf-8") as file:
+        assert len(rows) == sum(len(row["lanes"].split()) for row in csv.DictReader(file))
+    for row in rows:
         whole = claims.LANES[row["lane"]]
         if row["lane"] == "SmolLM2":
             assert len(row["values"]) in (whole / 2, whole), row["measure"]

@@ -9,6 +9,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +59,7 @@ probe.py nan                            | not finite
 --resume nan-moment                     | not finite
 --resume no-json                        | is not JSON
 --resume bad-log                        | log.jsonl cannot be read
+--resume bad-film                       | film.npz cannot be read
 probe.py smollm2 out/run --file x       | give smollm2
 probe.py smollm2 --windows 1            | --windows must be at least 2
 probe.py smollm2 --threads -1           | --threads at least 1
@@ -113,7 +115,7 @@ def place(tmp_path_factory, tiny_run):
     for name, content in TEXTS.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(content)
-    for name in (*BYTES, *OBJECTS, "no-model", "older", "no-json", "bad-log"):
+    for name in (*BYTES, *OBJECTS, "no-model", "older", "no-json", "bad-log", "bad-film"):
         shutil.copytree("old", name)
     for name, change in BYTES.items():
         path = Path(name, "model.pt")
@@ -131,6 +133,7 @@ def place(tmp_path_factory, tiny_run):
     Path("no-json/config.json").write_text("{")
     tiny_llama_folder(Path("llama"))
     Path("bad-log/log.jsonl").write_text("header\n{")
+    np.savez("bad-film/film.npz", step=np.array([Hostile()]))  # a pickle
     yield
     os.chdir(before)
 

@@ -170,6 +170,7 @@ REFUSED = {  # and words of the line
     "stale shards, no index": ({}, {}, sharded(*TWO, index=False, stale=True), "there twice"),
     "no head": ({}, {}, without(HEAD), "no lm_head.weight"),
     "no embedding": ({}, {}, without(EMBEDDING), "embed_tokens.weight"),
+    "nan": ({}, {}, lambda folder, w: save(folder, w | {HEAD: w[HEAD] * torch.nan}), "not finite"),
     "no norm": ({}, {}, without("model.norm.weight"), "norm.weight"),
     "a bare model, untied": ({}, dict(architectures=["LlamaModel"]), without(HEAD), "lm_head"),
     "QK-norm": ({}, {}, besides("q_norm.weight", 8), "q_norm"),

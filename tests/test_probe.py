@@ -233,17 +233,29 @@ def test_what_counts_is_the_heads_that_have_a_sink(monkeypatch):
 
 @pytest.mark.parametrize("case", PLANNED, ids=lambda c: f"{c[1]} {c[2].says}")
 def test_an_edit_changes_its_token_and_nothing_else(case):
-    """Recorded in the first layer where it acts."""
+    """In every layer where it acts."""
     edit, model = case[2], small()
     tap = probe.intervene(model, edit, *probe.targets(model, X), K, T)
-    layer = 1 if edit.layers == "deep" else 0
-    name = f"{layer}.{edit.tap}"
-    before = activation(model, X, name)
-    after = activation(model, X, name, tap)
     axis = 2 if edit.tap == "scores" else 1
-    moved = (before != after).transpose(0, axis)
     token = {"middle": T // 2, "first": 0, "k": K}[edit.token]
-    assert moved.flatten(1).any(1).tolist() == [t == token for t in range(T)]
+    for layer in range(3):
+        name = f"{layer}.{edit.tap}"
+        before = activation(model, X, name)
+        moved = (before != tap(name, before)).transpose(0, axis)
+        acts = layer > 0 or edit.layers == "every"
+        wanted = [acts and t == token for t in range(T)]
+        assert moved.flatten(1).any(1).tolist() == wanted, name
+
+
+def test_only_the_queries_that_are_asked_for_count():
+    model, asked = small(), X < 25
+    pattern = activation(model, X, "1.pattern")
+    found = probe.layers(model, X, queries=asked)[0][0]
+    assert near(found["sink"][1], probe.sink_score(pattern, 0, asked).mean(0))
+    row, *_ = probe.cuts(model, X, X, k=K, names=("cut lock",), queries=asked)
+    heads = probe.with_sink(found["sink"])
+    assert near(row["before"][0]["resting"], probe.later(found["sink"])[heads].mean())
+    assert near(row["uniform"], probe.uniform_weight(asked))
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +400,7 @@ def test_what_is_added_to_links_is_cut(made_up, llama):
     assert (out / "cut.png").exists()
 
 
-def test_what_is_added_to_links_is_measured_and_kept_before_a_figure_fails(
+def test_what_is_added_to_links_is_measured_and_kept_when_a_figure_fails(
         made_up, llama, capsys, monkeypatch):
     words, out = llama
     monkeypatch.setattr("chapters.figures.drawn", lambda *_: 1 / 0)
@@ -401,6 +413,17 @@ def test_what_is_added_to_links_is_measured_and_kept_before_a_figure_fails(
     assert {"made_up", "mirror"} <= mean.keys()
     kept = found["by layer"]["tiny"]["random tokens"]
     assert torch.tensor(kept["token 32"]["sink"]).shape == (3, 4)
+
+
+@pytest.mark.parametrize("more, file", [([], "chain.json"), (["--cut"], "cut.json")])
+def test_the_numbers_are_written_before_the_figure(llama, monkeypatch, more, file):
+    def stopped(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("chapters.figures.drawn", stopped)
+    words, out = llama
+    with pytest.raises(KeyboardInterrupt):
+        probe.main([*words, "--batches=1", *more])
+    assert (out / file).exists()
 
 
 def test_a_run_beside_itself_untrained(tmp_path, tiny_run, monkeypatch):

@@ -82,16 +82,6 @@ def test_tables_are_those_of_the_json():
         assert fill(text, blocks) == text, f"{path} must be rendered anew"
 
 
-def test_spreads_in_the_text_of_chapters_stand_in_a_table():
-    """Whoever quotes "0.31 ± 0.20" quotes a page of results."""
-    results = "".join(page.read_text(encoding="utf-8") for page in PAGES[2:])
-    for path in (ROOT / "chapters").glob("[0-9]*.py"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("#"):
-                for quoted in re.findall(r"-?[\d.]+ ± [\d.]+", line):
-                    assert quoted in results, (path.name, quoted)
-
-
 # Numbers that several pages name: the page, its words (# is the number), and what the JSON has. Of
 # SmolLM2 those of the batch that the chapters read, the first one of claims.json.
 RANDOM = read_json(claims.FILE)["SmolLM2"]["0"]["softmax"]["random"]

@@ -36,6 +36,13 @@ def test_the_criteria_of_rest(weights, loss, word):
     assert rest.verdict({"grid": grid}, "gated") == word
 
 
+def test_windows_of_letters_only_count_as_well():
+    gated = seeds([0.3] * 3)
+    gated["10"]["letters only"] = {"reaching": [0.9] * 4}
+    grid = {"softmax": {"0.005": seeds([0.95] * 3)}, "gated": {"0.005": gated}}
+    assert rest.verdict({"grid": grid}, "gated") == "does not take it"
+
+
 @pytest.mark.parametrize("weights, word", [
     ([0.0] * 8 + [0.95] * 2, "takes"),
     ([0.0] * 7 + [0.95] * 3, "the seeds disagree"),

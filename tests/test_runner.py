@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from data.common import read_json, write_json
 from tests import runner
 
@@ -19,3 +21,16 @@ def test_only_missing_results_are_measured(tmp_path):
     runner.run(file, plan, seen.append, SimpleNamespace(render=False, jobs=1))
     assert seen[1] == {"a": {"2": "kept", "3": {"square": 9}}, "b": {"square": 16}}
     assert read_json(file) == seen[1]
+
+
+def touch(path):
+    path.touch()
+    return {"touched": True}
+
+
+def test_when_one_fails_the_others_are_not_begun(tmp_path):
+    """What they found would be lost."""
+    plan = {("a",): (square, None)} | {(str(i),): (touch, tmp_path / str(i)) for i in range(9)}
+    with pytest.raises(TypeError):
+        runner.measure(tmp_path / "found.json", plan, jobs=1)
+    assert len(list(tmp_path.iterdir())) < 9

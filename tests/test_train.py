@@ -21,7 +21,7 @@ import probe
 import train
 from data import common
 from data.common import UserError
-from data.runs import load_checkpoint, read_log
+from data.runs import load_checkpoint, read_film, read_log
 from model import ATTENTIONS, GPT
 from tests.conftest import draw_curve, same, tiny_flags
 from train import Run
@@ -41,8 +41,12 @@ def saved(out):
     return torch.load(Path(out) / "model.pt", weights_only=True)
 
 
+def film(out):
+    return {name: torch.as_tensor(values) for name, values in read_film(out).items()}
+
+
 def same_runs(a, b):
-    return same(saved(a), saved(b)) and same(read_log(a), read_log(b))
+    return all(same(read(a), read(b)) for read in (saved, read_log, film))
 
 
 def files(out):
@@ -81,9 +85,11 @@ def test_an_interrupted_run_goes_on_as_told_and_ends_as_one_that_was_not(
     interrupt_at(2)
     assert train.main(words) == 130
     assert saved(parts)["step"] == 7
-    (parts / "log.jsonl").write_bytes(files(whole)["log.jsonl"])  # with steps that were not saved
+    for name in ("log.jsonl", "film.npz"):
+        (parts / name).write_bytes(files(whole)[name])  # with steps that were not saved
     assert train.main(words) == 0
     assert same_runs(whole, parts)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("how", ["resume", "overwrite"])

@@ -1,6 +1,6 @@
 """Why does head-wise RMSNorm take a sink? Two explanations, told apart in the task rest.
 
-    python -m tests.why               # what is missing: 120 runs of a minute on one core
+    python -m tests.why               # what is missing: 110 runs of a minute on one core
     python -m tests.why --render      # only the table of tests/results/rest.md, from the JSON
 
     parity    the first token rests attention because its aggregated value varies most (the paper):
@@ -8,7 +8,8 @@
     no-op     a head that has nothing to say rests on a token whose value is nothing: where a norm
               makes every output as long as any other, that is of no use
 
-Headnorm brings parity and takes the no-op away. Each variant below does one of both, or neither.
+Headnorm brings parity and takes the no-op away. Each variant below does one of the two, both, or
+neither.
 Weights, data and order of a seed are equal for all; seeds 10 to 14 of *softmax* and *headnorm* are
 those of tests/rest.py, which had been seen when this was written, all others had not. Told is the
 weight on token 0 of tests/rest.py, and the share taken of what softmax gives there above uniform
