@@ -4,11 +4,11 @@
     python -m tests.claims --render     only the tables, from the committed JSON
 
 `SmolLM2` is one trained model, so it has no seeds: its spread is that of 8 or 16 disjoint batches
-of 8 windows of 64 tokens (16 of 4 in text), random ones unless a line says text. The others are five seeds each of
-models that train.py makes: `rest` is the default (heads that must rest, read at the queries that
-do), `text` is `--size tiny` (each window starts with <|bos|>, which a head can know by its
-embedding), `micro` is copying (read in windows of random symbols, where nothing is to be copied).
-Token k is token 10, in rest 6 (Q8: 5); the middle token is 32, in rest 8.
+of 8 windows of 64 tokens (16 of 4 in text), random ones unless a line says text. The others are
+five seeds each of models that train.py makes: `rest` is the default (heads that must rest, read at
+the queries that do), `text` is `--size tiny` (each window starts with <|bos|>, which a head can
+know by its embedding), `micro` is copying (read in windows of random symbols, where nothing is to
+be copied). Token k is token 10, in rest 6 (Q8: 5); the middle token is 32, in rest 8.
 
 The hypotheses and margins in claims.csv were written down before they were measured; `place` says
 where in the JSON a number stands (`value_at`). A test holds in a batch (or seed) or it does not:
