@@ -367,16 +367,13 @@ def in_words(values, lane) -> str:
     return text + (f", {without} without a sink" if without else "")
 
 
-SPREAD = {lane: "± sd of batches" if lane == "SmolLM2" else "± 95 % of seeds" for lane in LANES}
-
-
 def claim_table(tests) -> str:
     """The tests of a claim, a row each; its verdict in each lane stands in the head."""
     lanes = [lane for lane in LANES if any(t["lane"] == lane for t in tests)]
     head, rows = ["measured", "holds if"], {}
     for lane in lanes:
         word = word_of([t for t in tests if t["lane"] == lane])
-        head.append(f"{lane}, {SPREAD[lane]}: {word}")
+        head.append(f"{lane}: {word}")
     for t in tests:
         row = rows.setdefault(t["measure"], [t["measure"], t["margin"], *["-"] * len(lanes)])
         held, ties = f"{t['held']} of {len(t['values'])}", t["values"].count(0)
@@ -387,11 +384,8 @@ def claim_table(tests) -> str:
 
 def evaluations(found) -> str:
     """When the seeds of Q1 were looked at."""
-    looks = []
-    for lane in ("micro", "rest"):
-        steps = [str(row["step"]) for row in found[lane]["0"]["softmax"]["birth"]]
-        looks.append(", ".join(steps))
-    return (f"`text` and `micro` were looked at after {looks[0]} steps, `rest` after {looks[1]}: a "
+    looks = [len(found[lane]["0"]["softmax"]["birth"]) for lane in ("micro", "rest")]
+    return (f"`text` and `micro` were looked at {looks[0]} times, `rest` {looks[1]} times: a "
             "difference of less than the distance of two looks is not seen, and equal steps "
             "(*tied*) count as held.")
 
@@ -414,11 +408,9 @@ def chain_table(found) -> str:
 
 
 def links_table(found) -> str:
-    """A row for each link: SmolLM2 as it is, cut, forged, with controls, and rest."""
+    """A row for each link: SmolLM2 as it is, and `rest` cut and forged, with controls."""
     rows, head = [], (
-        "link", "SmolLM2, first token (an ordinary one)",
-        "SmolLM2, ± sd of batches, cut: share of the sink taken", "its control",
-        "forged: share of two sinks", "its control", "rest, ± 95 % of seeds, cut",
+        "link", "SmolLM2, first token (an ordinary one)", "rest, ± 95 % of seeds, cut",
         "its control", "forged", "its control")
     for link in probe.LINKS:
         headline = link.numbers[0]
@@ -426,10 +418,9 @@ def links_table(found) -> str:
                            for token in ("first", "ordinary"))
         cells = [f"**{link.name}**: {headline.says}",
                  f"{probe.digits(first)} ({probe.digits(ordinary)})"]
-        for lane, kind, key in itertools.product(("SmolLM2", "rest"), ("cut", "forge"),
-                                                 ("share", "control")):
-            values = values_of(found, lane, f"{kind} {link.name}.{key}")
-            cells.append(percent(values, lane) if values else "-")
+        for kind, key in itertools.product(("cut", "forge"), ("share", "control")):
+            values = values_of(found, "rest", f"{kind} {link.name}.{key}")
+            cells.append(percent(values, "rest") if values else "-")
         rows.append(cells)
     return runner.markdown(head, rows)
 
@@ -458,22 +449,6 @@ def birth_table(found) -> str:
     return runner.markdown(head, [row for _, row in sorted(rows)])
 
 
-def losses_table(found) -> str:
-    """Loss and sink of every attention in `text`."""
-    rows = []
-    for attn in ATTENTIONS:
-        cells = [in_words(values_of(found, "text", f"{attn}.{place}"), "text") for place in (
-            "val_loss", "val_loss minus softmax.val_loss", "first.sink", "first.norm_ratio",
-            "first.dominance")]
-        if attn == "softmax":
-            cells[1] = "-"
-        rate = values_of(found, "text", f"{attn}.lr")[0]
-        rows.append((attn, f"{rate:g}", *cells))
-    return runner.markdown(("± 95 % of seeds", "learning rate", "loss, nats per token",
-                            "minus softmax, same seed", "strongest head", "length of token 0",
-                            "DomRatio"), rows)
-
-
 FOUND = """
 **In a real Llama a handful of neurons a layer carries the sink.** Silence five of the 1,536 neurons
 of each layer of SmolLM2 at the first token, and its sink is gone ({cut neurons.share %} ± {neurons
@@ -487,9 +462,9 @@ sinks: variance, the paper's reason, is not needed to forge one, though in our c
 ([chapter 06](chapters/book/06.md)).
 
 **Not every link holds.** Giving the first token the RMS of the others before W_O takes {cut
-W_O.share %} of the sink, and in the first layer W_O weakens the outlier that it is said to pass on:
-{first.variance} ± {sd of variance} times the median before, {after} after (in text
-{text.first.variance} and {text.first.variance_out}) ([claim by claim](tests/results/claims.md)).
+W_O.share %} of the sink, and in the first layer, on random tokens, W_O weakens the outlier that it
+is said to pass on: {first.variance} ± {sd of variance} times the median before, {after} after
+([claim by claim](tests/results/claims.md)).
 
 **Where heads must rest, sigmoid ends the sink, and headnorm takes a part or most of it.** Where
 they rest, the last layer's heads give the first token {softmax} of their attention under softmax,
@@ -520,10 +495,8 @@ W_O: {cut W_O.share %}.)
 take it over. With all *others* silent it loses {neurons at 0.all others %}, without the next five
 by write {neurons at 0.6 to 10 %}, and with the write of the five turned to a random direction of
 the same length {neurons at 0.turned %}. (Five of like weight take nothing, but they carry only
-{like carries} of its squared length.) In one training of 500 short steps the model with these five
-drawn anew has {healed}; the strongest head of the first of these two gives token 0 {strongest} of
-its attention, before and after the training (one batch). Let it write without two of them: [chapter
-03](../../chapters/book/03.md).
+{like carries} of its squared length.) Drawn anew and trained on: [the cures](cures.md). Let it
+write without two of them: [chapter 03](../../chapters/book/03.md).
 
 **An unmixed value forges a sink; to forge one in SmolLM2, variance is not needed.** A token that
 sees only itself gets {forge variance.share %} of the two sinks. It gets {unmixed.forge, every: mean
@@ -548,28 +521,8 @@ W_O takes only {cut W_O.share %} of the sink. Its fixed direction is its own (co
 large DomRatio less so: in the median layer {DomRatio by layer.median} times that of an ordinary
 token, at most {DomRatio by layer.largest} times.
 
-**A cure can be tried in a minute, and judged in fifteen runs of each.** Where heads have nothing to
-look for and must be silent (`python train.py`; five seeds, each at the learning rate, of three,
-that is best for the others, 95 % interval), a resting head of the last layer gives the ordinary
-first token {rest}; uniform attention gives 0.11. (What counts is the weight that reaches the
-output: attention, for gated times gate.) *Logit* is one learned number a head in the denominator of
-softmax, as in gpt-oss. {rest price} [Heads that must rest](rest.md).
-
-**A sink may be of use, and then headnorm does not end it.** In copying (`--size micro`, five seeds,
-each at the learning rate that is best for the others) the strongest head gives token 0 {copying
-sinks}; sigmoid has not learned the task in any seed. These models measure their place from token 0
-([chapter 07](../../chapters/book/07.md)). Whether headnorm lowers the loss there is open: {loss}
-nats against softmax, with rates chosen on other seeds (95 % interval; the paper: -0.039). In text
-without `<|bos|>`, trained for an hour (one seed), the sink is {long}, and headnorm's loss is lower
-({long loss}, standard deviation over batches).
-
-**Built into SmolLM2, headnorm keeps the sink away in some orders of batches and not in others, and
-costs {price} nats, its control {control price}.** After 500 steps of the first order {retrofit} of
-the heads (counted in each window) have a sink on random tokens, where *scaled* brings heads, but
-not tokens, to one length, so that this sink is lost at first, as under headnorm. Over all orders
-headnorm ends with {left} on random tokens and {left in text} in text; the sink comes back (half of
-softmax's share) in {back on random tokens} orders and, in text, in {back}. More: [the
-cures](cures.md).
+**What the cures do**, and at what price: where heads must rest, [rest](rest.md); in copying, in
+text and in a finished Llama, [the cures](cures.md).
 """  # the same for claims.md
 
 
@@ -595,11 +548,9 @@ def findings(found, paragraphs) -> str:
 
 def other_numbers(found) -> dict[str, str]:
     """The numbers of FOUND and IN_FULL that are no `value_at`: spreads, and those of other JSON."""
-    of_cures, rebuilt = read_json(cures.FILE), read_json(retrofit.FILE)
-    of_rest = read_json(rest.FILE)
+    of_rest, rebuilt = read_json(rest.FILE), read_json(retrofit.FILE)
     carried = fmean(values_of(found, "SmolLM2", "neurons at 0.like carries"))
     varies = stdev(values_of(found, "SmolLM2", "first.variance"))
-    heads = [rebuilt["super redrawn"]["log"][at]["random"][0]["sink"] for at in (0, -1)]
     neurons, unmixed, others = (stdev(values_of(found, "SmolLM2", place)) for place in (
         "cut neurons.share", "unmixed.forge, every: mean only", "neurons at 0.all others"))
     of_why = read_json(why.FILE)
@@ -611,22 +562,14 @@ def other_numbers(found) -> dict[str, str]:
             "headnorm at best": rest.interval([
                 rest.weight(seed) for seed in rest.best_cells(of_rest, "headnorm")]),
             "after": f"{fmean(values_of(found, 'SmolLM2', 'first.variance_out')):.0f}",
-            "back": retrofit.comes_back(rebuilt, "text"),
-            "back on random tokens": retrofit.comes_back(rebuilt, "random"),
             "left in text": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share,
                                           "text"),
             "control price": retrofit.span(rebuilt, "scaled", "{:+.2f}", retrofit.extra_loss),
             "left": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share),
-            "strongest": " and ".join(f"{head:.2f}" for head in heads),
-            "copying sinks": cures.best_sinks(of_cures),
-            "copying": copying(found), "retrofit": retrofit.shares_in_words(rebuilt),
-            "healed": retrofit.healed(rebuilt), "loss": cures.gain(of_cures),
-            "long": cures.long_sinks(of_cures),
+            "copying": copying(found),
             "price": retrofit.span(rebuilt, "headnorm", "{:+.2f}", retrofit.extra_loss),
             "whole": f"{retrofit.sink_share(rebuilt, 'softmax'):.0%}",
-            "whole in text": f"{retrofit.sink_share(rebuilt, 'softmax', 'text'):.0%}",
-            "rest": rest.in_words(of_rest), "rest price": rest.price(of_rest),
-            "long loss": cures.long_gap(of_cures, "headnorm")}
+            "whole in text": f"{retrofit.sink_share(rebuilt, 'softmax', 'text'):.0%}"}
 
 
 def copying(found) -> str:
@@ -642,7 +585,7 @@ def tables(found) -> dict[str, str]:
     """All blocks of the README and of claims.md, one for each claim among them."""
     blocks = {"found": findings(found, FOUND), "in full": findings(found, IN_FULL),
               "chain": chain_table(found), "links": links_table(found),
-              "birth": birth_table(found), "losses": losses_table(found),
+              "birth": birth_table(found),
               "evaluations": evaluations(found)}
     tests = tests_of(found)
     for claim in dict.fromkeys(t["claim"] for t in tests):

@@ -201,13 +201,6 @@ def gain(found, attn="headnorm", chosen=best_cells) -> str:
     return f"{fmean(gaps):+.3f} ± {runner.half_interval(gaps):.3f}"
 
 
-def best_sinks(found) -> str:
-    """The sink of every attention at its best learning rate, in words."""
-    said = [f"{interval_words([c['chain']['sink'] for c in best_cells(found, attn)])} ({attn})"
-            for attn in ATTENTIONS]
-    return runner.listed(said)
-
-
 def best_table(found) -> str:
     """Every attention at its best learning rate."""
     rows = []
@@ -272,14 +265,6 @@ def long_gap(found, attn) -> str:
     ours, theirs = (found["long"][a]["0"]["losses"] for a in (attn, "softmax"))
     gaps = [a - b for a, b in zip(ours, theirs)]
     return f"{fmean(gaps):+.3f} ± {stdev(gaps):.3f}"
-
-
-def long_sinks(found) -> str:
-    """The sink of each run of LONG, in words."""
-    def told(attn):
-        sink = fmean(chain["sink"] for chain in found["long"][attn]["0"]["chains"])
-        return f"{sink:.2f} ({attn})"
-    return runner.listed(map(told, LONG_ATTENTIONS))
 
 
 @figures.styled

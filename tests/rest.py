@@ -153,21 +153,11 @@ def verdict(found, attn) -> str:
     return "does not take it" if least < 0.2 else "takes a part"
 
 
-def in_words(found) -> str:
-    """The weight on token 0 of every attention, mean over seeds and 95 % interval."""
-    def told(attn):
-        return f"{interval([weight(seed) for seed in best_cells(found, attn)])} ({attn})"
-    return f"{runner.listed(map(told, found['grid']))} of its attention"
-
-
 def price(found) -> str:
     """What headnorm's loss is beside softmax's, each at its best rate, in a sentence."""
     pairs = zip(best_cells(found, "headnorm"), best_cells(found, "softmax"))
     gaps = [ours["val_loss"] - softmax["val_loss"] for ours, softmax in pairs]
-    verdicts = [f"{attn} {verdict(found, attn)}" for attn in found["grid"] if attn != "softmax"]
-    return ("By criteria written before these seeds (pilots with others were known), "
-            f"{runner.listed(verdicts)}; headnorm's loss over all targets is {interval(gaps, 4)} "
-            "nats above softmax's.")
+    return f"Headnorm's loss over all targets is {interval(gaps, 4)} nats above softmax's."
 
 
 # ---------------------------------------------------------------- the page
@@ -208,16 +198,16 @@ def chain_table(found) -> str:
 
 
 def grid_table(found) -> str:
-    """The weight on token 0 at every rate, and how many seeds have learned."""
+    """The weight on token 0 at every rate."""
     def cell(attn, lr):
         seeds = found["grid"][attn][f"{lr:g}"].values()
-        able = sum(map(learned, seeds))
-        return f"{interval([weight(s) for s in seeds])}; {able} of {len(seeds)}"
+        return interval([weight(seed) for seed in seeds])
     return runner.grid(("", *map(str, RATES)), found["grid"], RATES, cell)
 
 
 def tables(found) -> dict[str, str]:
-    return {"rest": comparison(found), "chain": chain_table(found), "grid": grid_table(found)}
+    return {"rest": comparison(found), "price": price(found), "chain": chain_table(found),
+            "grid": grid_table(found)}
 
 
 if __name__ == "__main__":

@@ -253,24 +253,6 @@ def orders_in_words(found) -> str:
     return "\n".join(lines)
 
 
-def comes_back(found, kind) -> str:
-    """In how many orders headnorm's sink comes back, in words."""
-    _, back, n = counted(found, "headnorm", kind)
-    return f"{back} of {n}"
-
-
-def healed(found) -> str:
-    """How the model without its super neurons ends, and its control, in words."""
-    (sink, loss), (whole, least) = (
-        (sink_share(found, name), loss_of(found[name]["end"])) for name in NEURONS[1:])
-    return (f"a sink in {sink:.0%} of its heads and a loss of {loss:.2f}, with five others drawn "
-            f"anew {whole:.0%} and {least:.2f}")
-
-
-def shares_in_words(found) -> str:
-    return runner.listed(f"{sink_share(found, name):.0%} ({name})" for name in CURES)
-
-
 @figures.styled
 def draw(found):
     """Share of the heads with a sink, length of the first state and loss, over the steps: cures

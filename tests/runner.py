@@ -85,12 +85,6 @@ def training(run, model, corpus, seed: int, device=torch.device("cpu")) -> Simpl
                            batches=torch.Generator().manual_seed(seed))
 
 
-def listed(words) -> str:
-    """a, b and c"""
-    *most, last = words
-    return f"{', '.join(most)} and {last}"
-
-
 def half_time(birth, key):
     """The first step at which a number has gone half of its way from the first to the last of the
     rows `birth`, {"step": .., key: ..}."""

@@ -152,19 +152,16 @@ def verdict(found, name) -> str:
 
 
 def table(found) -> str:
-    head = ("variant", "parity says", "no-op says", "seen", "weight on token 0", "each seed",
-            "largest key of a query", "learned", "length of its value",
-            "loss at rest, nats above perfect")
+    head = ("variant", "parity says", "no-op says", "seen", "weight on token 0",
+            "largest key of a query", "length of its value", "loss at rest, nats above perfect")
     rows = []
     for name, variant in VARIANTS.items():
         seeds = runs(found, name)
-        weights = [rest.weight(seed) for seed in seeds]
         rows.append((
             name, variant.parity or "-", variant.no_op or "-",
             "-" if name == "softmax" else verdict(found, name),
-            rest.interval(weights), " ".join(f"{weight:.2f}" for weight in weights),
+            rest.interval([rest.weight(seed) for seed in seeds]),
             rest.interval([fmean(seed["weights"]["largest"]) for seed in seeds]),
-            f"{sum(map(rest.learned, seeds))} of {len(seeds)}",
             rest.interval([seed["chain"]["drain"] for seed in seeds]),
             f"{fmean(seed['loss']['rest'] for seed in seeds):.4f}"))
     return runner.markdown(head, rows)
