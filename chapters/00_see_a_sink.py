@@ -38,9 +38,9 @@ print(f"SmolLM2-135M: {L} layers, {H} heads a layer")
 
 # %% [markdown]
 # SmolLM2-135M-Instruct (here *SmolLM2*) is a Llama like the large ones, only smaller,
-# and trained further to follow instructions. Our copy has weights of 4 bits (Q4_1; the
-# embedding has 8), turned back into ordinary numbers. It puts no special token in front
-# of a text, so its first token is an ordinary one.
+# and trained further to follow instructions. Our copy's weights were rounded, most to 4
+# bits. It puts no special token in front of a text, so its first token is an ordinary
+# one.
 #
 # ## Your own words
 #
@@ -71,9 +71,8 @@ look("Dear students, today we look inside a language model and ask why its heads
 # model has never seen, and on tokens drawn at random. If heads look at the first token
 # even of random tokens, its meaning cannot be the reason.
 #
-# A chapter reads few windows of SmolLM2, mostly 4 or 8, to be quick. The README has
-# means over 8 or 16 batches of 8. So a chapter's numbers differ from those, a variance
-# by up to a half.
+# A chapter reads few windows of SmolLM2, mostly 4 or 8, and the README 8 or 16 batches
+# of 8. So their numbers differ, a variance by up to a half.
 
 # %%
 texts = {"English": english()[0], "random tokens": random_tokens()[0]}
@@ -106,9 +105,7 @@ for kind, pattern in patterns.items():
 library = probe.sink_score(patterns["English"][12], 0).mean(0)
 assert torch.allclose(sinks["English"][12], library, atol=1e-5)
 
-T = texts["English"].shape[1]
-uniform = sum(1 / (t + 1) for t in range(T)) / T
-assert abs(uniform - probe.uniform_sink(T)) < 1e-6
+uniform = probe.uniform_sink(texts["English"].shape[1])
 for kind, sink in sinks.items():
     share = probe.has_sink(sink[12:]).float().mean()
     print(f"{kind}: strongest head {sink.max():.2f} (uniform attention {uniform:.2f}), "
@@ -130,8 +127,7 @@ show(figure, "00_maps", "Three attention maps. In layer 0 attention is spread ov
      "earlier keys; in the later head nearly all of it is in column 0.")
 
 # %% [markdown]
-# Every row is a query, and in the later head nearly all rows rest on column 0. The next
-# figure shows all heads, one cell each.
+# Every row is a query. Now all heads, one cell each.
 
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(8.8, 4.6), width_ratios=[24, 1])
@@ -172,8 +168,8 @@ assert own < 0.25, "the value of the first token is as long as the others"
 #
 # Does the model need the first token, or could it rest anywhere? Give it a *sliding
 # window*: each query sees the last 32 tokens and no others. `mask` is True where a
-# query may look. One mask gives token 0 back. Another gives token 16 back instead. That
-# is the *control*: if any extra token helps, token 16 must help as well.
+# query may look. One mask gives token 0 back. The *control* gives token 16 back: if any
+# extra token helps, this must help as well.
 
 # %%
 def window_mask(T, width, keep=()):
@@ -265,11 +261,10 @@ for title, (name, kind) in cases.items():
 # chapters 01 to 05.
 #
 # The story of the paper is a chain, and `train.py` measures every link while it trains.
-# The figure shows three, each from its least to its greatest value: attention to the
-# first token (the sink), the length of its value over the mean, and the length of its
-# *state*, the vector that the layers pass on, over the median. (Its windows are others
-# than those above, so the last value of the sink is a little different.) Does the state
-# grow before the sink, as the story says?
+# The figure shows three, on other windows than above, each from its least to its
+# greatest value: attention to the first token (the sink), the length of its value over
+# the mean, and the length of its *state*, the vector that the layers pass on, over the
+# median. Does the state grow before the sink, as the story says?
 
 # %%
 rows = log("softmax")

@@ -62,9 +62,8 @@ model, _ = real()
 # ## The law in a real Llama
 #
 # Only the first layer is needed, so we take a model of one layer with SmolLM2's
-# weights. Beside it we put a model of the same shape with random weights.
-# What we measure is the variance of $z_t$ over windows at each position, averaged over
-# heads and their dimensions:
+# weights, and one of the same shape with random weights. We measure the variance of
+# $z_t$ over windows at each position, averaged over heads and their dimensions:
 #
 # $$V_t = \frac{1}{HD} \sum_{h,\,j} \mathrm{Var}_{\text{windows}} z_{t,h,j}$$
 #
@@ -194,20 +193,15 @@ for name, (m, x) in cases.items():
 #
 # Many models see one fixed token first, such as `<|bos|>`. Give SmolLM2's windows the
 # same first token. It sees nothing else, so its variance *over windows* is zero, the
-# least of all. So use ordinary first tokens, as above. The variance over the
-# *dimensions* of one vector does not vanish for a fixed token, but it shows the outlier
-# only weakly, and with some first tokens hardly at all.
+# least of all. So use ordinary first tokens, as above.
 
 # %%
 fixed = random_tokens()[0].clone()
 fixed[:, 0] = fixed[0, 0]
 z = first_z(first, fixed)
 over_windows = discrepancy(variance(z))
-over_dimensions = discrepancy(z.var(-1).mean((0, 2)))
 print(f"same first token, variance over windows: {over_windows:.2g} x the median")
-print(f"same first token, variance over dimensions: {over_dimensions:.2g} x the median")
 assert over_windows < 1e-6, "the variance over windows shows a fixed token"
-assert over_dimensions > 1, "the variance over dimensions hides it too"
 
 # %% [markdown]
 # ## Deeper layers
@@ -232,29 +226,18 @@ assert depth[12:28].max() < 0.1, "the first state is no fixed vector"
 
 # %% [markdown]
 # In layers 10 and 11 it varies once more: there its first large entry is erased
-# (chapter 03), and what is left of its state depends on the token.
+# (chapter 03).
 #
 # ## In a small model that you train
 #
 # `copy` has learned to continue random letters that repeat; `text` is that of chapter
 # 00. We measure the discrepancy before and after training, on windows with ordinary
-# first tokens. The law says $\sigma^2 / n_t$, so we also count how many keys the last
-# position uses, $n_t$, in each head.
+# first tokens.
 
 # %%
-def keys_used(m, x):
-    """n_t of the last position, (H,): the mean over windows."""
-    _, seen = record(m, x, ["0.pattern"])
-    weights = seen["0.pattern"][:, :, -1]  # (N, H, T)
-    keys = 1 / weights.square().sum(-1)
-    return keys.mean(0)
-
-
 small = models("copy", "text")
 reads = {"copy": windows("quiet")[0], "text": windows("text")[0]}
-used = {"SmolLM2": keys_used(first, random_tokens()[0])}
 for name, x in reads.items():
-    used[name] = keys_used(small[name], x)
     before = first_gap(untrained(name), x)
     after = first_gap(small[name], x)
     V = first_z(small[name], x).var(0).mean(-1)  # (T, H)
@@ -262,11 +245,6 @@ for name, x in reads.items():
     print(f"{name}: discrepancy {before:.1f} before training, {after:.1f} after, "
           "in each head", *heads)
     assert after < before / 2, "the gap of the mean stays"
-    assert used["SmolLM2"].mean() > 1.5 * used[name].mean(), "it looks at as many keys"
-print("keys that the last of 64 positions uses, in each head:")
-for name, keys in used.items():
-    counts = [f"{n:.0f}" for n in keys.tolist()]
-    print(f"{name:12}", *counts)
 
 # %% [markdown]
 # While these two are trained, most of the gap in the mean over heads disappears. (Of
@@ -277,17 +255,12 @@ for name, keys in used.items():
 # exists before training. Whether a sink uses it takes an experiment.
 #
 # SmolLM2 keeps more of it: a gap of 10.5 on random tokens, a third of what its shape
-# has before training, and of 5 on English. In `text` both heads look at few keys, so
-# they average little: all tokens vary, and hardly a gap is left. In `copy` two heads
-# look at 3 keys and have none. The other two look at many and have a large one, but
-# what they gather varies so little that the mean over heads hides it. *Why* the heads
-# of SmolLM2's first layer look at so many keys is open.
+# has before training, and of 5 on English.
 #
-# Does the sink use the gap that is left? Chapter 06 gives the first token the mean
-# attention output of the others, and SmolLM2's sink goes. But this edit takes away more
-# than variance: a value that was not mixed with others also has another *mean*. In
-# SmolLM2, on random tokens, this mean alone makes a sink at another token, and the
-# variance alone does not. In `copy` it is the variance alone that does.
+# Chapter 06 makes that experiment. A value that was not mixed with others varies more,
+# but it also has another *mean*. In SmolLM2, on random tokens, this mean alone makes a
+# sink at another token, and the variance alone does not. In `copy` it is the variance
+# alone that does.
 #
 # ## Beside the paper
 

@@ -210,10 +210,8 @@ show(figure, "02_tau", "Kendall tau by layer. Columns lie between -0.4 and 0.4, 
 # %% [markdown]
 # The paper reports 0.32, for the spread of what $W_O$ *reads*. We take this to mean the
 # columns. By columns SmolLM2 shows rather the opposite: in most layers tau is below 0,
-# so $W_O$ reads more of what varies *less*. On English its first layer does as the
-# paper says, and layer 9 nearly; on random tokens no layer reaches 0.32. By rows the
-# *mean* of its tau is above 0.32, but so is that of shuffled rows, which know nothing
-# of the input.
+# so $W_O$ reads more of what varies *less*. Only one layer, the first, reaches 0.32,
+# and only on English.
 #
 # ## A direction is not a dimension
 #
@@ -294,9 +292,8 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
        ("tau, rows", "not reported", mean["English", "rows that write"]))
 
 # %% [markdown]
-# Nothing here shows that the sink *needs* a long $z_0$ in front of $W_O$. That takes an
-# experiment: in chapter 06 $z_0$ gets the length that $z$ has at other tokens, and
-# SmolLM2's sink stays.
+# Does the sink *need* a long $z_0$? In chapter 06 $z_0$ gets the length that $z$ has at
+# other tokens, and SmolLM2's sink stays.
 #
 # ## What would falsify this
 #
@@ -352,4 +349,4 @@ check("02.turn_values", turn_values)
 
 # %% [markdown]
 # Tau of the columns depends on a basis that the model does not fix, and the gain does
-# not. That is why this chapter shows both.
+# not.

@@ -75,11 +75,9 @@ for i in layers:
 pair = relative[11].topk(2).indices
 
 # %% [markdown]
-# In most layers the largest score is a few times the median. In the layers printed here
-# it is more than 20 times. Layer 11 has two such neurons, and then nothing. If such
-# neurons, few and strong, answer to the first token, we call them *super neurons*.
-# (Chapter 00 silenced at the first token the five of every layer that write most
-# there.)
+# In most layers the largest score is a few times the median, in those printed more than
+# 20 times. Layer 11 has two such neurons, and then nothing. If such neurons, few and
+# strong, answer to the first token, we call them *super neurons*.
 #
 # ## Found by activity
 #
@@ -130,8 +128,8 @@ show(figure, "03_neurons", "Scatter of 1,536 neurons, weight score against energ
      "others.")
 
 # %% [markdown]
-# To the median token the pair writes almost nothing, as the contrast says. It does
-# answer to a few others: in two of the eight windows to token 1.
+# To the median token the pair writes almost nothing, but in two of the eight windows it
+# answers to token 1.
 #
 # How do the two recognise the first token, when it can be any token? The first token
 # sees only itself. So let tokens 10, 25 and 45 see only themselves:
@@ -201,8 +199,8 @@ assert late > 10 * early, "the second wave is no larger than the first"
 
 # %% [markdown]
 # Each of these neurons is among the first three of its layer by weight. So the weights
-# tell where to look. They do not tell how much a neuron writes: the one of layer 27,
-# with 174 times the usual score, moves the state by less than 1 %.
+# tell where to look, but not how much a neuron writes: the one of layer 27, with 174
+# times the usual score, moves the state by less than 1 %.
 #
 # ## What if they are silent?
 #
@@ -243,8 +241,7 @@ show(figure, "03_silent", "Attention to token 0 by layer. Up to layer 11 the cur
      "21 on is near the baseline.")
 
 # %% [markdown]
-# Layers 12 to 15 keep a part of their sinks. How their heads recognise the first token
-# without the pair is not tested here.
+# Layers 12 to 15 keep a part of their sinks. Why is not tested here.
 #
 # Here is one head, with words on the axes:
 
@@ -319,9 +316,8 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
        ("silenced", "not reported", effect))
 
 # %% [markdown]
-# The one entry of $W_{down}$ by which neuron 7890 writes into dimension 2533 is the
-# "super weight" of Yu et al. 2024 (arXiv 2411.07191): with this entry at zero the model
-# is ruined.
+# Neuron 7890 writes into dimension 2533 by the "super weight" of Yu et al. 2024 (arXiv
+# 2411.07191): one entry of $W_{down}$ that ruins the model when it is set to zero.
 #
 # ## What would falsify this
 #

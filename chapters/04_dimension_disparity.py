@@ -59,7 +59,7 @@ def norm_ratio(state):
 ratio = torch.tensor([norm_ratio(state) for state in states])  # (L,)
 library = probe.over_median(states[12].norm(dim=-1), 0).mean()
 assert torch.isclose(ratio[12], library), "the same number in probe"
-some = [f"{i}: {ratio[i]:.3g}" for i in (0, 2, 3, 8, 11, 12, 20, 28, 29)]
+some = [f"{i}: {ratio[i]:.3g}" for i in (3, 11, 12, 29)]
 print("length over the median, by layer:", ", ".join(some))
 assert ratio[11] < 3, "what layer 11 reads is still long"
 assert ratio[12] > 100, "layer 11 does not make it a hundred times as long"
@@ -122,13 +122,11 @@ show(figure, "04_disparity", "Left: the norm ratio by layer, up to 10 in the fir
      "0, in both waves far above that of token 32, at layer 11 far below it.")
 
 # %% [markdown]
-# Notice two things. First, an ordinary token is no Gaussian vector either: in most
-# layers its state has a few large dimensions. So compare the two tokens in the *same*
-# layer: in the two waves the DomRatio of token 0 is up to eleven times that of token
-# 32. Second, in the second wave RMSNorm undoes much of the difference: it makes token 0
-# less dominated and, in most layers of this wave, token 32 more. The learned gain
-# $\gamma$ of RMSNorm, one factor for each dimension, is small there in the dimension
-# that dominates: the model has learned to turn it down.
+# An ordinary token is no Gaussian vector either: in most layers its state has a few
+# large dimensions. So compare the two tokens in the *same* layer: in the two waves the
+# DomRatio of token 0 is up to eleven times that of token 32. In the second wave RMSNorm
+# undoes much of the difference: its learned gain $\gamma$ is small in the dimension
+# that dominates.
 
 # %%
 squares = states[12][:, 0].square()  # (N, C)
@@ -142,7 +140,7 @@ smaller = []
 for reader in readers[deep]:
     gain = reader.weight.abs()
     smaller.append((gain < gain[c]).sum().item())
-print(f"of {C} gains, smaller than that of dimension {c}, by layer:", *smaller)
+print(f"of {C} gains at most {max(smaller)} are smaller than that of dimension {c}")
 before = raw_0 / raw_32
 after = normed_0 / normed_32
 print("DomRatio of token 0 over that of token 32, layer by layer from 12 to 27:")
@@ -154,16 +152,15 @@ assert after[deep].mean() > 1.5, "RMSNorm takes the difference away"
 # %% [markdown]
 # ## Two waves, and the sinks follow
 #
-# Which dimensions are large, in which layers? And how much do the heads of each layer
-# attend to token 0? We change nothing here: the model itself writes the large
-# dimension, erases it and writes it again.
+# Chapter 03 saw the model write this dimension, erase it and write it again. How much
+# do the heads of each layer attend to token 0? We change nothing here.
 
 # %%
 first = torch.stack([state[:, 0].abs().mean(0) for state in states])  # (L, C)
 sink = torch.stack([probe.sink_score(seen[name], 0).mean() for name in patterns])
-for i in (1, 3, 8, 11, 12, 20, 29):
-    print(f"layer {i:2} reads {first[i, c]:5.0f} in dimension {c}, at most "
-          f"{first[i].max():5.0f}; attention {sink[i]:.2f}")
+for i in (3, 11, 12):
+    print(f"layer {i:2} reads {first[i, c]:5.0f} in dimension {c}; "
+          f"attention {sink[i]:.2f}")
 baseline = probe.uniform_sink(64)
 written = torch.cat([sink[3:9], sink[12:28]])
 missing = torch.stack([sink[0], sink[1], sink[11]])
@@ -229,8 +226,7 @@ check("04.prediction", prediction)
 
 # %% [markdown]
 # So this entry of token 0 tells later layers nothing about the text. It is a constant,
-# and the model cannot do without it. Sun et al. found the same in Llama-2-7B,
-# by the same two changes.
+# and the model cannot do without it. Sun et al. found the same in Llama-2-7B.
 #
 # ## In small models that you train
 #
@@ -261,9 +257,7 @@ for what, (name, tokens) in inputs.items():
 # The text model agrees with SmolLM2, on a smaller scale: its first state is long, and a
 # few dimensions dominate it. The copying model does not agree. Its first state is about
 # as long as the others, an *ordinary* state is more dominated, and the sink is there
-# all the same. So not every sink *needs* this link. Why does a real model have it? One
-# guess, untested here: any token can come first, and beside an entry this large the
-# rest of the state, which depends on the token, hardly counts.
+# all the same. So not every sink *needs* this link.
 #
 # ## Beside the paper
 

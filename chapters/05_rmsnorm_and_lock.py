@@ -78,7 +78,7 @@ with torch.no_grad():
         own = normed - normed.mean((0, 1))
         own_0[i] = probe.direction_cos(own[:, 0])
         own_32[i] = probe.direction_cos(own[:, 32])
-for i in (3, 8, 11, 12, 20):
+for i in (8, 11, 20):
     print(f"layer {i:2}: entry 507 is {near[i]:4.0%} of its limit")
 least, usual = token_0[second_wave].min(), token_32[second_wave].mean()
 print(f"cosine between two windows, layers 12 to 27: token 0 at least {least:.3f}, "
@@ -252,9 +252,8 @@ show(figure, "05_heads", "Scatter of 261 heads. Those with nearly all queries on
 
 # %%
 both = (locked & has_sink).sum()
-tau = probe.kendall_tau(lock, sink)
 print(f"{len(sink)} heads: {has_sink.sum()} with a sink, {locked.sum()} locked, {both} "
-      f"both; Kendall tau of the two axes {tau:.2f}")
+      "both")
 locked_share = locked.view(L - 1, H).float().mean(1)  # of each layer from 1 on
 few = 1 + (locked_share < 0.5).nonzero()[:, 0]
 print("layers with few locked:", few.tolist())

@@ -112,12 +112,11 @@ assert silent[0] < untouched[0] / 3, "the sink is still there"
 assert forged[k] > 10 * untouched[k], "no sink was made"
 
 # %% [markdown]
-# In the middle map tokens 1 to 4 inherit a part of the attention. Their neurons are not
-# silent, and apart from token 0 they have averaged the fewest others.
+# In the middle map tokens 1 to 4, whose neurons are not silent, inherit a part of the
+# attention.
 #
 # ## The same in one number
 #
-# Which share of the sink does a cut take? Of two sinks, which share has the forged one?
 # Let $\alpha_j$ be the mean attention to token $j$, of the heads after the first layer
 # that have a sink in the untouched model, $u$ uniform attention, and a prime the
 # changed model.
@@ -233,9 +232,8 @@ assert amplified > 2 * max(curves["shift"]), "length alone does as much"
 # %%
 _, seen = record(model, x, ["0.z"])
 varies = probe.variance(seen["0.z"])  # (T,)
-for factor in factors:
-    times = factor**2 * varies[k] / varies[0]
-    print(f"λ = {factor}: in layer 0 token 10 varies {times:.1f} times as much as 0")
+times = 5**2 * varies[k] / varies[0]
+print(f"λ = 5: in layer 0 token 10 varies {times:.1f} times as much as token 0")
 equal = (varies[0] / varies[k]).sqrt().item()
 as_first = forged_share(at_k("z", partial(probe.amplify, factor=equal)))
 print(f"λ = {equal:.1f}: as much as token 0; share of the two sinks {as_first:.0%}")
@@ -343,10 +341,9 @@ assert answer["deviation only"] < 0.25, "the first neurons read the deviation"
 # *partly*.)
 #
 # **The paper** says that variance makes the sink. It studied larger models and, as
-# reported, did not take the two apart. These four cases in its Llama-2-7B would settle
-# it: if *deviation only* makes a sink there, the models differ; if *mean only* does,
-# the cause is the mean there too. Models can differ: in the one that copies, only the
-# deviation makes a sink, and in the small one below each of the two a weak one (Q8).
+# reported, did not take the two apart; these four cases in its Llama-2-7B would settle
+# it. Models can differ: in the one that copies, only the deviation makes a sink, and in
+# the small one below each of the two a weak one (Q8).
 #
 # ## In which layers must token 10 be alone?
 
@@ -401,10 +398,9 @@ assert toy["cut disparity"] < 0.25, "clipped dimensions take the sink"
 #
 # Four links differ. The few neurons, the few large dimensions and the key's part along
 # the shared query are not *needed*: cut, they take less than a tenth. (Forged, the key
-# makes a sink, and the neurons a weak one.) The state grew long only after the sink was
-# there (chapter 00). And amplified variance (*forge W_O*) makes none. This is one seed;
-# for five see `tests/results/claims.md`. In a third model, which copies, the links
-# differ again. So models find the first token by different links.
+# makes a sink, and the neurons a weak one.) And amplified variance (*forge W_O*) makes
+# none. This is one seed; for five see `tests/results/claims.md`. In a third model,
+# which copies, the links differ again.
 #
 # ## Beside the paper
 
@@ -412,9 +408,7 @@ assert toy["cut disparity"] < 0.25, "clipped dimensions take the sink"
 beside(("token 10 sees only itself: a sink", "yes", share["forge variance"]),
        ("amplified variance, lambda 10", "yes, rising with lambda", amplified),
        ("  scaled", "none", curves["scale"][-1]),
-       ("  a shift to the same length", "not tried", curves["shift"][-1]),
-       ("the mean of unmixed values alone", "not tried", made["mean only"]),
-       ("super neurons silent: sink lost", "not tried", f"{share['cut neurons']:.0%}"))
+       ("  a shift to the same length", "not tried", curves["shift"][-1]))
 
 # %% [markdown]
 # ## What would falsify this
@@ -422,7 +416,7 @@ beside(("token 10 sees only itself: a sink", "yes", share["forge variance"]),
 # - A control that changes the sink nearly as much as its edit, as for forged
 #   *disparity*.
 # - A batch in which the sink survives the turned direction or the cut key (none of
-#   eight in `tests/results/claims.md`).
+#   eight in `tests/results/claims.json`).
 # - An edit that breaks more than it is meant to. Random tokens cannot show this, as
 #   nobody predicts them: chapter 08 measures on English what silent neurons cost.
 #

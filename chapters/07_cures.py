@@ -154,8 +154,7 @@ assert excess(mask=mask) < 2 * excess(), "token 1 is a worse place to rest"
 # %% [markdown]
 # The sink moves to token 1, and nothing is lost. So it is not place 0 that counts:
 # token 1 is now the first that they see, and has *averaged nothing*. In chapter 06
-# token 6, which is not the first, sees only itself, and this is enough for a weaker
-# sink: link 1 of the chain.
+# token 6, which is not the first, sees only itself: a weaker sink.
 #
 # ## The cures
 #
@@ -229,9 +228,8 @@ for attn in ATTENTIONS:
 # letter, and all of it reaches the output. Its loss at rest is as high as softmax's.
 # That of the three others is a tenth of it.
 #
-# Headnorm takes a part here, and how much depends on the learning rate: look at three,
-# each with the same five seeds. (At 0.005 there are ten above. Seeds differ much: the
-# mean of all ten is not that of these five.)
+# How much headnorm takes depends on the learning rate. Here are three, each with the
+# same five seeds. (The figure above has ten at 0.005, so its mean is another.)
 
 # %%
 for rate in sorted(grid["headnorm"], key=float):
@@ -357,8 +355,9 @@ assert min(left["scaled"]) > 50, "the control is a cure as well"
 # away in some orders of the batches and comes back in others; in text it comes back in
 # most. Its loss is some 0.4 nats higher each time. So a single training with a cure
 # decides little, in a real model too. Gated pays nothing, and after these 500 steps it
-# still has its sink. The learned logit begins with $b = 0$ in every head. That takes a
-# part of the sink at once; then some of it comes back, in text nearly all.
+# still has its sink. The learned logit takes a part of it on random tokens, and next to
+# nothing in text. Sigmoid has not healed: its loss is still half a nat above that of
+# softmax.
 #
 # ## A sink that is of use: the ruler
 #
@@ -439,7 +438,6 @@ beside(("weights, tokens seen", "152M, 20B", "0.2M, 1.5M"),
 # - A seed of sigmoid, gated or logit with one.
 # - A large text model, trained with a learned logit from the start, that keeps its
 #   sink: then it rests there for another reason than that it must look somewhere.
-#   (SmolLM2 got its logit late, and in text it keeps its sink.)
 #
 # **You can now** say which of two explanations an experiment tells apart, and why a
 # cure must be tried in a model that has no other use for its sink.

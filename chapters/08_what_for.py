@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 import probe
 from data.common import read_json
-from model import make_tap
+from model import make_tap, record
 
 model, encoding = real()
 
@@ -49,8 +49,7 @@ model, encoding = real()
 #
 # SmolLM2 reads English text through a window of 32 keys, and its loss rises. Now each
 # query may see *one* more token: token 0, token 1 or token 8 of the text. Which of the
-# three undo more than half of this rise? List their positions. (The check waits until
-# the curves are drawn.)
+# three undo more than half of this rise? List their positions.
 
 # %%
 prediction = [...]
@@ -198,20 +197,13 @@ assert without_8 > guess, "token 8 alone makes the model usable"
 #
 # In how many directions do the states spread? Take the state of each token as a row of
 # a matrix. Its singular values $\sigma_i$ say how far the rows spread along each of its
-# main directions. If all $n$ are equal, the rows use $n$ directions; if one of them is
-# far larger than the others, nearly everything lies along one. The *effective rank*
-# (Roy and Vetterli 2007) gives $n$ in the first case, nearly 1 in the second, and
-# something between in all others:
+# main directions. The *effective rank* (Roy and Vetterli 2007) is $n$ if all $n$ values
+# are equal, nearly 1 if one is far larger than the others, and between otherwise:
 #
 # $$\exp\Big(-\sum_i p_i \ln p_i\Big), \qquad p_i = \sigma_i \Big/ \sum_j \sigma_j.$$
-#
-# The cell below also keeps the gradients, which the next section needs.
 
 
 # %%
-kept = []
-
-
 def effective_rank(states):
     """(N, T, C) -> number. Each of the N * T tokens is a row."""
     sigma = torch.linalg.svdvals(states.flatten(0, 1))
@@ -219,18 +211,9 @@ def effective_rank(states):
     return torch.special.entr(p).sum().exp().item()
 
 
-def keep(name, value):
-    """A tap: it keeps the state that enters each layer, for its gradient as well."""
-    if name.endswith("resid_pre"):
-        value.requires_grad_().retain_grad()
-        kept.append(value)
-    return value
-
-
-model.requires_grad_(False)  # only the states need a gradient
-_, loss = model(x, y, tap=keep)
-loss.backward()
-states = torch.stack([state.detach() for state in kept])  # (L, N, T, C)
+names = [f"{i}.resid_pre" for i in range(model.cfg.num_hidden_layers)]
+_, seen = record(model, x, names)
+states = torch.stack([seen[name] for name in names])  # (L, N, T, C)
 
 # %%
 ranks = {"all tokens": [], "without token 0": []}
@@ -252,46 +235,6 @@ assert collapsed < rest / 5, "the rank is low without token 0, too"
 # one $\sigma_i$ so large that the others hardly count. The paper reports that its cure
 # raises the effective rank from 344 to 446. That need not mean richer states: first
 # leave the first token out of both models, and see how much of the gain remains.
-#
-# ## Costs: from layer 12 on token 0 receives little gradient
-#
-# The *gradient* of a state says how much the loss changes when the state moves a
-# little. Every layer reads a state through RMSNorm, which divides it by its length. So
-# a state that is 100 times as long must move 100 times as far until the layer sees the
-# same change. As a formula: $\mathrm{RMSNorm}(c x) = \mathrm{RMSNorm}(x)$, so the
-# gradient $\partial \mathrm{loss} / \partial x$ of a state $c$ times as long is $c$
-# times as short, if all else is equal. Is all else equal?
-
-
-# %%
-gradients = torch.stack([state.grad for state in kept])  # (L, N, T, C)
-slopes = gradients.norm(dim=-1).mean(1)  # (L, T)
-figure, axes = plt.subplots(1, 2, figsize=(8.8, 3))
-for axis, layer in zip(axes, (6, 16)):
-    axis.plot(slopes[layer], color="black")
-    axis.plot(0, slopes[layer, 0], "o", color=figures.ACCENT, ms=7, label="token 0")
-    figures.dress(axis, f"into layer {layer}", {}, xlabel="position", ylim=(0, None),
-                  ylabel="length of the gradient")
-figure.suptitle("Token 0 receives little gradient into layer 16, but not into layer 6")
-show(figure, "08_gradient", "Length of the gradient by position. Into layer 6 that of "
-     "token 0 is larger than most; into layer 16, where its state is over 100 "
-     "times as long as others, it is far smaller.")
-slope = probe.over_median(slopes, 0)  # (L,): token 0 over the median of the others
-length = probe.over_median(states.norm(dim=-1).mean(1), 0)
-turn = slope * length
-print(f"layer 16, token 0 over the median of the others: gradient {slope[16]:.2f}, "
-      f"length {length[16]:.0f}, gradient times length {turn[16]:.0f}")
-assert slope[2:11].min() > 1, "token 0 receives less in the first wave, too"
-assert slope[12:].max() < 0.6, "the second wave does not receive less"
-assert turn[12:20].min() > 5, "the direction of token 0 matters no more than others"
-
-# %% [markdown]
-# Into layer 6 the state is already some ten times as long as the others, and its
-# gradient is still larger than most. Into layer 16 the state is over 100 times as long,
-# and the gradient is small, but not as small as the length alone would make it.
-# *Gradient times length* says how strongly the loss can change when a state turns by a
-# small angle. At token 0 it is many times as large as elsewhere. That is no surprise:
-# most heads attend to this token, so most of them would notice.
 #
 # ## The price of going without
 #
