@@ -351,13 +351,14 @@ assert max(left["headnorm"]) > left["softmax"][0] / 2, "it stays away in every o
 assert min(left["scaled"]) > 50, "the control is a cure as well"
 
 # %% [markdown]
-# (A number for each order of batches.) Under headnorm the sink on random tokens stays
-# away in some orders of the batches and comes back in others; in text it comes back in
-# most. Its loss is some 0.4 nats higher each time. So a single training with a cure
-# decides little, in a real model too. Gated pays nothing, and after these 500 steps it
-# still has its sink. The learned logit takes a part of it on random tokens, and next to
-# nothing in text. Sigmoid has not healed: its loss is still half a nat above that of
-# softmax.
+# (A number for each order of batches. In headnorm's third and in logit's the heads are
+# counted over all windows, which finds up to ten more.) Under headnorm the sink on
+# random tokens stays away in some orders of the batches and comes back in others; in
+# text it comes back in most. Its loss is some 0.4 nats higher each time. So a single
+# training with a cure decides little, in a real model too. Gated pays nothing, and
+# after these 500 steps it still has its sink. The learned logit takes a part of it on
+# random tokens, and next to nothing in text. Sigmoid has not healed: its loss is still
+# half a nat above that of softmax.
 #
 # ## A sink that is of use: the ruler
 #
