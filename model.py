@@ -108,8 +108,8 @@ class Config:
             raise UserError(f"num_key_value_heads must divide num_attention_heads {H}, not {K}")
         if self.head_dim is None:
             if C % H != 0:
-                raise UserError(f"hidden_size must be a multiple of num_attention_heads {H} "
-                                f"(or set head_dim), not {C}")
+                raise UserError(f"hidden_size must be a multiple of num_attention_heads {H}, not "
+                                f"{C}")
             self.head_dim = C // H
         if self.head_dim % 2 != 0:
             raise UserError(f"head_dim must be even (rotation turns pairs), not {self.head_dim}")

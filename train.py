@@ -419,7 +419,8 @@ def loop(state: State, header: dict, stop, deadline, say) -> None:
     logged = [row["step"] for row in state.log]
     due = set(evaluation_steps(run.steps, run.evals)) - set(logged)
     cast = compile_model(state.model, run.compile, state.device)
-    say(f"sink: attention of the strongest head ({KINDS[told_kind(state.windows[1])]})")
+    say("val, train: loss in nats per token; sink: attention that the strongest head gives token 0 "
+        f"({KINDS[told_kind(state.windows[1])]})")
     with tqdm(total=run.steps, initial=state.step, disable=None, leave=False, unit="step") as bar:
         while True:
             if state.step in due:
@@ -552,7 +553,7 @@ def sink_story(state: State) -> tuple[str, str]:
     kind = told_kind(last)
     sink = last[kind]["sink"] or 0.0
     verdict = "has a sink" if sink > probe.SINK else f"has no sink (none above {probe.SINK})"
-    if run.bos:
+    if run.bos and run.attn != "softmax":
         verdict += "; but heads recognise <|bos|>, so this is no test of a cure (chapter 07)"
     elif run.attn != "softmax":
         verdict += "; what the cures do in five seeds: tests/results/cures.md"

@@ -46,8 +46,9 @@ def read_config(folder) -> dict:
     """config.json of a run. Raises UserError."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise UserError(f"{folder} holds no run of train.py (no config.json); train one: "
-                        "python train.py (a model of the hub: python probe.py --llama org/name)")
+        raise UserError(f"{folder} holds no run of train.py (no config.json): is the name "
+                        "right? To train one: python train.py; the real Llama, alone: python "
+                        "probe.py smollm2; another: --llama org/name")
     config = read_json(path)
     missing = KEYS - config.keys()
     if "hidden_size" in config:

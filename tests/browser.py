@@ -44,7 +44,7 @@ def screenshot():
     if not found() or not page.exists():
         raise UserError(f"there is no Chromium, or no {page.relative_to(ROOT)}: see the first "
                         "lines of tests/browser.py")
-    opened(page, "go({k: 8, state: alone[8], cell: [16, 8]});", "--window-size=1180,845",
+    opened(page, "go({k: 8, state: alone[8], cell: [16, 8]});", "--window-size=1180,875",
            f"--screenshot={ROOT / 'tests' / 'results' / 'page.png'}")
     return 0
 

@@ -68,7 +68,7 @@ probe.py old no-bos                     | probe them one by one
 probe.py no-bos --text a                | give two words or more
 probe.py old --text abc --layer 7       | layers 0 to 1 and heads 0 to 1
 probe.py old --text abc --silence 1:99  | layers 0 to 1, and neurons 0 to 63
-probe.py old --text abc --silence 1-99  | invalid neurons value
+probe.py old --text abc --silence 1-99  | give a layer and its neurons
 probe.py old --text abc --cut           | without --cut
 probe.py old --layer 1                  | --layer goes with --text
 probe.py old --from nowhere.txt         | nowhere.txt

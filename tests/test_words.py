@@ -122,7 +122,7 @@ def test_the_command(llama, tmp_path, capsys):
     probe.main(["--llama", str(llama), "--from", str(text), "--layer", "1", "--head", "2",
                 "--silence", "1:3 1:39", "--format", "svg", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    for part in (f"reads 12 tokens: w{IDS[0]} ", "neurons [3, 39] of layer 1",
+    for part in (f"reads 12 tokens: w{IDS[0]} ", "neurons 3, 39 of layer 1",
                  "next word, as it is", "left out: variances"):
         assert part in said
     saved = json.loads((tmp_path / "words.json").read_text())
