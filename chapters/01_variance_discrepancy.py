@@ -251,16 +251,14 @@ for name, x in reads.items():
 # five seeds of `copy` one has a wider gap than before training:
 # `tests/results/claims.md`, C1.) But in `copy` two heads keep theirs, so this mean does
 # not tell whether its sink needs a gap, and `text` has no sink on these windows
-# (chapter 00). These numbers show only that a cue to position, the larger variance,
-# exists before training. Whether a sink uses it takes an experiment.
+# (chapter 00). SmolLM2 keeps a larger gap: 10.5 on random tokens, a third of what its
+# shape has before training, and 5 on English.
 #
-# SmolLM2 keeps more of it: a gap of 10.5 on random tokens, a third of what its shape
-# has before training, and of 5 on English.
-#
-# Chapter 06 makes that experiment. A value that was not mixed with others varies more,
-# but it also has another *mean*. In SmolLM2, on random tokens, this mean alone makes a
-# sink at another token, and the variance alone does not. In `copy` it is the variance
-# alone that does.
+# These numbers show only that a cue to position, the larger variance, exists before
+# training. Whether a sink uses it takes an experiment, which chapter 06 makes. A value
+# that was not mixed with others varies more, but it also has another *mean*. In
+# SmolLM2, on random tokens, this mean alone makes a sink at another token, and the
+# variance alone does not. In `copy` it is the variance alone that does.
 #
 # ## Beside the paper
 

@@ -216,8 +216,8 @@ assert bad > good + 1, "the model can do without"
 # $Q$; of its two signs take the side of the mean query. The *lock* is $\cos(u_1, k_0)$
 # (`probe.lock_cos`; exercise 3 writes $u_1$). It is measured before *rotation*, which
 # turns $q$ and $k$ by angles that grow with their positions. We also count the later
-# queries with $q_t \cdot k_0 > 0$, here after rotation. A head where more than 95 % of
-# them have it is called *locked*.
+# queries with $q_t \cdot k_0 > 0$, here after rotation. If these are more than 95 % of
+# the later queries, the head is *locked*.
 
 # %%
 def liking(t):

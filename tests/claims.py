@@ -475,10 +475,11 @@ that alone ([chapter 07](chapters/book/07.md)).
 
 **Built into a finished model headnorm costs loss and need not last, and a sink may have a use.**
 After 500 steps of retraining, SmolLM2 with headnorm has a sink in {left} of the heads on random
-tokens and in {left in text} in Python code, depending on the order of the batches, at {price} nats
-of loss (its control, in which the sink comes back: {control price}; trained on unchanged, SmolLM2
-has {whole} and {whole in text}). Where heads count positions from the first token, every attention
-tried goes on using it, and headnorm does not end the sink ([the cures](tests/results/cures.md)).
+tokens and in {left in text} in Python code, in {orders} orders of the batches (all: [the
+cures](tests/results/cures.md)), at {price} nats of loss (its control, in which the sink comes back:
+{control price}; trained on unchanged, SmolLM2 has {whole} and {whole in text}). Where heads count
+positions from the first token, every attention tried goes on using it, and headnorm does not end
+the sink.
 """  # for the README; what stands in braces is a `value_at`, of SmolLM2 where it names no lane
 
 IN_FULL = """
@@ -568,6 +569,8 @@ def other_numbers(found) -> dict[str, str]:
             "left": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share),
             "copying": copying(found),
             "price": retrofit.span(rebuilt, "headnorm", "{:+.2f}", retrofit.extra_loss),
+            "orders": f"{len(retrofit.alike(rebuilt, 'headnorm'))} of "
+                      f"{len(retrofit.in_orders(rebuilt, 'headnorm'))}",
             "whole": f"{retrofit.sink_share(rebuilt, 'softmax'):.0%}",
             "whole in text": f"{retrofit.sink_share(rebuilt, 'softmax', 'text'):.0%}"}
 

@@ -16,9 +16,10 @@ standard library, all models with the same batches:
 
 We look at the share of all pairs of a window and a head whose attention to token 0 passes SINK, in
 random tokens. ("counted": "heads" in the JSON marks two models in which heads were counted by their
-mean over windows. That finds more: 0.79 for 0.73 in SmolLM2 as it is, 0.56 for 0.46 in headnorm,
-order 4.) Written when headnorm had been seen for 60 steps (share 0.28 at step 40 and 0.03 at step
-60, loss 4.5 and falling; at a learning rate of 0.001 it did not heal), and nothing of the others:
+mean over windows. Where many heads have a sink that finds more: 0.79 for 0.73 in SmolLM2 as it is,
+0.56 for 0.46 in headnorm, order 4.) Written when headnorm had been seen for 60 steps (share 0.28 at
+step 40 and 0.03 at step 60, loss 4.5 and falling; at a learning rate of 0.001 it did not heal), and
+nothing of the others:
 
     the setting can tell, if softmax and scaled end with at least half of the heads, and the loss of
     each model ends within half a nat of softmax's
@@ -223,12 +224,16 @@ def in_orders(found, name) -> list[str]:
     return [each for each in found if each.partition(",")[0] == name]
 
 
-def span(found, name, form, number, *more) -> str:
-    """The least and the largest of number(found, model, *more) over `in_orders`, in words; but for
-    those whose sinks were counted otherwise, if there are others."""
+def alike(found, name) -> list[str]:
+    """`in_orders`, but for those whose sinks were counted otherwise, if there are others."""
     names = in_orders(found, name)
-    alike = [each for each in names if "counted" not in found[each]]
-    values = [number(found, each, *more) for each in alike or names]
+    return [each for each in names if "counted" not in found[each]] or names
+
+
+def span(found, name, form, number, *more) -> str:
+    """The least and the largest of number(found, model, *more) over the models that are `alike`, in
+    words."""
+    values = [number(found, each, *more) for each in alike(found, name)]
     return " to ".join(dict.fromkeys(form.format(v) for v in (min(values), max(values))))
 
 
