@@ -553,10 +553,9 @@ def sink_story(state: State) -> tuple[str, str]:
     kind = told_kind(last)
     sink = last[kind]["sink"] or 0.0
     verdict = "has a sink" if sink > probe.SINK else f"has no sink (none above {probe.SINK})"
-    if run.bos and run.attn != "softmax":
-        verdict += "; but heads recognise <|bos|>, so this is no test of a cure (chapter 07)"
-    elif run.attn != "softmax":
-        verdict += "; what the cures do in five seeds: tests/results/cures.md"
+    if run.attn != "softmax":
+        verdict += ("; but heads recognise <|bos|>, so this is no test of a cure (chapter 07)"
+                    if run.bos else "; what the cures do in five seeds: tests/results/cures.md")
     told = f"""attention of the strongest head ({KINDS[kind]}): {sink:.2f} \
 (uniform attention: {probe.uniform_sink(run.seq_len):.2f})"""
     return told, verdict

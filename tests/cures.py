@@ -193,7 +193,7 @@ def same_choice(found, attn) -> list[dict]:
     return cells(found, attn, float(runner.best_rate(found["grid"][attn], excess)))
 
 
-def gain(found, attn="headnorm", chosen=best_cells) -> str:
+def gain(found, attn, chosen) -> str:
     """Loss of an attention minus softmax's, each at its best learning rate: mean and 95 % interval
     over seeds."""
     pairs = zip(chosen(found, attn), chosen(found, "softmax"), strict=True)

@@ -209,7 +209,8 @@ def table(found) -> str:
 
 
 def sink_share(found, name, kind="random") -> float:
-    """The share of all heads that have a sink after the training."""
+    """The share of all `pairs` that have a sink after the training (of heads, where they were
+    counted)."""
     return fmean(chain["share"] for chain in found[name]["end"][kind])
 
 
