@@ -36,7 +36,7 @@ Tap = Callable[[str, torch.Tensor], torch.Tensor]
 
 POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
-HF_SIZES = (*POSITIVE, "head_dim")  # what we read from a config.json, besides rope and tied weights
+HF_SIZES = (*POSITIVE, "head_dim")  # read from any config.json, besides rope and tied weights
 HF_FAMILY = {  # model_type: the keys that it has besides, and what a missing key means
     "llama": dict(rms_norm_eps=1e-6, max_position_embeddings=2048, attention_bias=False,
                   mlp_bias=False),
@@ -379,7 +379,7 @@ class GPT(nn.Module):
         loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-100)
         return logits, loss
 
-    def mask_bias(self, T, mask=None, device=None):
+    def mask_bias(self, T, mask, device):
         """(T, T) to add to the scores: -inf where attention is not allowed, 0 where it is.
 
         In sigmoid attention -log(training length) in place of 0, so that T open gates start at a

@@ -100,7 +100,7 @@ def kendall_tau(a, b):
     x = (a[:, None] - a).sign()
     y = (b[:, None] - b).sign()
     untied = (x.square().sum() * y.square().sum()).sqrt()
-    return (x * y).sum() / untied.clamp_min(1e-12)
+    return (x * y).sum() / untied.clamp_min(TINY)
 
 
 def wo_alignment(z, weight):
@@ -198,7 +198,7 @@ def uniform_sink(T, k=0):
 def uniform_baseline(cfg, T, k):
     """`uniform_sink` of the queries that count: from k on; in task rest (readout attn_out) from a
     quarter of the window on."""
-    first = T // 4 if cfg.readout == "attn_out" else k
+    first = T // 4 if cfg.readout == "attn_out" else 0
     return uniform_sink(T, max(first, k))
 
 
@@ -685,8 +685,8 @@ def planned(*names):
 
 
 def with_sink(sink):
-    """(L, H), attention to token 0 -> (L - 1, H) bool: heads of later layers that have a sink
-    there; the strongest, if none has."""
+    """(L, H), attention to token 0 -> bool, shaped as by `later`: heads of later layers that have a
+    sink there; the strongest, if none has."""
     sink = later(sink)
     return sink >= min(SINK, sink.max())
 
@@ -970,7 +970,7 @@ def portrait(model, x, queries=None) -> dict:
     layer, head = strongest(first["sink"])
     name = f"{layer}.pattern"
     rows = record(model, x, [name])[1][name][:, head].float()
-    rows = rows / rows.sum(-1, keepdim=True).clamp_min(1e-12)
+    rows = rows / rows.sum(-1, keepdim=True).clamp_min(TINY)
     panels = []
     for link in LINKS:
         number = link.numbers[0]
@@ -1002,7 +1002,7 @@ def with_spread(mean, std):
     return f"{digits(mean)} ±{spread}"
 
 
-def table(rows, left=1):
+def table(rows, left):
     """Print rows of cells: the first `left` columns flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -1035,6 +1035,8 @@ def print_cuts(found):
     for v in found:
         controls = ", ".join(f"{c:.0%} ±{s:.0%}" for c, s in v["controls"])
         share = f"{v['share']:.0%} ±{v['spread']:.0%}"
+        if v["word"] == "absent":  # shares of no sink
+            share = controls = "-"
         rows.append((v["link"], v["kind"], v["says"], v["said"], share, controls))
     table(rows, left=6)
 
@@ -1078,7 +1080,7 @@ def print_words(prompt, shown):
 COLUMNS = """\
 numbers (k: the token looked at, 0; V_t: variance over windows at token t; z: what a head has
 averaged; v: values; DomRatio: the largest dimension over their mean; baseline: the number for
-noise, or for uniform attention; token 32: a middle token, to compare; ±: standard deviation over
+noise, or for uniform attention; token T/2: the middle one, to compare; ±: standard deviation over
 batches):
 """
 
@@ -1166,9 +1168,11 @@ def check_words(look):
     look.words = bool(given) or look.page
     if len(given) > 1 or (look.words and (look.cut or len(look.runs) > 1)):
         raise UserError("--text, --from and --page are about one text, in one model, without --cut")
-    for name in ("layer", "head", "silence"):
-        if getattr(look, name) is not None and not look.words:
-            raise UserError(f"--{name} goes with --text, --from or --page")
+    of_words = ("layer", "head", "silence")
+    for name in (*of_words, "windows", "batches"):
+        if getattr(look, name) is not None and look.words != (name in of_words):
+            goes = "does not go" if look.words else "goes"
+            raise UserError(f"--{name} {goes} with --text, --from or --page")
 
 
 class Opened(NamedTuple):
@@ -1207,7 +1211,10 @@ def fitting(prompt) -> Prompt:
     if max(prompt.ids) >= V:
         raise UserError(f"token {max(prompt.ids):,} for a model that knows {V:,}: this tokenizer "
                         "is another model's")
-    return prompt._replace(ids=prompt.ids[:LONGEST], queries=prompt.asked[0, :LONGEST])
+    prompt = prompt._replace(ids=prompt.ids[:LONGEST], queries=prompt.asked[0, :LONGEST])
+    if not prompt.queries.any():
+        raise UserError("no query of this text rests: it needs letters, not triggers alone")
+    return prompt
 
 
 def llama_prompt(look, text) -> Prompt:
@@ -1236,7 +1243,7 @@ def run_prompt(folder, text) -> Prompt:
     else:
         ids = [corpus.bos] * (config["run"]["bos"] > 0) + corpus.encode(text)
     if corpus.name == "rest":
-        resting = corpus.task.resting(torch.tensor([ids]))[0]
+        resting = corpus.task.resting(torch.tensor([ids[:LONGEST]]))[0]
     return Prompt(Path(folder).resolve().name, GPT.from_run(folder).eval(), ids, corpus.decode,
                   resting, film)
 
@@ -1301,10 +1308,10 @@ def open_runs(look) -> dict[str, Opened]:
 def windows_of_run(corpus, run, look) -> dict:
     """Kind of windows -> [(x, y) of each batch], for a run of train.py."""
     N, T, draws = look.windows, run["seq_len"], {}
-    if corpus.name == "copy":  # nothing to copy, so that every query rests
-        draws["nothing to copy"] = corpus.rest
-    elif run["bos"] > 0:
+    if run["bos"] > 0:
         draws["after <|bos|>"] = functools.partial(corpus.batch, split="val", bos=1.0)
+    elif corpus.name == "copy":  # nothing to copy, so that every query rests
+        draws["nothing to copy"] = corpus.rest
     draws["ordinary first token"] = functools.partial(corpus.batch, split="val", bos=0.0)
     seeds = range(look.seed, look.seed + look.batches)
     return {kind: [draw(N, T, torch.Generator().manual_seed(seed)) for seed in seeds]

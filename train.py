@@ -116,6 +116,9 @@ def flag(name: str) -> str:
 def resolve(run: Run) -> Run:
     """Fill in what depends on the size, and check the numbers. Raises UserError."""
     run = replace(run, size=run.size or SIZE_OF.get(run.data, "tiny"))
+    for name, known in (("attn", ATTENTIONS), ("size", SIZES)):
+        if getattr(run, name) not in known:
+            raise UserError(f"{flag(name)} must be one of {', '.join(known)}")
     usual = {f.name: f.default for f in fields(Run)} | COMMON | SIZES[run.size]
     if isinstance(usual["lr"], dict):  # tuned for each attention
         usual["lr"] = usual["lr"][run.attn]
@@ -129,7 +132,7 @@ def resolve(run: Run) -> Run:
         full.initializer_range = max(1, full.hidden_size) ** -0.5
     if full.threads is None:
         full.threads = min(os.cpu_count() or 1, 4)
-    full.out = full.out or usual_folder(run, usual)
+    full.out, full.data = str(full.out or usual_folder(run, usual)), str(full.data)
     for name, least in LEAST.items():
         if not getattr(full, name) >= least:
             raise UserError(f"{flag(name)} must be at least {least}")
@@ -189,8 +192,8 @@ def evaluation_steps(steps: int, evals: int) -> list[int]:
 
 def held_out(run: Run, corpus, device, more: dict | None = None) -> tuple[tuple, dict]:
     """The windows of every evaluation, the same in every run with the same data, T and bos: (x, y)
-    for the loss, and for the chain {kind: (x, queries)}, for those of KINDS that the data has, and
-    for `more` of them, {kind: x}, but not in task rest."""
+    for the loss, and {kind: (x, queries)} for the chain: the KINDS that the data has, and those of
+    `more`, {kind: x}, which task rest ignores."""
     T = run.seq_len
     fixed = torch.Generator().manual_seed(20260511)
     many, few = max(1, EVAL_TOKENS // T), max(8, PROBE_TOKENS // T)
@@ -351,7 +354,7 @@ def make_header(state: State) -> dict:
         (x, _), _ = state.windows
         optimal = corpus.task.optimal_loss(x)
     return {"run": asdict(run), "model": asdict(state.model.cfg),
-            "parameters": sum(p.numel() for p in state.model.parameters()),
+            "parameters": sum(p.numel() for p in state.model.parameters() if p.requires_grad),
             "corpus": corpus.fingerprint(),
             "optimal_loss": optimal,
             "environment": environment(state.device, run.threads)}
@@ -578,7 +581,8 @@ def rest_story(state: State) -> tuple[str, str]:
     mean, std = probe.mean_std([statistics.fmean(seed["weights"]["reaching"]) for seed in seeds])
     loss = statistics.fmean(seed["val_loss"] for seed in seeds)
     by_head, n = " ".join(f"{head:.2f}" for head in heads), len(seeds)
-    told = f"""where there is nothing to look for, a head of the last layer gives the first token
+    told = f"""where they have nothing to look for, the last layer's heads give token 0 on average
+("sink", above, is the strongest head's share of its own attention; here, what reaches the output)
   {mean:.2f}   under softmax, default size (mean of {n} seeds, standard deviation {std:.2f})
   {here:.2f}   under {run.attn}, here (head by head: {by_head})
   {uniform:.2f}   if it looks everywhere alike"""
@@ -588,7 +592,8 @@ def rest_story(state: State) -> tuple[str, str]:
         return told, (f"has not learned the task (its loss is {above:.2f} nats above that of a "
                       "perfect predictor): this says nothing about its sink")
     if run.attn == "softmax":
-        return told, f"rests on the first token with {here:.0%} of its attention: a sink"
+        no = "a" if here > probe.SINK else "no"
+        return told, f"rests on the first token with {here:.0%} of its attention: {no} sink"
     if any(getattr(run, name) != SIZES["rest"][name] for name in SHAPE):
         return told, f"rests on the first token with {here:.0%} of its attention"
     taken = (mean - here) / (mean - uniform)

@@ -14,8 +14,6 @@ import torch
 from . import tasks, text
 from .common import CACHE, UserError
 
-__all__ = ["CACHE", "Corpus", "NAMES", "TASKS", "UserError", "load"]
-
 TASKS = tasks.TASKS
 NAMES = ["stdlib", *TASKS]
 

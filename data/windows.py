@@ -1,4 +1,5 @@
 """Windows for a model that was not trained here: random tokens, and stretches of a text."""
+import functools
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def llama_tokenizer(folder: Path, vocab_size: int):
             raise UserError(f"{path} is of another model: it gives the id {max(ids)}, and this "
                             f"model has {vocab_size}; fetch the folder again")
         return ids
-    return encode, tokenizer.decode
+    return encode, functools.partial(tokenizer.decode, skip_special_tokens=False)
 
 
 def llama_bos(folder: Path, encode) -> tuple[int, str]:

@@ -3,12 +3,14 @@
 import csv
 
 import pytest
+import torch
 
 import probe
 from data.common import read_json
 from data.windows import random_windows
 from model import GPT
 from tests import claims, real
+from tests.tiny import near, tiny_model, tokens
 
 
 @pytest.mark.parametrize("values, kind, margin, verdict", [
@@ -49,6 +51,25 @@ def test_a_spread_is_of_batches_or_of_seeds():
     assert claims.in_words(values, "SmolLM2") == "2.00 ± 1.00"
     assert claims.in_words(values, "text") == "2.00 ± 2.48"  # 4.303 / sqrt 3
     assert claims.in_words(values[:1], "text") == "1.00"
+
+
+def test_numbers_are_of_the_token_that_they_name():
+    model, x = tiny_model(), tokens(6, 16)
+    found = claims.numbers(model, x, x)
+    assert near(found["ordinary"]["sink"], probe.chain(model, x, k=8)["sink"])
+    row, *_ = probe.cuts(model, x, x, k=5, names=("forge variance",))
+    forged = claims.effects(model, x, x, k=5, names=("forge variance",))["forge variance"]
+    for when in ("before", "after"):
+        assert forged[when] == row[when][1]["sink"]
+
+
+@torch.no_grad()
+def test_rows_that_write():
+    """W_O has its long rows where the state is wide, and its long columns elsewhere."""
+    model, wide = tiny_model(num_hidden_layers=1), torch.linspace(1, 4, 32)
+    model.embed_tokens.weight.mul_(wide)
+    model.layers[0].self_attn.o_proj.weight.copy_(torch.diag(wide).roll(9, 1))
+    assert claims.rows_that_write(model, tokens(8)) > 0.7
 
 
 @pytest.mark.slow

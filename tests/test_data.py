@@ -74,6 +74,11 @@ def test_one_file_is_cut_at_a_line_end(book):
     assert train.endswith("\n")
 
 
+def test_a_very_long_line_is_cut():
+    [(_, train)], [(_, val)] = text.split([("name", "title\n" + "x" * 994)])
+    assert (len(train), len(val)) == (900, 100)
+
+
 def test_a_folder_is_split_by_file(tmp_path):
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)

@@ -70,6 +70,8 @@ probe.py old --text abc --layer 7       | layers 0 to 1 and heads 0 to 1
 probe.py old --text abc --silence 1:99  | layers 0 to 1, and neurons 0 to 63
 probe.py old --text abc --silence 1-99  | give a layer and its neurons
 probe.py old --text abc --cut           | without --cut
+probe.py old --text abc --windows 8     | --windows does not go with --text
+probe.py old --page --batches 2         | --batches does not go with --text
 probe.py old --layer 1                  | --layer goes with --text
 probe.py old --from nowhere.txt         | nowhere.txt
 """

@@ -58,6 +58,24 @@ def test_a_name_is_drawn_as_it_is(draw):
     assert r"a\$b_Köln 猫" in draw["chain"]().axes[0].get_title("left")
 
 
+def test_what_is_drawn_is_what_was_given():
+    _, (left, middle, right) = figures.new(3, 1, 3)
+    link = {"name": "n", "label": "l", "dot": None, "baseline": None}
+    figures.headline(left, [link | {"first": [2, 3], "ordinary": [1, 1]}])
+    curves = {line.get_color(): list(line.get_ydata()) for line in left.lines}
+    assert curves == {figures.GREY: [1, 1], figures.ACCENT: [2, 3]}
+    verdict = {"link": "l", "says": "s", "said": "no", "share": 0.5, "spread": 0}
+    figures.effects(middle, [verdict | {"controls": [(0.1, 0)]}], 0.5)
+    assert [bar.get_width() for bar in middle.patches] == [0.5, 0.1]
+    figures.bars(right, {"name": {"label": (0.5, 0.1)}}, "title")
+    assert right.patches[0].get_height() == 0.5
+    cell, = figures.matrix([("edit", "e", {"a": 1.0}, {"a": 2.0})], {"A": "a"}).axes[0].texts
+    assert cell.get_text() == "2"  # after the edit
+    log = [{"step": step, "links": {"sink": step}} for step in (0, 10)]
+    born, = figures.birth(log, {"sink": "sink"}, "links", "title").axes[0].lines
+    assert born.get_ydata().tolist() == [0, 1]
+
+
 def test_the_sink_has_the_accent():
     _, ax = figures.new(3)
     figures.attention(ax, torch.full((4, 4), 0.25).tril(), "a map", sink=(0, 3))

@@ -18,6 +18,7 @@ import train
 from data.common import UserError
 from data.runs import load_checkpoint
 from tests.conftest import TINY
+from tests.tiny import tiny_model
 
 
 def not_yet(pattern, k):
@@ -93,6 +94,13 @@ def test_windows_for_the_small_models(kind):
     x, y = lesson.windows(kind, 4)
     assert torch.equal(x[:, 1:], y[:, :-1])
     assert (x[:, 0] == 256).all() == (kind == "bos")
+
+
+@pytest.mark.parametrize("draw", [lesson.english, lesson.random_tokens])
+def test_another_batch_or_seed_has_other_windows(monkeypatch, draw):
+    tokenizer = Mock(encode_ordinary=lambda text: range(2000))
+    monkeypatch.setattr(lesson, "real", lambda: (tiny_model(), tokenizer))
+    assert not torch.equal(*(draw(2, 16, i)[0] for i in (0, 1)))
 
 
 def test_runs_live_in_out_of_the_repository(monkeypatch, tmp_path):

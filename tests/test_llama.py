@@ -9,11 +9,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from tokenizers import Tokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import probe
 from data.common import UserError
 from data.llama import memory
+from data.windows import llama_tokenizer
 from model import GPT, Config, record, rope_turns, tap_names
 from tests.tiny import (SHAPES, llama_names, tiny_llama_folder, tiny_model, tokens,
                         with_tokenizer)
@@ -154,6 +156,15 @@ def test_bos_comes_first_where_it_is_asked_for(tmp_path, bos):
         assert (x_bos[:, 0] == 2).all()
         assert torch.equal(x_bos[:, 1:], x[:, :-1])
         assert torch.equal(y_bos, x)
+
+
+def test_special_tokens_are_shown(tmp_path):
+    path = with_tokenizer(tmp_path, WORDS) / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(path))
+    _, decode = llama_tokenizer(tmp_path, 50)
+    assert decode([2, 1]) == "<s> the"
 
 
 @pytest.mark.parametrize("words, bos, told", [

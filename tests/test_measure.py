@@ -25,8 +25,9 @@ def test_measured_and_drawn(name, L, monkeypatch):
 def test_the_page_quotes_the_json():
     page = " ".join(measure.PAGE.read_text(encoding="utf-8").split())
     rows = read_json(measure.path("mask"))["rows"]
-    to, after = (measure.means(measure.pick(rows, layers=name)) for name in ("to", "from"))
-    assert f"it makes {to[2]:.0%} of the two sinks".replace("%", " %") in page
-    assert f"from layer 5 on {after[5]:.0%}".replace("%", " %") in page
+    for where, i, words in (("to", 2, "it makes # of the two sinks"), ("to", 10, "(layer 11), #"),
+                            ("from", 5, "from layer 5 on #")):
+        mean, std = (measure.pick(rows, layers=where)[i][key]["share"] for key in ("mean", "std"))
+        assert words.replace("#", f"{100 * mean:.0f} ± {100 * std:.0f} %") in page
     table = measure.lambda_table(read_json(measure.path("variance")))
     assert table in measure.PAGE.read_text(encoding="utf-8")

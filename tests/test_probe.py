@@ -58,6 +58,7 @@ def test_wo_alignment():
     wide = torch.linspace(1, 4, 8)
     z = randn(50, 10, 2, 4) * wide.view(2, 4)
     assert probe.wo_alignment(z, torch.diag(wide)) > 0.95
+    assert probe.wo_alignment(z, torch.diag(wide).roll(3, 0)) > 0.95  # columns read, not rows
     assert probe.wo_alignment(z, torch.diag(1 / wide)) < -0.95
 
 
@@ -103,6 +104,8 @@ def test_centred():
     x = shared + torch.tensor([[[1.0, 0], [-1, 0]], [[0, 2], [0, -2]]])
     assert near(probe.direction_cos(x[:, 0]), 0.99, 0.01)
     assert near(probe.direction_cos(probe.centred(x)[:, 0]), 0)
+    x[1] += 4  # windows stay as far apart as they are
+    assert near(probe.centred(x)[1].mean(0), 2)
 
 
 def test_share_of_heads_with_a_sink():
@@ -122,6 +125,8 @@ def test_sink_score_and_that_of_the_queries_asked_for():
     asked = torch.tensor([[False, True, True, False]])
     assert near(probe.sink_score(alike, 0, asked), (1 / 2 + 1 / 3) / 2)
     assert near(probe.uniform_weight(asked), (1 / 2 + 1 / 3) / 2)
+    rest, asked = Config(vocab_size=9, readout="attn_out"), torch.arange(T)[None] >= T // 4
+    assert near(probe.uniform_baseline(rest, T, 0), probe.uniform_weight(asked))
 
 
 def test_the_weight_behind_a_gate_counts_as_much_as_the_gate_is_open():
@@ -191,6 +196,8 @@ def test_layers_become_one_number():
     assert near(one["wo_tau"], found["wo_tau"].mean())
     assert near(one["norm_ratio"], found["norm_ratio"].max())
     assert near(one["lock_gap"], found["lock_gap"][1:].flatten()[head])
+    drain = found["drain"][range(3), found["sink"].argmax(1)]
+    assert near(probe.by_layer(probe.metric("drain"), found), drain)
 
 
 def test_layers_as_a_plain_table():
@@ -220,6 +227,8 @@ def test_rows_follow_the_plan_and_every_edit_has_a_control():
         assert edit.controls
     for row, following in zip(rows, rows[1:]):
         assert row["after"] != following["after"], "a control is another edit"
+    *_, (_, _, _, after) = probe.matrix([rows])
+    assert near(after["sink"], rows[-1]["after"][1]["sink"])  # of the token that is forged
 
 
 def test_what_counts_is_the_heads_that_have_a_sink(monkeypatch):
@@ -263,7 +272,7 @@ def seen():
     """Activations of 64 windows by name, and what `targets` finds there."""
     model, x = small(), tokens(64, T)
     found = {}
-    for name in ("0.scores", "0.z", "0.mlp_post", "1.resid_pre", "1.k"):
+    for name in ("0.scores", "0.z", "0.mlp_post", "1.resid_pre", "1.k", "1.q"):
         found[name[2:]] = activation(model, x, name)
     found["target"], found["matched"] = probe.targets(model, x)
     return found
@@ -321,6 +330,8 @@ def test_edits_of_the_direction(seen):
 
 def test_edits_of_the_key(seen):
     query = seen["target"].query[1]
+    of_heads = seen["q"][:, 1:, 2:].flatten(1, 2)[:, :, None]  # 2 and 3, which use key 1
+    assert near(query[1], probe.leading_query(of_heads)[0], 1e-3)
     along = edited("cut lock", seen, 1) * query
     assert near(along.sum(-1), 0)
     assert near(edited("forge lock", seen, 1), seen["k"][:, 0].mean(0))
@@ -367,12 +378,23 @@ def test_share_and_verdict_by_the_rule(kind, attention, share, word):
 
 
 def test_a_control_that_does_half_as_much_refutes():
-    found = judged(row("cut", 1, 0.4), row("cut", 1, 0.7, control=True))
+    """Also beside one that does nothing."""
+    idle = row("cut", 1, 1, control=True)
+    found = judged(row("cut", 1, 0.4), row("cut", 1, 0.7, control=True), idle)
     assert found["said"] == "no: control 30 %"
 
 
-def test_without_a_sink_nothing_is_explained():
-    assert judged(row("cut", 1, 0, sink=0.2))["word"] == "absent"
+def test_without_a_sink_nothing_is_explained(capsys):
+    found = judged(row("cut", 1, 0, sink=0.2), row("cut", 1, 1, control=True))
+    assert found["word"] == "absent"
+    probe.print_cuts([found])
+    assert capsys.readouterr().out.split()[-3:] == ["absent", "-", "-"]  # no share of no sink
+
+
+def test_chance_is_that_of_the_queries_that_count():
+    chance = probe.uniform_sink(T)
+    asked = row("cut", 0.4, 0.1) | {"uniform": chance - 0.1}
+    assert near(probe.share(asked, T), 0.3 / 0.5)
 
 
 def test_spread_is_over_batches():
@@ -426,12 +448,15 @@ def test_the_numbers_are_written_before_the_figure(llama, monkeypatch, more, fil
     assert (out / file).exists()
 
 
-def test_a_run_beside_itself_untrained(tmp_path, tiny_run, monkeypatch):
+@pytest.mark.parametrize("bos, first", [(0.5, "after <|bos|>"), (0.0, "nothing to copy")])
+def test_a_run_beside_itself_untrained(tmp_path, tiny_run, monkeypatch, bos, first):
+    """In the windows that train.py speaks of, and in those of an ordinary first token."""
     monkeypatch.setattr("chapters.figures.drawn", lambda *_: b"")
-    tiny_run(tmp_path / "run")
+    tiny_run(tmp_path / "run", bos=bos)
     probe.main([str(tmp_path / "run"), "--windows=4", "--batches=2"])
     assert (tmp_path / "run/chain.png").exists()
     found = read_json(tmp_path / "run/chain.json")["chain"]
-    assert list(found) == ["nothing to copy", "ordinary first token"]
+    assert list(found) == [first, "ordinary first token"]
     for columns in found.values():
         assert list(columns) == ["run", "run, token 8", "run, untrained"]
+        assert len({column["mean"]["sink"] for column in columns.values()}) == 3

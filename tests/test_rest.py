@@ -1,4 +1,5 @@
-"""tests/rest.py and tests/why.py: their criteria, and the models in which one thing is changed."""
+"""tests/rest.py and tests/why.py: their criteria, and the models in which one thing is changed; and
+what tests/cures.py measures."""
 
 import math
 
@@ -6,9 +7,11 @@ import pytest
 import torch
 
 import probe
+import train
 from data.tasks import Rest
-from tests import rest, why
-from tests.tiny import activation, tokens
+from tests import cures, rest, why
+from tests.conftest import same
+from tests.tiny import activation, near, tiny_model, tokens
 
 UNIFORM = rest.uniform()
 
@@ -96,3 +99,48 @@ def test_a_levelled_value_that_is_nothing_stays_nothing():
 def test_a_norm_stands_in_the_layers_that_are_named():
     _, model, _ = why.build(why.VARIANTS["norm in layers 0 and 2"], seed=3)
     assert [block.self_attn.attn for block in model.layers] == ["headnorm", "softmax", "headnorm"]
+
+
+def test_why_trains_as_train_does(tmp_path, tiny_run, monkeypatch):
+    """The same weights, in a run of two steps."""
+    monkeypatch.setitem(train.SIZES["rest"], "steps", 2)
+    monkeypatch.setattr(rest, "measure", lambda model, task: {"weights": model.state_dict()})
+    found = why.train_and_measure("softmax", 10)["weights"]
+    run = train.Run(seed=10, evals=0, out=str(tmp_path))
+    assert same(found, train.train(run, say=lambda line: None).model.state_dict())
+
+
+@torch.no_grad()
+def test_windows_of_letters_only_have_no_triggers():
+    """And where a head attends to all keys alike, its largest weight is that on token 0."""
+    model = tiny_model(num_hidden_layers=1, vocab_size=17)
+    model.layers[0].self_attn.q_proj.weight.zero_()
+    found = rest.measure(model, Rest())
+    assert all(found["weights"]["triggers"])
+    assert not any(found["letters only"]["triggers"])
+    for name in ("reaching", "largest"):
+        assert near(found["letters only"][name], UNIFORM)
+
+
+# ---------------------------------------------------------------- tests/cures.py
+
+def test_later_tokens_do_not_see_a_hidden_one():
+    assert cures.hide(1, 3).int().tolist() == [[1, 1, 1], [1, 1, 1], [1, 0, 1]]
+
+
+def test_a_ruler_that_begins_at_token_0(monkeypatch):
+    """Hiding token 0 moves the curve by one place, and hiding another token does nothing."""
+    free = torch.arange(9.0) ** 2
+    curves = {None: free, 0: free.roll(1), 5: free}
+    monkeypatch.setattr(cures, "ends", lambda model, x, hidden=None: curves[hidden])
+    found = cures.ruler(None, None)
+    assert found["hidden"] > found["hidden, moved by one"] == found["token 5 hidden"] == 0
+
+
+@torch.no_grad()
+def test_the_rank_of_states_that_have_a_dimension_each():
+    model = tiny_model(num_hidden_layers=1, vocab_size=32)
+    model.embed_tokens.weight.copy_(torch.eye(32))
+    for writes in (model.layers[0].self_attn.o_proj, model.layers[0].mlp.down_proj):
+        writes.weight.zero_()
+    assert near(cures.rank(model, torch.arange(32).view(2, 16)), 32)

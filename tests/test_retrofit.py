@@ -55,6 +55,13 @@ def test_five_neurons_are_drawn_anew(which):
             assert changed[strongest[0]].sum() == (probe.TOP if which == "super" else 0)
 
 
+def test_a_pair_is_a_head_in_one_window(monkeypatch):
+    model, x = tiny_model(num_hidden_layers=1), tokens(8)
+    score = probe.sink_score(activation(model, x, "0.pattern"), 0)  # (N, H)
+    monkeypatch.setattr(probe, "SINK", score.flatten().topk(2).values[1].item())
+    assert retrofit.pairs(model, x) == pytest.approx(1 / score.numel())
+
+
 def test_a_short_training(monkeypatch):
     smaller = dict(STEPS=2, LOOKS=(0, 2), B=2, T=32)
     for name, value in smaller.items():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from data.common import read_json, write_json
-from tests import runner
+from tests import claims, cures, rest, runner, why
 
 
 def square(number):
@@ -21,6 +21,12 @@ def test_only_missing_results_are_measured(tmp_path):
     runner.run(file, plan, seen.append, SimpleNamespace(render=False, jobs=1))
     assert seen[1] == {"a": {"2": "kept", "3": {"square": 9}}, "b": {"square": 16}}
     assert read_json(file) == seen[1]
+
+
+@pytest.mark.parametrize("program", [claims, cures, rest, why], ids=lambda m: m.__name__)
+def test_nothing_is_missing_in_what_is_committed(program):
+    found = read_json(program.FILE)
+    assert [path for path in program.plan() if not runner.holds(found, path)] == []
 
 
 def touch(path):

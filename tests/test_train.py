@@ -34,7 +34,7 @@ def book(tmp_path_factory):
     """A text of our own, of one line over and over."""
     path = tmp_path_factory.mktemp("text") / "book.txt"
     path.write_text("Der Fluß stieg, und die Katze saß auf der Matte.\n" * 400)
-    return str(path)
+    return path
 
 
 def saved(out):
@@ -161,13 +161,18 @@ def test_the_model_learns(tmp_path, tiny_run, book):
 
 
 def test_the_first_step_of_adamw(tmp_path, tiny_run):
-    """lr times the sign of the gradient, after a decay of the matrices alone."""
-    model = tiny_run(tmp_path, steps=1, warmup=0, lr=1e-2, weight_decay=0.5).model
+    """lr times the sign of the gradient, after a decay of the matrices alone. The gradient was
+    clipped to length 1, and the moments have a tenth of it and a twentieth of its square."""
+    model = tiny_run(tmp_path, steps=1, warmup=0, lr=1e-2, weight_decay=0.5,
+                     initializer_range=1.0).model
     trained = model.state_dict()
     for name, w in GPT(model.cfg, seed=0).state_dict().items():
         kept = w * (1 - 0.5e-2) if w.dim() > 1 else w
         moved = (trained[name] - kept).abs().max()
         assert moved == pytest.approx(1e-2, rel=1e-2), name
+    moments = saved(tmp_path)["optimizer"]["state"].values()
+    assert sum(m["exp_avg"].square().sum() for m in moments) == pytest.approx(0.1**2, rel=1e-3)
+    assert sum(m["exp_avg_sq"].sum() for m in moments) == pytest.approx(0.05, rel=1e-3)
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
@@ -208,19 +213,38 @@ def test_a_run_of_rest_that_has_not_learned_is_no_evidence(tmp_path, capsys):
     assert any("under softmax, default size (mean of " in line for line in said)
 
 
-@pytest.mark.parametrize("attn, weight, verdict", [
-    ("softmax", 0.9, "rests on the first token with 90% of its attention"),
-    ("headnorm", 0.5, "takes 5"), ("gated", 0.0, "takes 1")])
+@pytest.mark.parametrize("attn, weight, begins, ends", [
+    ("softmax", 0.9, "rests on the first token with 90% of its attention", "a sink"),
+    ("softmax", 0.2, "rests on the first token with 20% of its attention", "no sink"),
+    ("headnorm", 0.5, "takes 5", "below softmax's mean"),
+    ("gated", 0.0, "takes 1", "below softmax's mean")])
 def test_a_run_of_rest_that_has_learned_ends_beside_softmax(tmp_path, monkeypatch, attn, weight,
-                                                            verdict):
-    settings = train.Run(attn=attn, steps=1, evals=1, out=str(tmp_path))
-    state = train.train(settings, say=lambda line: None)
-    (x, _), _ = state.windows
-    state.log[-1]["val_loss"] = state.corpus.task.optimal_loss(x)
+                                                            begins, ends):
+    state = train.train(Run(attn=attn, steps=1, evals=1, out=tmp_path), say=lambda line: None)
+    assert train.load_run(tmp_path)[0].cfg.readout == "attn_out"
+    monkeypatch.setattr(state.corpus.task, "optimal_loss", lambda x: 1.0)
+    state.log[-1]["val_loss"] = 1.0  # softmax's committed seeds end above 2
     monkeypatch.setattr(probe, "resting_weight", lambda *_: [weight] * 4)
-    assert train.rest_story(state)[1].startswith(verdict)
+    told, verdict = train.rest_story(state)
+    assert verdict.startswith(begins)
+    assert verdict.endswith(ends)
+    assert f"  {weight:.2f}   under {attn}, here" in told
+    assert f"  {weight:.2f}   under softmax, default" not in told
     state.run.seq_len = 12  # then softmax's committed seeds are of another model
     assert "softmax" not in train.rest_story(state)[1].removeprefix(attn)
+
+
+@pytest.mark.parametrize("sink, says", [(0.9, "has a sink"), (0.1, "has no sink")])
+def test_any_other_run_ends_with_its_sink(tmp_path, tiny_run, sink, says):
+    state = tiny_run(tmp_path, steps=1)
+    state.log[-1]["links_bos"]["sink"] = sink
+    assert train.sink_story(state)[1].startswith(says)
+
+
+@pytest.mark.parametrize("wrong", [{"size": "tinny"}, {"attn": "sofmax"}])
+def test_a_name_that_does_not_exist_is_refused(wrong):
+    with pytest.raises(UserError, match="must be one of"):
+        train.resolve(Run(**wrong))
 
 
 def test_rest_has_no_bos_in_any_size():

@@ -69,6 +69,37 @@ def test_a_turned_write_keeps_its_length():
     assert torch.equal(after[:, 1:], before[:, 1:])
 
 
+def test_both_parts_forge_what_seeing_only_itself_forges():
+    asked = torch.arange(24).expand(6, -1) != K  # token k looks at nothing but itself
+    row, *_ = probe.cuts(MODEL, X, X, K, names=("forge variance",), queries=asked)
+    shares = unmixed.shares(MODEL, X, MEAN, K, asked)
+    assert near(shares["forge, every: both"], probe.share(row, 24))
+
+
+def test_another_first_token_is_that_of_another_window():
+    shares = unmixed.shares(MODEL, X[:1].expand(6, -1), MEAN, K)
+    assert near(shares["cut, every: another first token"], 0)
+
+
+def test_neurons_answer_at_token_k():
+    """As they do at token 0, where it is the same token and both its parts are forged."""
+    x = X.clone()
+    x[:, K] = x[:, 0]
+    found = unmixed.answers(MODEL, x, MEAN, K)
+    assert near(found["both"], 1, 1e-3)
+    assert not near(found["neither"], 1, 0.1)
+
+
+def test_how_many_neurons_are_silent(monkeypatch):
+    post = activation(MODEL, X, "0.mlp_post")
+
+    def count(self, kind, tap):
+        return (tap("0.mlp_post", post)[:, 0] == 0).all(0).sum().item()
+    monkeypatch.setattr(unmixed.Sinks, "share", count)
+    found = unmixed.neurons_at_0(MODEL, X, K)
+    assert [found[name] for name in ("6 to 10", "all others", "turned")] == [5, 35, 0]
+
+
 def test_all_that_is_measured_has_a_number():
     shares = unmixed.shares(MODEL, X, MEAN, K)
     assert shares.keys() == {"sink", *(name for name, _ in unmixed.interventions())}

@@ -120,18 +120,29 @@ def test_the_command(llama, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{i}" for i in IDS))
     probe.main(["--llama", str(llama), "--from", str(text), "--layer", "1", "--head", "2",
-                "--silence", "1:3 1:39", "--format", "svg", "--out", str(tmp_path)])
+                "--silence", "0:3 0:39", "--format", "svg", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    for part in (f"reads 12 tokens: w{IDS[0]} ", "neurons 3, 39 of layer 1",
+    for part in (f"reads 12 tokens: w{IDS[0]} ", "neurons 3, 39 of layer 0",
                  "next word, as it is", "left out: variances"):
         assert part in said
     saved = json.loads((tmp_path / "words.json").read_text())
-    usual = saved["states"]["as it is"]
-    _, kept = record(tiny_model(), IDS, ["1.pattern"])
-    expected = probe.sink_score(kept["1.pattern"], 0)[0]
-    assert np.allclose(usual["sink"][1], expected, atol=1e-5)
-    assert np.allclose(usual["map"], kept["1.pattern"][0, 2], atol=1e-5)
+    for label, neurons in {"as it is": {}, "neurons silent": {0: [3, 39]}}.items():
+        state, tap = saved["states"][label], probe.silent(tiny_model(), neurons)
+        logits, kept = record(tiny_model(), IDS, ["1.pattern"], tap)
+        expected = probe.sink_score(kept["1.pattern"], 0)[0]
+        assert np.allclose(state["sink"][1], expected, atol=1e-5)
+        assert np.allclose(state["map"], kept["1.pattern"][0, 2], atol=1e-5)
+        assert state["next"][0][0] == f"w{logits[0, -1].argmax()}"
     assert (tmp_path / "words.svg").exists()
+
+
+def test_resting_queries_are_those_of_the_part_that_is_read(tmp_path, tiny_run):
+    tiny_run(tmp_path, data="rest", bos=0.0, steps=1)
+    look = probe.parse([str(tmp_path), "--text", "a" * 200])
+    assert probe.open_prompt(look).queries.tolist() == [False] * 10 + [True] * 30
+    look.text = "WXYZ"
+    with pytest.raises(UserError, match="no query of this text rests"):
+        probe.open_prompt(look)
 
 
 # ---------------------------------------------------------------- page and film
