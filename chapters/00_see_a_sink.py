@@ -17,8 +17,9 @@
 # forty seconds, after a download of 93 MB. The last part uses two small models; if
 # they are not in `out/` yet, it trains them first, a few minutes on 2 cores.
 #
-# Letters in shapes, in all chapters: N windows, T positions, H heads (K of keys and
-# values), D head width, C model width, F neurons of an MLP, L layers.
+# Letters in shapes, in all chapters: N windows (texts of T tokens), T positions, H
+# heads (K of keys and values), D head width, C model width, F neurons of an MLP, L
+# layers.
 
 # %%
 from lesson import TASK, beside, check, english, log, look, models, plt
@@ -72,7 +73,7 @@ look("Dear students, today we look inside a language model and ask why its heads
 # even of random tokens, its meaning cannot be the reason.
 #
 # A chapter reads few windows of SmolLM2, mostly 4 or 8, and the README 8 or 16 batches
-# of 8. So their numbers differ, a variance by up to a half.
+# of 8. So their numbers differ, a variance by a factor of up to 1.6.
 
 # %%
 texts = {"English": english()[0], "random tokens": random_tokens()[0]}
@@ -127,7 +128,8 @@ show(figure, "00_maps", "Three attention maps. In layer 0 attention is spread ov
      "earlier keys; in the later head nearly all of it is in column 0.")
 
 # %% [markdown]
-# Every row is a query. Now all heads, one cell each.
+# Every row is a query. (The column at key 1 is from two of the eight windows, where
+# token 1 rests heads as well.) Now all heads, one cell each.
 
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(8.8, 4.6), width_ratios=[24, 1])
@@ -140,13 +142,13 @@ axes[1, 0].set_xlabel("layer")
 axes[0, 1].axis("off")
 figures.shades(axes[1, 1], [figures.ACCENT])
 show(figure, "00_heads", "A cell for every head of every layer. Layers 3 to 9 and 12 "
-     "to 29 are deep orange, layers 0, 1, 10 and 11 are pale.")
+     "to 29 are deep orange, on random tokens layer 2 half so; 0, 1, 10, 11 are pale.")
 
 # %% [markdown]
 # Two stretches of layers have sinks. Between them layer 11 has none, and layer 10
 # hardly any. Chapter 03 shows what switches the sinks off and on again.
 #
-# ## It looks, but it takes nothing
+# ## The strongest head looks, and takes next to nothing
 #
 # The weights of a row must add up to 1, so a head that has nothing to add must still
 # put its attention somewhere. Attention to a value of length zero adds nothing. *Value
@@ -229,9 +231,10 @@ assert extra["last 32 and token 16"] > 0.7 * extra["last 32"], "any token would 
 #
 # A finished model cannot show how a sink is *born*. Two small models can.
 #
-# - `softmax` is what `python train.py` trains. Its tokens are drawn at random, so that
-#   the first one is as ordinary as all others. At a few tokens its heads must look for
-#   something; at all others there is nothing to find, and they must rest (chapter 07).
+# - `softmax` is what `python train.py` trains. Its tokens are letters drawn at random,
+#   so that the first one is as ordinary as all others. At a few tokens its heads must
+#   look for something; at all others there is nothing to find, and they must rest
+#   (chapter 07).
 # - `text` has read the Python standard library byte by byte, and each of its windows
 #   began with one special token, `<|bos|>`.
 
@@ -257,8 +260,8 @@ for title, (name, kind) in cases.items():
 # %% [markdown]
 # The text model rests on `<|bos|>` and not on other first tokens: to be the first is
 # not enough, it must be this very token. In SmolLM2 and in `softmax` any token can come
-# first, and only its *place* tells it apart. How they find it is the question of
-# chapters 01 to 05.
+# first, and *which* token it is does not tell it apart. How they find it is the
+# question of chapters 01 to 05.
 #
 # The story of the paper is a chain, and `train.py` measures every link while it trains.
 # The figure shows three, on other windows than above, each from its least to its
@@ -294,8 +297,9 @@ assert half["sink"] < half["length of the state"], "the long state comes first"
 # %%
 with_sink = probe.has_sink(sinks["English"]).any(1)  # (L,)
 earliest = with_sink.nonzero()[0].item()
+at_random = probe.has_sink(sinks["random tokens"]).any(1).nonzero()[0].item()
 beside(("model", "Llama-2-7B, Llama-3", "SmolLM2-135M"),
-       ("sink from layer", "2", str(earliest)),
+       ("sink from layer", "2", f"{earliest} in English, {at_random} on random tokens"),
        ("depends on the token", "no", "no: random tokens have it too"))
 
 # %% [markdown]
@@ -346,7 +350,7 @@ check("00.hidden", hidden)
 # %%
 prediction = ...
 mask = hidden(64, 0)
-right = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+right = getattr(mask, "shape", None) == (64, 64) and not mask[1:, 0].any()
 if not right:
     print("prediction: not yet. Exercise 2 first, whose mask it needs")
 elif prediction is not ...:

@@ -215,7 +215,7 @@ names = [f"{i}.z" for i in range(model.cfg.num_hidden_layers)]
 _, seen = record(model, random_tokens()[0], names)
 depth = torch.tensor([discrepancy(variance(seen[name])) for name in names])
 figure, axis = plt.subplots(figsize=(8.8, 3))
-title = "Token 0 varies more than others in layers 0 to 2, hardly at all in deep ones"
+title = "Token 0 varies more than others in layers 0 to 2, hardly at all from 12 on"
 figures.by_layer(axis, {"token 0": depth}, title, hot=["token 0"], yscale="log",
                  ylabel="$V_0$ / median of the others\n(log; dotted: 1)")
 axis.axhline(1, color="black", lw=0.9, ls=":")
@@ -225,7 +225,7 @@ assert depth[0] > 4, "the first layer has no outlier"
 assert depth[12:28].max() < 0.1, "the first state is no fixed vector"
 
 # %% [markdown]
-# In layers 10 and 11 it varies once more: there its first large entry is erased
+# In layers 10 and 11 it varies once more: what they read has lost its one large entry
 # (chapter 03).
 #
 # ## In a small model that you train
@@ -249,10 +249,10 @@ for name, x in reads.items():
 # %% [markdown]
 # While these two are trained, most of the gap in the mean over heads disappears. (Of
 # five seeds of `copy` one has a wider gap than before training:
-# `tests/results/claims.md`, C1.) But in `copy` two heads keep theirs, so this mean does
-# not tell whether its sink needs a gap, and `text` has no sink on these windows
-# (chapter 00). SmolLM2 keeps a larger gap: 10.5 on random tokens, a third of what its
-# shape has before training, and 5 on English.
+# `tests/results/claims.md`, C1.) But in `copy`, which has a sink here (chapter 04), two
+# heads keep theirs. So this mean does not tell whether its sink needs a gap, and `text`
+# has no sink on these windows (chapter 00). SmolLM2 keeps a larger gap: 10.5 on random
+# tokens, a third of what its shape has before training, and 5 on English.
 #
 # These numbers show only that a cue to position, the larger variance, exists before
 # training. Whether a sink uses it takes an experiment, which chapter 06 makes. A value

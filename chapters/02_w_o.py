@@ -11,8 +11,8 @@
 # **Claim.** In SmolLM2 the output projection $W_O$ of the first layer weakens the
 # outlier of chapter 01, and over all layers $W_O$ does not favour the dimensions that
 # vary most. In two small models it favours them. The paper's number for this, Kendall's
-# tau, is clearly positive in SmolLM2 if one compares the rows of $W_O$ and not its
-# columns, but for the rows it must be, whatever they read.
+# tau, is a little below 0 in SmolLM2 for the columns of $W_O$. For its rows it is
+# clearly positive, but there it must be, whatever they read.
 #
 # **You learn** what a matrix passes on, and why one measure has two readings. **You
 # need** chapter 01, and what an eigenvector is. **Run time**: ten to forty seconds,

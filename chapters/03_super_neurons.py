@@ -316,8 +316,8 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
        ("silenced", "not reported", effect))
 
 # %% [markdown]
-# Neuron 7890 writes into dimension 2533 by the "super weight" of Yu et al. 2024 (arXiv
-# 2411.07191): one entry of $W_{down}$ that ruins the model when it is set to zero.
+# The entry of $W_{down}$ by which neuron 7890 writes into dimension 2533 is the "super
+# weight" of Yu et al. 2024 (arXiv 2411.07191): set to zero, it alone ruins the model.
 #
 # ## What would falsify this
 #

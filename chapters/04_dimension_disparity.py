@@ -111,7 +111,7 @@ figures.by_layer(left, {"token 0": ratio}, "Token 0 is long in two waves",
                  ["token 0"], yscale="log", ylabel="length / median length (log)")
 curves = {"token 0": raw_0, "token 0, after RMSNorm": normed_0,
           "token 32": raw_32, "token 32, after RMSNorm": normed_32}
-figures.by_layer(right, curves, "and in both more dominated than token 32",
+figures.by_layer(right, curves, "In both its DomRatio is above that of token 32",
                  ["token 0", "token 0, after RMSNorm"], yscale="log", ylim=(3, 3000),
                  ylabel="DomRatio (log)")
 right.axhline(formula, color="black", lw=0.9, ls=":", label="Gaussian")
@@ -257,7 +257,9 @@ for what, (name, tokens) in inputs.items():
 # The text model agrees with SmolLM2, on a smaller scale: its first state is long, and a
 # few dimensions dominate it. The copying model does not agree. Its first state is about
 # as long as the others, an *ordinary* state is more dominated, and the sink is there
-# all the same. So not every sink *needs* this link.
+# all the same. So not every sink *needs* this link. (In a third model, whose heads must
+# rest, the first state is 11 times as long as the median: chapter 07, and
+# `tests/results/claims.md`, C5.)
 #
 # ## Beside the paper
 

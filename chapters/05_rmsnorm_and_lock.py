@@ -213,11 +213,11 @@ assert bad > good + 1, "the model can do without"
 # direction, and key 0 lies on its side. Here we look whether it is so; chapter 06 cuts
 # it. Let all queries after the first be the rows of a matrix $Q$. The unit vector $u$
 # with the largest $\lVert Q u \rVert^2$ is the leading *right singular vector* $u_1$ of
-# $Q$; of its two signs take the side of the mean query. The *lock* is $\cos(u_1, k_0)$
-# (`probe.lock_cos`; exercise 3 writes $u_1$). It is measured before *rotation*, which
-# turns $q$ and $k$ by angles that grow with their positions. We also count the later
-# queries with $q_t \cdot k_0 > 0$, here after rotation. If these are more than 95 % of
-# the later queries, the head is *locked*.
+# $Q$; of its two signs take the side of the mean query. We measure $\cos(u_1, k_0)$
+# (`probe.lock_cos`; exercise 3 writes $u_1$) before *rotation*, which turns $q$ and $k$
+# by angles that grow with their positions. We also count, after rotation, the later
+# queries with $q_t \cdot k_0 > 0$. If these are more than 95 % of them, the head is
+# *locked*.
 
 # %%
 def liking(t):
@@ -324,8 +324,8 @@ beside(("model", "Llama-2-7B", "SmolLM2-135M"),
 # ## What would falsify this
 #
 # Lock gaps that grow with the length of the first state, though the norm is in place.
-# As many heads locked to key 32 as to key 0. Heads with a sink whose queries lie on
-# both sides of key 0: in `copy` this happens.
+# As many heads locked to key 32 as to key 0. In SmolLM2, heads with a sink whose
+# queries lie on both sides of key 0, as in `copy`.
 #
 # **You can now** say what of a state reaches a key, and why a sink needs no long key.
 #

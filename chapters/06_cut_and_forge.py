@@ -12,7 +12,7 @@
 # first token, and the sink is gone; build it at an ordinary token, and this token
 # becomes a sink. The length of $z_0$ is not needed, and where the large dimensions are
 # forged, a control does more than half as much. A token that may see only itself
-# becomes a sink too. Its $z$ differs from others in two ways, and one of them is
+# becomes a sink too. Its $z$ has another mean and deviates more from it; the mean is
 # enough.
 #
 # **You learn** to go from "A and B happen together" to "A makes B": cut, forge, and a
@@ -39,7 +39,7 @@ k = 10
 # %% [markdown]
 # ## The logic
 #
-# So far we saw things happen together. To say that A makes B, change A alone.
+# So far we mostly saw things happen together. To say that A makes B, change A alone.
 #
 # - **Cut**: destroy one link at token 0. If the sink disappears, it *needs* this link.
 # - **Forge**: build one link at an ordinary token, here $k = 10$. If a sink appears
@@ -126,11 +126,11 @@ assert forged[k] > 10 * untouched[k], "no sink was made"
 # {(\alpha_k' - \alpha_k) + (\alpha_0' - u)}.$$
 #
 # A cut above 100 % leaves token 0 less than uniform attention gives it. (In *forged* a
-# negative part counts as 0.)
-# A perfect forgery is as strong as the first sink: then they have 50 % each. By a rule
-# fixed before measuring (`probe.RULE`), a link *holds* if its cut takes at least 50 %
-# or its forgery reaches 25 %, and no control does half as much; from half of that on it
-# holds *partly*. `probe.cuts` runs all.
+# negative part counts as 0.) A perfect forgery is as strong as the first sink: then
+# they have 50 % each. By a rule fixed before measuring (`probe.RULE`), a link *holds*
+# if its cut takes at least 50 % or its forgery reaches 25 %, and no control does half
+# as much; from 25 % (cut) or 12.5 % (forgery) on it holds *partly*. `probe.cuts` runs
+# all.
 
 # %%
 table = probe.cuts(model, x, y, k)
@@ -240,9 +240,9 @@ print(f"λ = {equal:.1f}: as much as token 0; share of the two sinks {as_first:.
 assert as_first < 0.125, "the variance of token 0 makes a sink"
 
 # %% [markdown]
-# When token 10 varies as much as token 0, it is hardly a sink. At $\lambda = 5$, where
-# it is one, it varies 4 times as much. So the variance that token 0 has does not
-# explain its sink.
+# When token 10 varies in layer 0 as much as token 0, it is hardly a sink. Where it is
+# one, at $\lambda = 5$, it varies there 4 times as much. So the variance that token 0
+# has does not explain its sink.
 #
 # ## Or is it that the value is unmixed?
 #
@@ -336,14 +336,15 @@ assert answer["deviation only"] < 0.25, "the first neurons read the deviation"
 # becomes a sink. With *deviation only* it varies as an unmixed value does, and becomes
 # no sink. So in SmolLM2 variance is a *sign* that a value was not mixed. What makes a
 # sink at token 10 is the mean: the first super neurons respond to it, and mixing
-# removes it. (It is so over 16 batches. Cut at token 0 of text, the mean alone keeps
-# the sink in half of the batches: `tests/results/claims.md`, Q8 and Q9, both judged
-# *partly*.)
+# removes it. (At token 10 it is so in each of 16 batches. At token 0 of text, $\mu$ in
+# place of $z_0$ keeps the sink in 8 of 16: `tests/results/claims.md`, Q8 and Q9, both
+# judged *partly*.)
 #
 # **The paper** says that variance makes the sink. It studied larger models and, as
 # reported, did not take the two apart; these four cases in its Llama-2-7B would settle
 # it. Models can differ: in the one that copies, only the deviation makes a sink, and in
-# the small one below each of the two a weak one (Q8).
+# the small one below each of the two makes a weak one, but in two of five seeds so does
+# *neither* (Q8).
 #
 # ## In which layers must token 10 be alone?
 
@@ -405,7 +406,7 @@ assert toy["cut disparity"] < 0.25, "clipped dimensions take the sink"
 # ## Beside the paper
 
 # %%
-beside(("token 10 sees only itself: a sink", "yes", share["forge variance"]),
+beside(("token 10 sees only itself: share", "a sink", share["forge variance"]),
        ("amplified variance, lambda 10", "yes, rising with lambda", amplified),
        ("  scaled", "none", curves["scale"][-1]),
        ("  a shift to the same length", "not tried", curves["shift"][-1]))

@@ -172,7 +172,7 @@ bars = axis.bar(losses.keys(), losses.values(), color="0.6")
 bars[2].set_color(figures.ACCENT)
 axis.axhline(guess, color="black", lw=0.9, ls=":", label="guessing at random")
 figures.dress(axis, "int8 with one scale breaks on the first token", {},
-              ylabel="loss, nats per token")
+              ylabel="loss at positions 32 to 63")
 show(figure, "08_int8", "Loss with states in int8: one scale per token costs almost "
      "nothing, one scale for all is worse than guessing, and an exact token 0 repairs "
      "most of the damage.")
@@ -221,7 +221,7 @@ for state in states:
     ranks["all tokens"].append(effective_rank(state))
     ranks["without token 0"].append(effective_rank(state[:, 1:]))
 figure, axis = plt.subplots(figsize=(6.4, 3))
-figures.by_layer(axis, ranks, "One long state hides the directions of all others",
+figures.by_layer(axis, ranks, "The long states of token 0 hide all other directions",
                  hot=["all tokens"], legend={}, ylim=(0, None),
                  ylabel="effective rank of the states")
 show(figure, "08_rank", "Effective rank by layer. With token 0 it falls at layer 12 to "
@@ -231,10 +231,11 @@ rest = fmean(ranks["without token 0"][12:20])
 assert collapsed < rest / 5, "the rank is low without token 0, too"
 
 # %% [markdown]
-# The states of the other tokens have not lost their directions. One long state makes
-# one $\sigma_i$ so large that the others hardly count. The paper reports that its cure
-# raises the effective rank from 344 to 446. That need not mean richer states: first
-# leave the first token out of both models, and see how much of the gain remains.
+# The states of the other tokens have not lost their directions. The long states of
+# token 0, all in one direction, make one $\sigma_i$ so large that the others hardly
+# count. The paper reports that its cure raises the effective rank from 344 to 446. That
+# need not mean richer states: first leave the first token out of both models, and see
+# how much of the gain remains.
 #
 # ## The price of going without
 #
@@ -243,9 +244,9 @@ assert collapsed < rest / 5, "the rank is low without token 0, too"
 # token 0, are silent at this token only?
 #
 # Second question: can the model learn to do without them? `python -m tests.retrofit`
-# gives five neurons of each layer new random weights and trains the model on: those
-# that write most at token 0 (*super redrawn*) or, as a control, five that write most at
-# later tokens (*others redrawn*).
+# gives five neurons of each layer new random weights and trains the model on Python's
+# standard library: those that write most at token 0 (*super redrawn*) or, as a control,
+# five that write most at later tokens (*others redrawn*).
 
 
 # %%
@@ -350,11 +351,11 @@ def rank_of_rows(n, c):
 check("08.rank_of_rows", rank_of_rows)
 
 # %% [markdown]
-# **3.** An experiment. Token 0 is not the only one with a long state: in layers 4 to 10
-# some windows have a second one. Find the tokens, other than the first, that have an
-# entry larger than 300 (plus or minus) in `states[6]` (N, T, C). Decode them with
-# `encoding.decode([x[n, t].item()])`: they are all the same word. Which one? (Give it
-# as a string; spaces around it do not matter.)
+# **3.** An experiment. Token 0 is not the only one with a long state: in layers 3 to 10
+# most windows have another one, or several. Find the tokens, other than the first, that
+# have an entry larger than 300 (plus or minus) in `states[6]` (N, T, C). Decode them
+# with `encoding.decode([x[n, t].item()])`: they are all the same word. Which one? (Give
+# it as a string; spaces around it do not matter.)
 
 # %%
 word = ...
