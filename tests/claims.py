@@ -432,7 +432,8 @@ def percent(values, lane) -> str:
     return f"{mean:.0%} ± {spread(there):.0%}"
 
 
-BORN = {"variance": "variance of z", "drain": "value", "sink": "sink", "lock_gap": "lock",
+BORN = {"variance": "variance of z", "variance_out": "variance after W_O",
+        "direction": "direction", "drain": "value", "sink": "sink", "lock_gap": "lock",
         "norm_ratio": "length of the state", "neuron_contrast": "neurons"}
 
 
@@ -462,29 +463,29 @@ sinks: variance, the paper's reason, is not needed to forge one, though in our c
 ([chapter 06](chapters/book/06.md)).
 
 **Not every link holds.** Giving the first token the RMS of the others before W_O takes {cut
-W_O.share %} of the sink, and in the first layer, on random tokens, W_O weakens the outlier that it
-is said to pass on: {first.variance} ± {sd of variance} times the median before, {after} after
+W_O.share %} ± {W_O sd} of the sink, and in the first layer, on random tokens, W_O weakens the
+outlier that it is said to pass on: {outlier} times the median before, {outlier after W_O} after
 ([claim by claim](tests/results/claims.md)).
 
 **Where heads must rest, sigmoid ends the sink, and headnorm takes a part or most of it.** Where
 they rest, the last layer's heads give the first token {softmax} of their attention under softmax,
-{headnorm} under headnorm (ten seeds; {headnorm at best} at 0.01, the best of three learning rates,
-five seeds), uniform attention 0.11; sigmoid, or softmax with one learned logit more in its
+{headnorm} under headnorm (ten seeds; {headnorm at best} in five seeds at the learning rate of its
+lowest loss), uniform attention 0.11; sigmoid, or softmax with one learned logit more in its
 denominator, none. Neither of headnorm's two effects, equal variance and no silent output, explains
 that alone ([chapter 07](chapters/book/07.md)).
 
 **Built into a finished model headnorm costs loss and need not last, and a sink may have a use.**
 After 500 steps of retraining, SmolLM2 with headnorm has a sink in {left} of the heads on random
-tokens and in {left in text} in Python code, in {orders} orders of the batches (all: [the
-cures](tests/results/cures.md)), at {price} nats of loss (its control, in which the sink comes back:
-{control price}; trained on unchanged, SmolLM2 has {whole} and {whole in text}). Where heads count
-positions from the first token, every attention tried goes on using it, and headnorm does not end
-the sink.
+tokens and in {left in text} in Python code, in {orders} orders of the batches (one was counted
+otherwise: [the cures](tests/results/cures.md)), at {price} nats of loss (its control, in which the
+sink comes back: {control price}; trained on unchanged, SmolLM2 has {whole} and {whole in text}).
+Where heads count positions from the first token, every attention tried goes on using it, and
+headnorm does not end the sink.
 """  # for the README; what stands in braces is a `value_at`, of SmolLM2 where it names no lane
 
 IN_FULL = """
-**A real Llama shows most of the chain.** In SmolLM2, on random tokens, the first token varies
-{first.variance} times as much as the median (± {sd of variance} over batches), its state is
+**A real Llama shows most of the chain.** In SmolLM2, on random tokens, the first token's z varies
+{outlier} times as much as the median (first layer, ± over batches), its state is up to
 {first.norm_ratio} times as long, and {first.sink_rate %} of all heads have a sink on it. Cutting
 what it averages, its neurons, its direction or its key takes {cut variance.share %}, {cut
 neurons.share %}, {cut direction.share %} and {cut lock.share %} of the sink; the controls of these
@@ -495,21 +496,21 @@ W_O: {cut W_O.share %}.)
 2510.06477.) With five of 1,536 a layer silent at that one token it has no sink; the next tokens
 take it over. With all *others* silent it loses {neurons at 0.all others %}, without the next five
 by write {neurons at 0.6 to 10 %}, and with the write of the five turned to a random direction of
-the same length {neurons at 0.turned %}. (Five of like weight take nothing, but they carry only
-{like carries} of its squared length.) Drawn anew and trained on: [the cures](cures.md). Let it
-write without two of them: [chapter 03](../../chapters/book/03.md).
+the same length {neurons at 0.turned %}. (Five of like weight take nothing, but they write only
+{like carries} of the squared length that the top five write.) What if these are drawn anew, and the
+model is trained on: [the cures](cures.md).
 
 **An unmixed value forges a sink; to forge one in SmolLM2, variance is not needed.** A token that
 sees only itself gets {forge variance.share %} of the two sinks. It gets {unmixed.forge, every: mean
 only %} when its z is but the *mean* of tokens that see only themselves, so that nothing varies, and
-{unmixed.forge, every: deviation only %} when it has the usual mean and its own deviation. At token
-0 the first takes {unmixed.cut, every: mean only %} of the sink, the second {unmixed.cut, every:
-deviation only %}. The paper says variance: amplified it gives {forge W_O.share %}, shifted to the
-same length {forge W_O.controls.0 %}, scaled {forge W_O.controls.1 %}. In our own models it is not
-so clear: where heads must rest the first gives {rest: unmixed.forge, every: mean only %}, the
-second {rest: unmixed.forge, every: deviation only %} and neither {rest: unmixed.forge, every:
-neither %}; in copying only the deviation does it ({copying}). More models, not quantised, would
-settle it.
+{unmixed.forge, every: deviation only %} when it has the usual mean and its own deviation. Given to
+token 0, that mean takes {unmixed.cut, every: mean only %} of the sink, and the usual mean with its
+own deviation {unmixed.cut, every: deviation only %}. The paper says variance: amplified it gives
+{forge W_O.share %}, shifted to the same length {forge W_O.controls.0 %}, scaled {forge
+W_O.controls.1 %}. In our own models it is not so clear: where heads must rest the first gives
+{rest: unmixed.forge, every: mean only %}, the second {rest: unmixed.forge, every: deviation only %}
+and neither {rest: unmixed.forge, every: neither %}; in copying only the deviation does it
+({copying}). More models, not quantised, would settle it.
 
 **Not everything holds.** In SmolLM2, in the mean over layers, the columns of W_O do not favour the
 dimensions of high variance (Kendall tau {first.wo_tau}, the paper 0.32), in the first layer they do
@@ -520,7 +521,7 @@ pass on ({first.variance} times the median before it, {first.variance_out} after
 W_O takes only {cut W_O.share %} of the sink. Its fixed direction is its own (cosine
 {first.direction_own} less what all states share, an ordinary token {ordinary.direction_own}), its
 large DomRatio less so: in the median layer {DomRatio by layer.median} times that of an ordinary
-token, at most {DomRatio by layer.largest} times.
+token, where it is largest {DomRatio by layer.largest} times.
 
 **What the cures do**, and at what price: where heads must rest, [rest](rest.md); in copying, in
 text and in a finished Llama, [the cures](cures.md).
@@ -551,18 +552,20 @@ def other_numbers(found) -> dict[str, str]:
     """The numbers of FOUND and IN_FULL that are no `value_at`: spreads, and those of other JSON."""
     of_rest, rebuilt = read_json(rest.FILE), read_json(retrofit.FILE)
     carried = fmean(values_of(found, "SmolLM2", "neurons at 0.like carries"))
-    varies = stdev(values_of(found, "SmolLM2", "first.variance"))
-    neurons, unmixed, others = (stdev(values_of(found, "SmolLM2", place)) for place in (
-        "cut neurons.share", "unmixed.forge, every: mean only", "neurons at 0.all others"))
+    outlier, after = (runner.mean_std_words(values_of(found, "SmolLM2", f"first.{key}"))
+                      for key in ("variance", "variance_out"))
+    neurons, w_o, unmixed, others = (stdev(values_of(found, "SmolLM2", place)) for place in (
+        "cut neurons.share", "cut W_O.share", "unmixed.forge, every: mean only",
+        "neurons at 0.all others"))
     of_why = read_json(why.FILE)
     by_seed = {attn: rest.interval([rest.weight(seed) for seed in why.runs(of_why, attn)])
                for attn in ("softmax", "headnorm")}
-    return {"like carries": f"{carried:.2%}", "sd of variance": f"{varies:.1f}",
+    return {"like carries": f"{carried:.2%}", "outlier": outlier,
             "neurons sd": f"{neurons:.0%}", "unmixed sd": f"{unmixed:.0%}",
             "others sd": f"{others:.0%}", **by_seed,
             "headnorm at best": rest.interval([
                 rest.weight(seed) for seed in rest.best_cells(of_rest, "headnorm")]),
-            "after": f"{fmean(values_of(found, 'SmolLM2', 'first.variance_out')):.0f}",
+            "outlier after W_O": after, "W_O sd": f"{w_o:.0%}",
             "left in text": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share,
                                           "text"),
             "control price": retrofit.span(rebuilt, "scaled", "{:+.2f}", retrofit.extra_loss),

@@ -256,7 +256,7 @@ def orders_in_words(found) -> str:
     def ends(name, kind):
         works, fails, late, n = counted(found, name, kind)
         share = span(found, name, "{:.0%}", sink_share, kind)
-        said = f"works in {works} and does not in {fails} of {n}"
+        said = f"works in {works} of {n}, does not in {fails}"
         return share, said + (f", has not healed in {late}" if late else "")
 
     lines = []
