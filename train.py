@@ -581,8 +581,8 @@ def rest_story(state: State) -> tuple[str, str]:
     mean, std = probe.mean_std([statistics.fmean(seed["weights"]["reaching"]) for seed in seeds])
     loss = statistics.fmean(seed["val_loss"] for seed in seeds)
     by_head, n = " ".join(f"{head:.2f}" for head in heads), len(seeds)
-    told = f"""where they have nothing to look for, the last layer's heads give token 0 on average
-("sink", above, is the strongest head's share of its own attention; here, what reaches the output)
+    told = f"""weight on token 0 that reaches the output, where there is nothing to look for
+(mean of the last layer's heads; "sink", above: the strongest head's share of its own attention)
   {mean:.2f}   under softmax, default size (mean of {n} seeds, standard deviation {std:.2f})
   {here:.2f}   under {run.attn}, here (head by head: {by_head})
   {uniform:.2f}   if it looks everywhere alike"""
