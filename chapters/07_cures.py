@@ -225,8 +225,9 @@ assert mean["headnorm, rate 0.01"] < 0.5 * mean["headnorm"], "the rate does not 
 #
 # And "no sink on token 0" is not "no sink". Look at the *largest key*, as a share of a
 # query's own attention: headnorm's heads still rest on one key, often token 0, else
-# another letter, and their noise is about that of softmax. (Of the three others hardly
-# any attention reaches the output, and their noise is a tenth.)
+# mostly one of two letters that a head knows by name (`rest.md`), and their noise is
+# about that of softmax. (Of the three others hardly any attention reaches the output,
+# and their noise is a tenth.)
 #
 # ## Why does headnorm take what it takes?
 #

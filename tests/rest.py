@@ -28,6 +28,7 @@ import math
 from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 
 import probe
 import train
@@ -55,10 +56,12 @@ def plan() -> dict:
 def train_and_measure(attn, lr, seed) -> dict:
     """A minute of one core."""
     out = f"out/rest/{attn}-{lr:g}-{seed}"
-    run = train.Run(attn=attn, size="rest", lr=lr, seed=seed, evals=2, out=out)
+    run = train.Run(attn=attn, size="rest", lr=lr, seed=seed, out=out)
     state = train.train(run, overwrite=True, say=lambda line: None)
-    found = measure(state.model.eval(), state.corpus.task)
-    return found | {"val_loss": state.log[-1]["val_loss"]}
+    found, (idx, _) = measure(state.model.eval(), state.corpus.task), state.windows[0]
+    enough = state.corpus.task.optimal_loss(idx) + LEARNED
+    steps = [row["step"] for row in state.log if row["val_loss"] <= enough]
+    return found | {"val_loss": state.log[-1]["val_loss"], "learned at": min(steps, default=None)}
 
 
 @torch.no_grad()
@@ -88,7 +91,8 @@ def losses(model, task, x, y) -> dict:
 
 def weights(model, task, x) -> dict:
     """Where the heads of the last layer rest: for each head the weight on token 0 that reaches the
-    output, and its attention to triggers and to its largest key."""
+    output, its attention to triggers and to its largest key, and how much of what does not go to
+    token 0 two letters get, those it likes best; and the mean attention to each position."""
     last = len(model.layers) - 1
     name, rests = f"{last}.pattern", task.resting(x)
     raw = record(model, x, [name])[1][name]  # (N, H, T, T)
@@ -99,9 +103,14 @@ def weights(model, task, x) -> dict:
         return values.transpose(1, 2)[rests].mean(0).tolist()
 
     trigger = (x >= task.K)[:, None, None].float()
+    later = attention.clone()
+    later[..., 0] = 0
+    letters = (later @ F.one_hot(x)[:, None].float()).transpose(1, 2)[rests].sum(0)  # (H, V)
     return {"reaching": probe.resting_weight(model, x, rests),
             "triggers": by_head((attention * trigger).sum(-1)),
-            "largest": by_head(attention.amax(-1))}
+            "largest": by_head(attention.amax(-1)),
+            "two letters": (letters.topk(2).values.sum(-1) / letters.sum(-1)).tolist(),
+            "by key": attention.transpose(1, 2)[rests].mean((0, 1)).tolist()}
 
 
 # ---------------------------------------------------------------- reading the records
@@ -197,6 +206,20 @@ def chain_table(found) -> str:
     return runner.markdown(head, rows)
 
 
+def where_table(found) -> str:
+    """At the rate of train.py: how fast each learns, and where its heads rest."""
+    head = ("", "learned at step", "tokens 1 to 3", "later tokens", "of both, two letters")
+    rows = []
+    for attn, rates in found["grid"].items():
+        seeds = rates[f"{RATES[1]:g}"].values()
+        by_key = [seed["weights"]["by key"] for seed in seeds]
+        rows.append((attn, ", ".join(str(seed["learned at"]) for seed in seeds),
+                     interval([sum(keys[1:4]) for keys in by_key]),
+                     interval([sum(keys[4:]) for keys in by_key]),
+                     interval([fmean(seed["weights"]["two letters"]) for seed in seeds])))
+    return runner.markdown(head, rows)
+
+
 def grid_table(found) -> str:
     """The weight on token 0 at every rate."""
     def cell(attn, lr):
@@ -207,7 +230,7 @@ def grid_table(found) -> str:
 
 def tables(found) -> dict[str, str]:
     return {"rest": comparison(found), "price": price(found), "chain": chain_table(found),
-            "grid": grid_table(found)}
+            "where": where_table(found), "grid": grid_table(found)}
 
 
 if __name__ == "__main__":
