@@ -557,7 +557,7 @@ def sink_story(state: State) -> tuple[str, str]:
     sink = last[kind]["sink"] or 0.0
     verdict = "has a sink" if sink > probe.SINK else f"has no sink (none above {probe.SINK})"
     if run.attn != "softmax":
-        verdict += ("; but heads recognise <|bos|>, so this is no test of a cure (chapter 07)"
+        verdict += ("; but heads recognise <|bos|>: no test of a cure (tests/results/claims.md)"
                     if run.bos else "; what the cures do in five seeds: tests/results/cures.md")
     told = f"""attention of the strongest head ({KINDS[kind]}): {sink:.2f} \
 (uniform attention: {probe.uniform_sink(run.seq_len):.2f})"""
@@ -592,8 +592,8 @@ def rest_story(state: State) -> tuple[str, str]:
         return told, (f"has not learned the task (its loss is {above:.2f} nats above that of a "
                       "perfect predictor): this says nothing about its sink")
     if run.attn == "softmax":
-        no = "a" if here > probe.SINK else "no"
-        return told, f"rests on the first token with {here:.0%} of its attention: {no} sink"
+        which = "a" if here > probe.SINK else "no"
+        return told, f"rests on the first token with {here:.0%} of its attention: {which} sink"
     if any(getattr(run, name) != SIZES["rest"][name] for name in SHAPE):
         return told, f"rests on the first token with {here:.0%} of its attention"
     taken = (mean - here) / (mean - uniform)

@@ -129,7 +129,7 @@ show(figure, "00_maps", "Three attention maps. In layer 0 attention is spread ov
 
 # %% [markdown]
 # Every row is a query. (The column at key 1 is from two of the eight windows, where
-# token 1 rests heads as well.) Now all heads, one cell each.
+# heads rest on token 1 as well.) Now all heads, one cell each.
 
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(8.8, 4.6), width_ratios=[24, 1])

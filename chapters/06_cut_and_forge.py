@@ -240,9 +240,9 @@ print(f"λ = {equal:.1f}: as much as token 0; share of the two sinks {as_first:.
 assert as_first < 0.125, "the variance of token 0 makes a sink"
 
 # %% [markdown]
-# When token 10 varies in layer 0 as much as token 0, it is hardly a sink. Where it is
-# one, at $\lambda = 5$, it varies there 4 times as much. So the variance that token 0
-# has does not explain its sink.
+# When token 10 varies in layer 0 as much as token 0, it is hardly a sink. At $\lambda =
+# 5$ it is one, but then it varies 4 times as much. So the variance that token 0 has
+# does not explain its sink.
 #
 # ## Or is it that the value is unmixed?
 #

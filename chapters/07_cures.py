@@ -178,7 +178,7 @@ variants = read_json(ROOT / "tests/results/why.json")["runs"]  # python -m tests
 
 
 def runs(name, rate="0.005"):
-    """Five seeds; of softmax and headnorm at the rate of train.py, 0.005, ten."""
+    """Five seeds; at 0.005, the rate of train.py, ten of some."""
     there = grid.get(name, {}).get(rate, {})
     if rate == "0.005":
         there = there | variants.get(name, {})
@@ -225,9 +225,9 @@ assert mean["headnorm, rate 0.01"] < 0.5 * mean["headnorm"], "the rate does not 
 #
 # And "no sink on token 0" is not "no sink". Look at the *largest key*, as a share of a
 # query's own attention: headnorm's heads still rest on one key, often token 0, else
-# mostly one of two letters that a head knows by name (`rest.md`), and their noise is
-# about that of softmax. (Of the three others hardly any attention reaches the output,
-# and their noise is a tenth.)
+# mostly one of two symbols that it recognises (`tests/results/rest.md`), and their
+# noise is about that of softmax. (Of the three others hardly any attention reaches the
+# output, and their noise is a tenth.)
 #
 # ## Why does headnorm take what it takes?
 #
@@ -238,7 +238,7 @@ assert mean["headnorm, rate 0.01"] < 0.5 * mean["headnorm"], "the rate does not 
 # - *silence*: a head that has nothing to say rests on a value that is nothing. Headnorm
 #   gives every output full length, so that no head can be silent by resting.
 #
-# `python -m tests.why` has trained models in which only one of both can be the reason.
+# `python -m tests.why` has trained models that have one of the two effects, or both.
 # The norm stands in layer 0, where the chain begins, in layer 2, where a head must
 # rest, or in both. *Levelled* attention, in all layers, divides $z_t$ by
 # $(\sum_s A_{ts}^2)^{1/2}$: by the law of chapter 01 all positions then vary alike, but
@@ -357,8 +357,8 @@ assert control < moved / 3, "token 5 does a third as much"
 # %% [markdown]
 # It counts from token 1, and is wrong by one. In five seeds each of softmax, sigmoid,
 # headnorm and gated, with a sink or without, token 0 is such a ruler
-# (`tests/results/cures.md`). So no cure takes away this *use*, and a large sink is not
-# needed for it.
+# (`tests/results/cures.md`). So none of these takes away this *use*, and a large sink
+# is not needed for it.
 #
 # ## Beside the paper
 

@@ -91,8 +91,8 @@ def losses(model, task, x, y) -> dict:
 
 def weights(model, task, x) -> dict:
     """Where the heads of the last layer rest: for each head the weight on token 0 that reaches the
-    output, its attention to triggers and to its largest key, and how much of what does not go to
-    token 0 two letters get, those it likes best; and the mean attention to each position."""
+    output, its attention to triggers and to its largest key, and which share of what does not go to
+    token 0 goes to the two symbols that it likes best; and the mean attention to each position."""
     last = len(model.layers) - 1
     name, rests = f"{last}.pattern", task.resting(x)
     raw = record(model, x, [name])[1][name]  # (N, H, T, T)
@@ -105,11 +105,11 @@ def weights(model, task, x) -> dict:
     trigger = (x >= task.K)[:, None, None].float()
     later = attention.clone()
     later[..., 0] = 0
-    letters = (later @ F.one_hot(x)[:, None].float()).transpose(1, 2)[rests].sum(0)  # (H, V)
+    symbols = (later @ F.one_hot(x)[:, None].float()).transpose(1, 2)[rests].sum(0)  # (H, V)
     return {"reaching": probe.resting_weight(model, x, rests),
             "triggers": by_head((attention * trigger).sum(-1)),
             "largest": by_head(attention.amax(-1)),
-            "two letters": (letters.topk(2).values.sum(-1) / letters.sum(-1)).tolist(),
+            "two symbols": (symbols.topk(2).values.sum(-1) / symbols.sum(-1)).tolist(),
             "by key": attention.transpose(1, 2)[rests].mean((0, 1)).tolist()}
 
 
@@ -208,7 +208,7 @@ def chain_table(found) -> str:
 
 def where_table(found) -> str:
     """At the rate of train.py: how fast each learns, and where its heads rest."""
-    head = ("", "learned at step", "tokens 1 to 3", "later tokens", "of both, two letters")
+    head = ("", "learned at step", "tokens 1 to 3", "later tokens", "of these, on two symbols")
     rows = []
     for attn, rates in found["grid"].items():
         seeds = rates[f"{RATES[1]:g}"].values()
@@ -216,7 +216,7 @@ def where_table(found) -> str:
         rows.append((attn, ", ".join(str(seed["learned at"]) for seed in seeds),
                      interval([sum(keys[1:4]) for keys in by_key]),
                      interval([sum(keys[4:]) for keys in by_key]),
-                     interval([fmean(seed["weights"]["two letters"]) for seed in seeds])))
+                     interval([fmean(seed["weights"]["two symbols"]) for seed in seeds])))
     return runner.markdown(head, rows)
 
 

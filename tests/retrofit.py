@@ -232,9 +232,10 @@ def alike(found, name) -> list[str]:
 
 
 def span(found, name, form, number, *more) -> str:
-    """The least and the largest of number(found, model, *more) over the models that are `alike`, in
-    words."""
-    values = [number(found, each, *more) for each in alike(found, name)]
+    """The least and the largest of number(found, model, *more) over all orders, in words; of shares
+    only over those that are `alike`."""
+    names = (alike if number is sink_share else in_orders)(found, name)
+    values = [number(found, each, *more) for each in names]
     return " to ".join(dict.fromkeys(form.format(v) for v in (min(values), max(values))))
 
 

@@ -121,7 +121,7 @@ def test_windows_of_letters_only_have_no_triggers():
     for name in ("reaching", "largest"):
         assert near(found["letters only"][name], UNIFORM)
     assert near(sum(found["letters only"]["by key"]), 1)
-    assert found["letters only"]["two letters"] == [pytest.approx(2 / 12, abs=0.02)] * 4
+    assert found["letters only"]["two symbols"] == [pytest.approx(2 / 12, abs=0.02)] * 4
 
 
 # ---------------------------------------------------------------- tests/cures.py

@@ -3,7 +3,7 @@
 import torch
 
 # Five of the six take at least half. `W_O` changes the length of z_0 and not its
-# direction, and the neurons answer to it as before (1.4e+08 after 1.5e+08: appendix).
+# direction, and the neurons answer as before (1.5e+08, with the cut 1.4e+08: appendix).
 prediction = ["variance", "neurons", "disparity", "direction", "lock"]
 
 # The neurons of layer 11 write the long state to a token that has averaged nothing so
