@@ -216,8 +216,8 @@ assert bad > good + 1, "the model can do without"
 # $Q$; of its two signs take the side of the mean query. We measure $\cos(u_1, k_0)$
 # (`probe.lock_cos`; exercise 3 writes $u_1$) before *rotation*, which turns $q$ and $k$
 # by angles that grow with their positions. We also count, after rotation, the later
-# queries with $q_t \cdot k_0 > 0$. If these are more than 95 % of them, the head is
-# *locked*.
+# queries with $q_t \cdot k_0 > 0$. If they are more than 95 % of all later queries, the
+# head is *locked*.
 
 # %%
 def liking(t):

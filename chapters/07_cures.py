@@ -178,11 +178,9 @@ variants = read_json(ROOT / "tests/results/why.json")["runs"]  # python -m tests
 
 
 def runs(name, rate="0.005"):
-    """Five seeds; at 0.005, the rate of train.py, ten of some."""
-    there = grid.get(name, {}).get(rate, {})
-    if rate == "0.005":
-        there = there | variants.get(name, {})
-    return [*there.values()]
+    """Five seeds; at 0.005 ten of softmax, of headnorm and of each variant."""
+    more = variants.get(name, {}) if rate == "0.005" else {}
+    return [*(grid.get(name, {}).get(rate, {}) | more).values()]
 
 
 def on_first(run):
@@ -201,7 +199,7 @@ def dots(rows, title, name, alt):
     for label, found in rows.items():
         largest = fmean(fmean(run["weights"]["largest"]) for run in found)
         loss = fmean(run["loss"]["rest"] for run in found)
-        print(f"{label:30} token 0 {fmean(map(on_first, found)):.2f}, largest key of a "
+        print(f"{label:30} token 0 {fmean(seeds[label]):.2f}, largest key of a "
               f"query {largest:.2f}, {loss:.4f} nats above perfect")
 
 
@@ -240,9 +238,9 @@ assert mean["headnorm, rate 0.01"] < 0.5 * mean["headnorm"], "the rate does not 
 #
 # `python -m tests.why` has trained models that have one of the two effects, or both.
 # The norm stands in layer 0, where the chain begins, in layer 2, where a head must
-# rest, or in both. *Levelled* attention, in all layers, divides $z_t$ by
-# $(\sum_s A_{ts}^2)^{1/2}$: by the law of chapter 01 all positions then vary alike, but
-# a value that is nothing stays nothing. In the last row the residual, the MLP and the
+# rest, or in both. *Levelled* attention, in all layers, divides $z_t$ by $(\sum_s
+# A_{ts}^2)^{1/2}$: by the law of chapter 01 all positions then vary nearly alike, but a
+# value that is nothing stays nothing. In the last row the residual, the MLP and the
 # norm behind the heads may ignore what a resting head says.
 
 # %%
@@ -306,13 +304,14 @@ assert min(left["scaled"]) > 50, "the control is a cure as well"
 
 # %% [markdown]
 # (A number for each order of batches. In headnorm's third and in logit's first a head
-# counts by its mean over the windows, elsewhere in each window; that can find ten
-# points more.) Under headnorm the sink on random tokens stays away in some orders of
-# the batches and comes back in others; in text it comes back in most. Its loss is some
-# 0.4 nats higher each time. So a single training with a cure decides little, in a real
-# model too. Gated pays nothing, and still has its sink. The learned logit costs next to
-# nothing too, takes less than half of it on random tokens, and little in text. Sigmoid
-# has not healed: its loss is still half a nat above that of softmax.
+# counts by its mean over the windows, which can find ten points more; elsewhere it
+# counts in each window.) Under headnorm the sink on random tokens stays away in some
+# orders of the batches and comes back in others; in text it comes back in most. Its
+# loss is some 0.4 nats higher each time. So a single training with a cure decides
+# little, in a real model too. Gated pays nothing, and still has its sink. The learned
+# logit costs next to nothing too, takes less than half of it on random tokens, and
+# little in text. Sigmoid has not healed: its loss is still half a nat above that of
+# softmax.
 #
 # ## A sink that is of use: the ruler
 #

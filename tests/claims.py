@@ -497,8 +497,8 @@ W_O: {cut W_O.share %}.)
 take it over. With all *others* silent it loses {neurons at 0.all others %}, without the next five
 by write {neurons at 0.6 to 10 %}, and with the write of the five turned to a random direction of
 the same length {neurons at 0.turned %}. (Five of like weight take nothing, but they write only
-{like carries} of the squared length that the top five write.) What if these are drawn anew, and the
-model is trained on: [the cures](cures.md).
+{like carries} of the squared length that the top five write.) What happens if these are drawn anew
+and the training goes on: [the cures](cures.md).
 
 **An unmixed value forges a sink; to forge one in SmolLM2, variance is not needed.** A token that
 sees only itself gets {forge variance.share %} of the two sinks. It gets {unmixed.forge, every: mean
@@ -507,10 +507,10 @@ only %} when its z is but the *mean* of tokens that see only themselves, so that
 token 0, that mean takes {unmixed.cut, every: mean only %} of the sink, and the usual mean with its
 own deviation {unmixed.cut, every: deviation only %}. The paper says variance: amplified it gives
 {forge W_O.share %}, shifted to the same length {forge W_O.controls.0 %}, scaled {forge
-W_O.controls.1 %}. In our own models it is not so clear: where heads must rest the first gives
-{rest: unmixed.forge, every: mean only %}, the second {rest: unmixed.forge, every: deviation only %}
-and neither {rest: unmixed.forge, every: neither %}; in copying only the deviation does it
-({copying}). More models, not quantised, would settle it.
+W_O.controls.1 %}. In our own models it is not so clear: where heads must rest the mean alone gives
+{rest: unmixed.forge, every: mean only %}, the deviation alone {rest: unmixed.forge, every:
+deviation only %} and neither {rest: unmixed.forge, every: neither %}; in copying only the deviation
+does it ({copying}). More models, not quantised, would settle it.
 
 **Not everything holds.** In SmolLM2, in the mean over layers, the columns of W_O do not favour the
 dimensions of high variance (Kendall tau {first.wo_tau}, the paper 0.32), in the first layer they do
