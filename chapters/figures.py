@@ -221,7 +221,7 @@ def shades(ax, colors=("black", ACCENT)):
     ticks = (0, 0.05, 0.2, 0.5, 1)
     ax.set_yticks([math.sqrt(tick) for tick in ticks], ticks)
     names = ["sink" if color == ACCENT else "others" for color in colors]
-    ax.set_xticks([0.3, 1.7][:len(colors)], names, rotation=90)
+    ax.set_xticks([0.2, 1.8][:len(colors)], names, rotation=90, fontsize=8)
     ax.yaxis.tick_right()
     ax.set_title("attention", fontsize=9, fontweight="normal", loc="right")
 
