@@ -33,6 +33,7 @@ import torch.nn.functional as F
 import probe
 import train
 from data.common import environment
+from data.runs import read_config
 from model import record
 from tests import runner
 from tests.cures import rank
@@ -58,8 +59,8 @@ def train_and_measure(attn, lr, seed) -> dict:
     out = f"out/rest/{attn}-{lr:g}-{seed}"
     run = train.Run(attn=attn, size="rest", lr=lr, seed=seed, out=out)
     state = train.train(run, overwrite=True, say=lambda line: None)
-    found, (idx, _) = measure(state.model.eval(), state.corpus.task), state.windows[0]
-    enough = state.corpus.task.optimal_loss(idx) + LEARNED
+    found = measure(state.model.eval(), state.corpus.task)
+    enough = read_config(out)["optimal_loss"] + LEARNED
     steps = [row["step"] for row in state.log if row["val_loss"] <= enough]
     return found | {"val_loss": state.log[-1]["val_loss"], "learned at": min(steps, default=None)}
 
