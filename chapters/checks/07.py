@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from lesson import TASK, models, windows, written_without
-from model import ATTENTIONS, make_tap
+from model import ATTENTIONS, record
 import probe
 
 
@@ -39,34 +39,16 @@ def head_norm(answer):
     assert (half - 0.5).abs().max() < 1e-3, "eps is added under the root."
 
 
-def weights_with_logit(answer):
-    scores = torch.tensor([[0.0, 1.0, -2.0], [3.0, 3.0, 3.0]])
-    got = answer(scores, 0.5)
-    assert got is not None, "Return a tensor of the shape of scores."
-    assert got.shape == scores.shape, "One weight for each key that is there."
-    total = scores.exp().sum(-1, keepdim=True) + torch.tensor(0.5).exp()
-    wanted = scores.exp() / total
-    assert torch.allclose(got, wanted, atol=1e-6), \
-        "The denominator is exp(b) plus the sum over the keys of one query."
-    four = answer(scores.expand(2, 3, 2, 3), 0.5)
-    assert torch.allclose(four, wanted.expand(2, 3, 2, 3), atol=1e-6), \
-        "Scores may have more axes in front, as in (N, H, T, T)."
-    large = answer(torch.tensor([[200.0, 0.0]]), 0.0)
-    assert large.isfinite().all(), "exp(200) is too large: append b, then softmax."
-
-
 @torch.no_grad()
-def longer(answer):
-    model = models("softmax")["softmax"]
-    x, _ = windows("rest", 256)
-    resting = TASK.resting(x)
-
-    def excess(times):
-        edit = probe.at_token(0, lambda v: times * v[:, 0])
-        tap = make_tap(model.cfg, {"2.v": edit})
-        log_p = model(x, tap=tap)[0].log_softmax(-1)[..., :len(TASK.symbols)]
-        best = torch.tensor(len(TASK.symbols)).log()
-        return (-log_p.mean(-1) - best)[resting].mean().item()
-
-    factor = round(excess(16) / excess(8))
-    assert answer == factor, "A whole number: excess with 16, divided by excess with 8."
+def mask(answer):
+    assert isinstance(answer, torch.Tensor) and answer.dtype == torch.bool, \
+        "A tensor of True and False, say torch.ones(16, 16, dtype=torch.bool)."
+    assert answer.shape == (16, 16), "A row for each query, a column for each key."
+    hidden = torch.ones(16, 16).tril().bool() & ~answer  # later keys are hidden anyhow
+    assert not hidden.diagonal().any(), "Each token must go on seeing itself."
+    assert hidden.any(0).sum() == 1, "Hide one token from others, and only one."
+    model, (x, _) = models("softmax")["softmax"], windows("rest", 256)
+    pattern = record(model, x, ["2.pattern"], mask=answer)[1]["2.pattern"]
+    weight = probe.sink_score(pattern, 1, TASK.resting(x)).mean().item()
+    assert weight > 0.8, \
+        f"{weight:.2f} of the attention is on token 1. What did token 0 have, alone?"
