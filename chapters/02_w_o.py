@@ -247,7 +247,7 @@ for kind, layers in seen.items():
 # %% [markdown]
 # ## In a small model that you train
 #
-# For `copy` and `text` (chapter 01) the same numbers before and after training: the
+# For `softmax` and `text` (chapter 01) the same numbers before and after training: the
 # outlier of the first layer, before and after $W_O$; the mean gain over layers; and tau
 # of the columns in each layer.
 
@@ -260,8 +260,8 @@ def preference(layers):
 
 
 # %%
-small = models("copy", "text")
-reads = {"copy": windows("quiet")[0], "text": windows("text")[0]}
+small = models("softmax", "text")
+reads = {"softmax": windows("letters")[0], "text": windows("text")[0]}
 for name, x in reads.items():
     for when, m in (("before", untrained(name)), ("after", small[name])):
         layers = around(m, x)
@@ -280,8 +280,8 @@ for name, x in reads.items():
 
 # %% [markdown]
 # Before training $W_O$ passes the outlier on as it is; after training $W_O$ weakens it
-# in `copy`, as in SmolLM2, and hardly in `text`. But training also makes what the paper
-# reports: by directions, and by columns in most layers, these $W_O$ favour the
+# in `softmax`, as in SmolLM2, and hardly in `text`. But training also makes what the
+# paper reports: by directions, and by columns in most layers, these $W_O$ favour the
 # dimensions that vary. Here the real model and the small ones disagree; *why* is open.
 #
 # ## Beside the paper

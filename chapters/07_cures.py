@@ -55,7 +55,8 @@ figures.track(axis, log("softmax"), lambda row: row["links_rest"]["sink"],
 axis.axhline(uniform, **figures.DOTTED)
 figures.dress(axis, "A sink is born on an ordinary token (dotted: uniform)",
               ylim=(0, 1), xlabel="step", ylabel="attention to token 0")
-show(figure, "07_birth", "Attention to token 0 rises from 0.2 to nearly one.")
+show(figure, "07_birth", "Attention to token 0 is that of uniform attention for a hundred "
+     "steps, then rises to nearly one.")
 
 # %% [markdown]
 # A resting head that averages values puts noise into the logits. With all its weight on
@@ -85,7 +86,7 @@ ask(prediction)
 
 # %%
 trained = models("copy", *ATTENTIONS)  # what is missing is trained, two at a time
-letters = torch.randint(TASK.K, (256, 16), generator=torch.Generator().manual_seed(1))
+letters, _ = windows("letters", 256)  # no trigger: all queries rest
 patterns = {attn: probe.reaching(trained[attn], letters).mean((0, 1))
             for attn in ATTENTIONS}  # mean over windows and heads: (T, T)
 figure = figures.maps(patterns, [(0,)] * 5, "Sigmoid, gated and logit let a head be "

@@ -11,7 +11,7 @@ A notebook or script in chapters/ finds this file, and this file finds the repos
     x, y = english(batch=1)             (8, 64) held-out English; batches are disjoint
     small = models("softmax", "headnorm")    {name: GPT} of RUNS, trained if absent
     untrained("softmax"), log("softmax")     before training; its evaluations
-    x, y = windows("rest")              for them: rest, copy, quiet, bos or text
+    x, y = windows("rest")              for them: rest, letters, copy, quiet, bos, text
     look("Dear students, ...", layer=24, head=3, silence={11: [1229, 1487]})
                                         your own words in SmolLM2, on the axes of a map
     figure, axis = plt.subplots(...)    at most 8.8 inches wide: then points are points
@@ -161,12 +161,15 @@ def log(name):
 
 
 def windows(kind, N=64, seed=0):
-    """x, y held out, for the small models: of the task rest ("rest", (N, 16)); of
-    copying ("copy", (N, 64)), or random letters, where nothing is copied ("quiet");
-    text of the standard library after <|bos|> ("bos"), or from any place ("text")."""
+    """x, y held out, for the small models: of the task rest ("rest", (N, 16)), or its
+    letters only, where all heads rest ("letters"); of copying ("copy", (N, 64)), or
+    random letters, where nothing is copied ("quiet"); text of the standard library
+    after <|bos|> ("bos"), or from any place ("text")."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "rest":
         return TASK.batch(N, 16, generator)
+    if kind == "letters":
+        return torch.randint(TASK.K, (N, 16), generator=generator), None
     if kind == "quiet":
         return data.load("copy").rest(N, 64, generator)
     corpus = data.load("copy" if kind == "copy" else "stdlib", vocab_size=257)

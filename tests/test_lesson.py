@@ -96,6 +96,11 @@ def test_windows_for_the_small_models(kind):
     assert (x[:, 0] == 256).all() == (kind == "bos")
 
 
+def test_windows_of_letters_have_no_trigger():
+    x, _ = lesson.windows("letters", 64)
+    assert x.shape == (64, 16) and x.max() == lesson.TASK.K - 1
+
+
 @pytest.mark.parametrize("draw", [lesson.english, lesson.random_tokens])
 def test_another_batch_or_seed_has_other_windows(monkeypatch, draw):
     tokenizer = Mock(encode_ordinary=lambda text: range(2000))
