@@ -231,7 +231,8 @@ assert depth[12:28].max() < 0.1, "the first state is no fixed vector"
 # ## In a small model that you train
 #
 # `softmax` and `text` are those of chapter 00. We measure the discrepancy before and
-# after training, on windows with ordinary first tokens.
+# after training, on windows with ordinary first tokens: letters only, at which the
+# heads of `softmax` must rest, and text from any place.
 
 # %%
 small = models("softmax", "text")
@@ -244,16 +245,17 @@ for name, x in reads.items():
 
 # %% [markdown]
 # While these two are trained, most of the gap disappears. (In a third model, which
-# copies, one seed of five keeps it: `tests/results/claims.md`, C1.) `softmax` has a
-# sink on these windows all the same, and `text` has none (chapter 00). SmolLM2 keeps a
-# larger gap: 10.5 on random tokens, a third of what its shape has before training, and
-# 5 on English.
+# copies letters, it ends at 1.6 to 2.1 in four seeds and at 28.8 in one: `micro` in
+# `tests/results/claims.md`, C1.) On these windows `softmax` still has a sink (chapter
+# 04), and `text` has none (chapter 00). SmolLM2 keeps a larger gap: 10.5 on random
+# tokens, a third of what its shape has before training, and 5 on English.
 #
 # These numbers show only that a cue to position, the larger variance, exists before
 # training. Whether a sink uses it takes an experiment, which chapter 06 makes. A value
 # that was not mixed with others varies more, but it also has another *mean*. In
 # SmolLM2, on random tokens, this mean alone makes a sink at another token, and the
-# variance alone does not. In small models it is not so clear (Q8 on that page).
+# variance alone does not. Small models differ (chapter 06; `tests/results/claims.md`,
+# Q8).
 #
 # ## Beside the paper
 

@@ -247,9 +247,9 @@ for kind, layers in seen.items():
 # %% [markdown]
 # ## In a small model that you train
 #
-# For `softmax` and `text` (chapter 01) the same numbers before and after training: the
-# outlier of the first layer, before and after $W_O$; the mean gain over layers; and tau
-# of the columns in each layer.
+# For `softmax` and `text`, on the windows of chapter 01, the same numbers before and
+# after training: the outlier of the first layer, before and after $W_O$; the mean gain
+# over layers; and tau of the columns in each layer.
 
 # %%
 def preference(layers):
@@ -279,10 +279,11 @@ for name, x in reads.items():
             assert g > 1.6, "W_O does not favour the widest directions"
 
 # %% [markdown]
-# Before training $W_O$ passes the outlier on as it is; after training $W_O$ weakens it
-# in `softmax`, as in SmolLM2, and hardly in `text`. But training also makes what the
-# paper reports: by directions, and by columns in most layers, these $W_O$ favour the
-# dimensions that vary. Here the real model and the small ones disagree; *why* is open.
+# Before training $W_O$ passes the outlier on as it is. After training little of the
+# outlier is left to pass on (chapter 01); $W_O$ weakens this rest in `softmax`, as in
+# SmolLM2, and hardly in `text`. But training also makes what the paper reports: by
+# directions, and by columns in most layers, these $W_O$ favour the dimensions that
+# vary. Here the real model and the small ones disagree; *why* is open.
 #
 # ## Beside the paper
 

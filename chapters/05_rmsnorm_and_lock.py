@@ -270,8 +270,10 @@ assert max(control.values()) < locked.sum() / 4, "heads are locked to any key"
 #
 # ## In small models that you train
 #
-# In the head with the strongest sink we compare the mean logit of key 0 and of the
-# other keys.
+# `text` and `softmax` are those of chapter 00. A third model, `copy`, has learned to
+# continue random letters that repeat; here it reads letters that do not. In the head
+# with the strongest sink of each we compare the mean logit of key 0 and of the other
+# keys.
 
 
 # %%
@@ -306,10 +308,10 @@ assert abs(key_0["copy"]) < 3, "key 0 does not score about zero"
 
 # %% [markdown]
 # In `text` and `softmax`, as in SmolLM2, nearly all queries have $q \cdot k_0 > 0$: key
-# 0 scores high. In `copy`, which has learned to copy letters, it scores about zero, and
-# the *others* score far below. Attention sees only *differences*, so all three are
-# sinks. The paper counts whether $q \cdot k_0$ is above zero; attention asks whether it
-# is above the others.
+# 0 scores high. The other keys score about zero in `text` and far below in `softmax`.
+# In `copy` key 0 scores about zero, and only the *others* lie far below. Attention sees
+# only *differences*, so all three are sinks. The paper counts whether $q \cdot k_0$ is
+# above zero; attention asks whether it is above the others.
 #
 # ## Beside the paper
 

@@ -342,7 +342,7 @@ assert answer["deviation only"] < 0.25, "the first neurons read the deviation"
 #
 # **The paper** says that variance makes the sink. It studied larger models and, as
 # reported, did not take the two apart; these four cases in its Llama-2-7B would settle
-# it. Models can differ: in the one that copies, only the deviation makes a sink, and in
+# it. Models can differ: in `copy` (chapter 05) only the deviation makes a sink, and in
 # the small one below each of the two makes a weak one, but in two of five seeds so does
 # *neither* (Q8).
 #
@@ -400,8 +400,8 @@ assert toy["cut disparity"] < 0.25, "clipped dimensions take the sink"
 # Four links differ. The few neurons, the few large dimensions and the key's part along
 # the shared query are not *needed*: cut, they take less than a tenth. (Forged, the key
 # makes a sink, and the neurons a weak one.) And amplified variance (*forge W_O*) makes
-# none. This is one seed; for five see `tests/results/claims.md`. In a third model,
-# which copies, the links differ again.
+# none. This is one seed; for five see `tests/results/claims.md`. In `copy` the links
+# differ again.
 #
 # ## Beside the paper
 

@@ -186,10 +186,10 @@ assert min(of_scaled) > 50, "the control is a cure as well"
 #
 # ## A sink that is of use: the ruler
 #
-# Another small model reads 8 to 24 letters, then, in most windows, the same again and
-# again in UPPER case. To expect the end of the letters it must count them, from some
-# token. In windows that repeat nothing hide token 0 from all later queries, or, as a
-# control, token 5.
+# Another small model, `copy`, reads 8 to 24 letters, then, in most windows, the same
+# again and again in UPPER case. To expect the end of the letters it must count them,
+# from some token. In windows that repeat nothing hide token 0 from all later queries,
+# or, as a control, token 5.
 
 # %%
 quiet, _ = windows("quiet")

@@ -162,7 +162,7 @@ def log(name):
 
 def windows(kind, N=64, seed=0):
     """x, y held out, for the small models: of the task rest ("rest", (N, 16)), or its
-    letters only, where all heads rest ("letters"); of copying ("copy", (N, 64)), or
+    letters only, with nothing to look for ("letters"); of copying ("copy", (N, 64)), or
     random letters, where nothing is copied ("quiet"); text of the standard library
     after <|bos|> ("bos"), or from any place ("text")."""
     generator = torch.Generator().manual_seed(seed)
