@@ -1,6 +1,6 @@
 """Why does head-wise RMSNorm take a sink? Two explanations, told apart in the task rest.
 
-    python -m tests.why               # what is missing: 110 runs of a minute on one core
+    python -m tests.why               # what is missing: 120 runs of a minute on one core
     python -m tests.why --render      # only the table of tests/results/rest.md, from the JSON
 
     parity    the first token rests attention because its aggregated value varies most (the paper):
@@ -59,6 +59,8 @@ VARIANTS = {
     # written when those above were known, but for headnorm: layer 1 can begin the chain anew
     "norm in layers 0 and 1": Variant("takes", "leaves", norm=(0, 1)),
     "levelled in layers 0 and 1": Variant("takes", "leaves", level=(0, 1)),
+    # written last, when all others were known: layer 0 as unequal as it can be
+    "softmax, layer 0 uniform": Variant("leaves", "leaves", uniform=True),
     # here nothing has to be silent: what a head says is ignored by the layers behind it
     "softmax, readout final": Variant("leaves", "takes", readout="final"),
     "headnorm, readout final": Variant("takes", "takes", norm=(0, 1, 2), readout="final"),
