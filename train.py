@@ -40,7 +40,7 @@ from model import ATTENTIONS, GPT, Config
 # ---------------------------------------------------------------- settings
 
 SIZES = {  # model and schedule that fit together; a flag overrides any of them
-    "micro": dict(  # copying, where a cure can be seen; how it was found: tests/results/cures.md
+    "micro": dict(  # copying, whose sink is of use; how it was found: tests/results/cures.md
         hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4,
         vocab_size=33, seq_len=64, batch_size=16, steps=4000, lr=5e-3, threads=1,
         data="copy", bos=0.0, weight_decay=0.1, initializer_range=0.08),
@@ -566,7 +566,6 @@ def sink_story(state: State) -> tuple[str, str]:
 
 LEARNED = 0.02  # nats above a perfect predictor, of all targets; a model above that is no evidence
 SOFTMAX = Path(__file__).parent / "tests" / "results" / "rest.json"  # seeds to compare with
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "seq_len")
 
 
 def rest_story(state: State) -> tuple[str, str]:
@@ -578,12 +577,14 @@ def rest_story(state: State) -> tuple[str, str]:
         heads = probe.resting_weight(state.model, x, queries)
     here, uniform = statistics.fmean(heads), probe.uniform_weight(queries)
     seeds = read_json(SOFTMAX)["grid"]["softmax"]["0.005"].values()
-    mean, std = probe.mean_std([statistics.fmean(seed["weights"]["reaching"]) for seed in seeds])
-    loss = statistics.fmean(seed["val_loss"] for seed in seeds)
+    last = [seed["weights"]["reaching"] for seed in seeds]  # of each head of the last layer
+    mean, std = probe.mean_std([*map(statistics.fmean, last)])
+    loss, loss_std = probe.mean_std([seed["val_loss"] for seed in seeds])
     by_head, n = " ".join(f"{head:.2f}" for head in heads), len(seeds)
     told = f"""weight on token 0 that reaches the output, where there is nothing to look for
 (mean of the last layer's heads; "sink", above: the strongest head's share of its own attention)
-  {mean:.2f}   under softmax, default size (mean of {n} seeds, standard deviation {std:.2f})
+  {mean:.2f}   under softmax, default settings (mean of {n} seeds, standard deviation {std:.2f}; \
+strongest head {max(map(max, last)):.2f})
   {here:.2f}   under {run.attn}, here (head by head: {by_head})
   {uniform:.2f}   if it looks everywhere alike"""
     gap = state.log[-1]["val_loss"] - loss
@@ -594,11 +595,17 @@ def rest_story(state: State) -> tuple[str, str]:
     if run.attn == "softmax":
         which = "a" if here > probe.SINK else "no"
         return told, f"rests on the first token with {here:.0%} of its attention: {which} sink"
-    if any(getattr(run, name) != SIZES["rest"][name] for name in SHAPE):
-        return told, f"rests on the first token with {here:.0%} of its attention"
+    usual = asdict(resolve(Run(run.attn, seed=run.seed)))
+    if any(value != usual[name] for name, value in asdict(run).items()
+           if name not in ("out", "evals", *MACHINE)):
+        return told, (f"rests on the first token with {here:.0%} of its attention (not compared: "
+                      "softmax was trained with other settings)")
     taken = (mean - here) / (mean - uniform)
-    return told, (f"takes {taken:.0%} of softmax's sink; its loss is {abs(gap):.4f} nats "
-                  f"{'above' if gap > 0 else 'below'} softmax's mean")
+    seen = (f"takes {taken:.0%} of softmax's sink and does not end it (why: chapter 07)"
+            if here > 2 * uniform else
+            "ends softmax's sink (less than twice uniform attention is left)")
+    return told, (f"{seen}; its loss is {abs(gap):.4f} nats {'above' if gap > 0 else 'below'} "
+                  f"softmax's {loss:.4f} ± {loss_std:.4f}")
 
 
 # ---------------------------------------------------------------- the command line
