@@ -14,8 +14,8 @@
 # stays in use.
 #
 # **You learn** to ask what a head needs before you cure it. **You need** chapters 00
-# and 01. **Run time**: ten seconds, once six small models are trained (two to five
-# minutes on two cores; they stay in `out/`).
+# and 01. **Run time**: ten seconds, once six small models are trained (four minutes on
+# two fast cores, twelve on slow or busy ones; they stay in `out/`).
 
 # %%
 from statistics import fmean
@@ -140,7 +140,10 @@ assert mean["softmax, readout final"] < 1.2 * uniform, "no need to rest, but a s
 # %% [markdown]
 # Neither explains it alone. Parity in layer 0 leaves the sink; levelled heads may be
 # silent on token 0, and yet most of their weight is elsewhere. But where no head must
-# be silent no sink is born: here a head needs a reason to rest.
+# be silent no sink is born, and *logit*, which changes only that a head need not look
+# anywhere, ends it: here a head needs a reason to rest. (One variant in one seed, a
+# minute or two: `python -c "from tests import rest, why;
+# print(rest.weight(why.train_and_measure('levelled', 10)))"`.)
 #
 # One seed, or one learning rate, judges no cure. And "no sink on token 0" is not "no
 # sink": headnorm's heads also rest on symbols that they recognise ([all

@@ -6,9 +6,10 @@
 `SmolLM2` is one trained model, so it has no seeds: its spread is that of 8 or 16 disjoint batches
 of 8 windows of 64 tokens (16 of 4 in text), random ones unless a line says text. The others are
 five seeds each of models that train.py makes: `rest` is the default (heads that must rest, read at
-the queries that do), `text` is `--size tiny` (each window starts with <|bos|>, which a head can
-know by its embedding), `micro` is copying (read in windows of random symbols, where nothing is to
-be copied). Token k is token 10, in rest 6 (Q8: 5); the middle token is 32, in rest 8.
+the queries that do), `cures` its cures beside it, in five other seeds, from rest.json, `text` is
+`--size tiny` (each window starts with <|bos|>, which a head can know by its embedding), `micro` is
+copying (read in windows of random symbols, where nothing is to be copied). Token k is token 10, in
+rest 6 (Q8: 5); the middle token is 32, in rest 8.
 
 The hypotheses and margins in claims.csv were written down before they were measured; `place` says
 where in the JSON a number stands (`value_at`). A test holds in a batch (or seed) or it does not:
@@ -41,7 +42,7 @@ from tests import cures, rest, retrofit, runner, unmixed, why
 FILE, HYPOTHESES = runner.RESULTS / "claims.json", runner.RESULTS / "claims.csv"
 PAGES = (Path("README.md"), runner.RESULTS / "claims.md")
 ATTENTIONS = ("softmax", "headnorm", "sigmoid", "gated")  # of text; of micro: tests/cures.py
-LANES = {"SmolLM2": 16, "rest": 5, "text": 5, "micro": 5}  # batches, seeds
+LANES = {"SmolLM2": 16, "rest": 5, "cures": 5, "text": 5, "micro": 5}  # batches, seeds
 K, T, REST_K = 10, 64, 6  # the token of a forgery, of so many; in windows of rest, of 16
 
 
@@ -265,8 +266,16 @@ def loss_at(model, corpus, length, tokens=16384):
 
 def units(found, lane) -> list[dict]:
     """The records of each batch or seed of a lane, {attn: record}, each `ready`."""
-    there = found.get(lane, {})
+    there = of_rest() if lane == "cures" else found.get(lane, {})
     return [{name: ready(record) for name, record in there[unit].items()} for unit in sorted(there)]
+
+
+def of_rest() -> dict:
+    """The seeds of rest.json as those of claims.json, each attention at its best rate."""
+    found = read_json(rest.FILE)
+    cells = {attn: rest.best_cells(found, attn) for attn in found["grid"]}
+    return {str(i): {attn: {"first": seeds[i]["chain"], "val_loss": seeds[i]["val_loss"]}
+                     for attn, seeds in cells.items()} for i in range(len(rest.SEEDS))}
 
 
 def ready(record) -> dict:
@@ -408,19 +417,21 @@ def chain_table(found) -> str:
 
 
 def links_table(found) -> str:
-    """A row for each link: SmolLM2 as it is, and `rest` cut and forged, with controls."""
+    """A row for each link: SmolLM2 as it is, `rest` and `micro` cut and forged, with controls."""
     rows, head = [], (
-        "link", "SmolLM2, first token (an ordinary one)", "rest, ± 95 % of seeds, cut",
-        "its control", "forged", "its control")
+        "link", "SmolLM2, first token (an ordinary one)",
+        *(f"{lane}, {word}" for lane in ("rest", "micro")
+          for word in ("cut", "its control", "forged", "its control")))
     for link in probe.LINKS:
         headline = link.numbers[0]
         first, ordinary = (fmean(values_of(found, "SmolLM2", f"{token}.{headline.key}"))
                            for token in ("first", "ordinary"))
         cells = [f"**{link.name}**: {headline.says}",
                  f"{probe.digits(first)} ({probe.digits(ordinary)})"]
-        for kind, key in itertools.product(("cut", "forge"), ("share", "control")):
-            values = values_of(found, "rest", f"{kind} {link.name}.{key}")
-            cells.append(percent(values, "rest") if values else "-")
+        for lane, kind, key in itertools.product(("rest", "micro"), ("cut", "forge"),
+                                                 ("share", "control")):
+            values = values_of(found, lane, f"{kind} {link.name}.{key}")
+            cells.append(percent(values, lane) if values else "-")
         rows.append(cells)
     return runner.markdown(head, rows)
 
@@ -459,8 +470,8 @@ others there instead, and it loses {neurons at 0.all others %} ± {others sd} ([
 
 **A value that was not mixed with others forges one.** A token of SmolLM2 whose z is the *mean* of
 tokens that see only themselves gets {unmixed.forge, every: mean only %} ± {unmixed sd} of the two
-sinks: variance, the paper's reason, is not needed to forge one, though in our copying model it is
-([chapter 06](chapters/book/06.md)).
+sinks: variance, the paper's reason, is not needed to forge one. (In our copying model it is; in the
+default model mean and deviation each forge a weak one: [chapter 06](chapters/book/06.md).)
 
 **Not every link holds.** Giving the first token the RMS of the others before W_O takes {cut
 W_O.share %} ± {W_O sd} of the sink, and in the first layer, on random tokens, W_O weakens the
@@ -469,18 +480,19 @@ outlier that it is said to pass on: {outlier} times the median before, {outlier 
 
 **Where heads must rest, sigmoid ends the sink, and headnorm takes a part or most of it.** Where
 they rest, the last layer's heads give the first token {softmax} of their attention under softmax,
-{headnorm} under headnorm (ten seeds; {headnorm at best} in five seeds at the learning rate of its
-lowest loss), uniform attention 0.11; sigmoid, or softmax with one learned logit more in its
-denominator, none. Neither of headnorm's two effects, equal variance and no silent output, explains
-that alone ([chapter 07](chapters/book/07.md)).
+{headnorm} under headnorm (ten seeds; {headnorm at best} in five seeds at its best learning rate, at
+a loss that is hardly higher), uniform attention 0.11; sigmoid, or softmax with one learned logit
+more in its denominator, none, at a lower loss. Neither of headnorm's two effects, equal variance
+and no silent output, explains that alone ([chapter 07](chapters/book/07.md)).
 
 **Built into a finished model headnorm costs loss and need not last, and a sink may have a use.**
 After 500 steps of retraining, SmolLM2 with headnorm has a sink in {left} of the heads on random
 tokens and in {left in text} in Python code, in {orders} orders of the batches (one was counted
 otherwise: [the cures](tests/results/cures.md)), at {price} nats of loss (its control, in which the
 sink comes back: {control price}; trained on unchanged, SmolLM2 has {whole} and {whole in text}).
-Where heads count positions from the first token, every attention tried goes on using it, and
-headnorm does not end the sink.
+Sigmoid ends it in one of two orders, at {sigmoid price} nats; a learned logit costs nothing and
+leaves more than half. Where heads count positions from the first token, every attention tried goes
+on using it, and headnorm does not end the sink.
 """  # for the README; what stands in braces is a `value_at`, of SmolLM2 where it names no lane
 
 IN_FULL = """
@@ -572,6 +584,7 @@ def other_numbers(found) -> dict[str, str]:
             "left": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share),
             "copying": copying(found),
             "price": retrofit.span(rebuilt, "headnorm", "{:+.2f}", retrofit.extra_loss),
+            "sigmoid price": retrofit.span(rebuilt, "sigmoid", "{:+.2f}", retrofit.extra_loss),
             "orders": f"{len(retrofit.alike(rebuilt, 'headnorm'))} of "
                       f"{len(retrofit.in_orders(rebuilt, 'headnorm'))}",
             "whole": f"{retrofit.sink_share(rebuilt, 'softmax'):.0%}",

@@ -165,19 +165,12 @@ def verdict(found, attn) -> str:
 
 def price(found) -> str:
     """What each loss is beside softmax's, each at its best rate, in a sentence."""
-    prices = ", ".join(f"{attn} {signed(gaps(found, attn))}" for attn in found["grid"]
-                       if attn != "softmax")
-    return f"Loss over all targets minus softmax's, nats: {prices}."
-
-
-def gaps(found, attn) -> list[float]:
-    """The loss minus softmax's, each at its best rate, of each seed."""
-    pairs = zip(best_cells(found, attn), best_cells(found, "softmax"))
-    return [ours["val_loss"] - softmax["val_loss"] for ours, softmax in pairs]
-
-
-def signed(values) -> str:
-    return f"{fmean(values):+.4f} ± {runner.half_interval(values):.4f}"
+    said = []
+    for attn in found["grid"]:
+        pairs = zip(best_cells(found, attn), best_cells(found, "softmax"))
+        gaps = [ours["val_loss"] - softmax["val_loss"] for ours, softmax in pairs]
+        said.append(f"{attn} {fmean(gaps):+.4f} ± {runner.half_interval(gaps):.4f}")
+    return f"Loss over all targets minus softmax's, nats: {', '.join(said[1:])}."
 
 
 # ---------------------------------------------------------------- the page
