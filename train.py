@@ -583,8 +583,8 @@ def rest_story(state: State) -> tuple[str, str]:
     by_head, n = " ".join(f"{head:.2f}" for head in heads), len(seeds)
     told = f"""weight on token 0 that reaches the output, where there is nothing to look for
 (mean of the last layer's heads; "sink", above: the strongest head's share of its own attention)
-  {mean:.2f}   under softmax, default settings (mean of {n} seeds, standard deviation {std:.2f}; \
-strongest head {max(map(max, last)):.2f})
+  {mean:.2f}   under softmax, default settings ({n} seeds, ± {std:.2f}; strongest head \
+{max(map(max, last)):.2f})
   {here:.2f}   under {run.attn}, here (head by head: {by_head})
   {uniform:.2f}   if it looks everywhere alike"""
     gap = state.log[-1]["val_loss"] - loss

@@ -210,7 +210,7 @@ def test_a_run_of_rest_that_has_not_learned_is_no_evidence(tmp_path, capsys):
     assert train.main(words) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1].startswith("headnorm has not learned the task")
-    assert any("under softmax, default settings (mean of " in line for line in said)
+    assert any("under softmax, default settings (5 seeds" in line for line in said)
 
 
 @pytest.mark.parametrize("attn, weight, begins, ends", [
