@@ -583,8 +583,8 @@ def rest_story(state: State) -> tuple[str, str]:
     by_head, n = " ".join(f"{head:.2f}" for head in heads), len(seeds)
     told = f"""weight on token 0 that reaches the output, where there is nothing to look for
 (mean of the last layer's heads; "sink", above: the strongest head's share of its own attention)
-  {mean:.2f}   under softmax, default settings ({n} seeds, ± {std:.2f}; strongest head \
-{max(map(max, last)):.2f})
+  {mean:.2f}   under softmax, default settings ({n} seeds, sd {std:.2f}; strongest head \
+{statistics.fmean(map(max, last)):.2f})
   {here:.2f}   under {run.attn}, here (head by head: {by_head})
   {uniform:.2f}   if it looks everywhere alike"""
     gap = state.log[-1]["val_loss"] - loss
@@ -603,9 +603,9 @@ def rest_story(state: State) -> tuple[str, str]:
     taken = (mean - here) / (mean - uniform)
     seen = (f"takes {taken:.0%} of softmax's sink and does not end it (why: chapter 07)"
             if here > 2 * uniform else
-            "ends softmax's sink (less than twice uniform attention is left)")
+            "ends softmax's sink in this seed (less than twice uniform attention is left)")
     return told, (f"{seen}; its loss is {abs(gap):.4f} nats {'above' if gap > 0 else 'below'} "
-                  f"softmax's {loss:.4f} ± {loss_std:.4f}")
+                  f"softmax's {loss:.4f} (sd {loss_std:.4f})")
 
 
 # ---------------------------------------------------------------- the command line

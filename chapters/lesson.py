@@ -162,9 +162,9 @@ def log(name):
 
 def windows(kind, N=64, seed=0):
     """x, y held out, for the small models: of the task rest ("rest", (N, 16)), or its
-    letters only, with nothing to look for ("letters"); of copying ("copy", (N, 64)), or
-    random letters, where nothing is copied ("quiet"); text of the standard library
-    after <|bos|> ("bos"), or from any place ("text")."""
+    letters only, with nothing to look for ("letters"; y is None); of copying ("copy",
+    (N, 64)), or random letters, where nothing is copied ("quiet"); text of the standard
+    library after <|bos|> ("bos"), or from any place ("text")."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "rest":
         return TASK.batch(N, 16, generator)

@@ -481,7 +481,7 @@ outlier that it is said to pass on: {outlier} times the median before, {outlier 
 **Where heads must rest, sigmoid ends the sink, and headnorm takes a part or most of it.** Where
 they rest, the last layer's heads give the first token {softmax} of their attention under softmax,
 {headnorm} under headnorm (ten seeds; {headnorm at best} in five seeds at its best learning rate, at
-a loss that is hardly higher), uniform attention 0.11; sigmoid, or softmax with one learned logit
+a loss hardly above softmax's), uniform attention 0.11; sigmoid, or softmax with one learned logit
 more in its denominator, none, at a lower loss. Neither of headnorm's two effects, equal variance
 and no silent output, explains that alone ([chapter 07](chapters/book/07.md)).
 
@@ -490,9 +490,9 @@ After 500 steps of retraining, SmolLM2 with headnorm has a sink in {left} of the
 tokens and in {left in text} in Python code, in {orders} orders of the batches (one was counted
 otherwise: [the cures](tests/results/cures.md)), at {price} nats of loss (its control, in which the
 sink comes back: {control price}; trained on unchanged, SmolLM2 has {whole} and {whole in text}).
-Sigmoid ends it in one of two orders, at {sigmoid price} nats; a learned logit costs nothing and
-leaves more than half. Where heads count positions from the first token, every attention tried goes
-on using it, and headnorm does not end the sink.
+Sigmoid ({sigmoid price} nats) ends it in one of two orders, and in the dearer one it has not
+healed; a learned logit costs hardly anything and leaves more than half. Where heads count positions
+from the first token, every attention tried goes on using it, and headnorm does not end the sink.
 """  # for the README; what stands in braces is a `value_at`, of SmolLM2 where it names no lane
 
 IN_FULL = """

@@ -232,7 +232,7 @@ def test_a_run_of_rest_that_has_learned_ends_beside_softmax(tmp_path, monkeypatc
     assert f"  {weight:.2f}   under {attn}, here" in told
     assert f"  {weight:.2f}   under softmax, default" not in told
     state.run.lr = 0.01  # then softmax's committed seeds were trained with other settings
-    assert "of softmax's sink" not in train.rest_story(state)[1]
+    assert "softmax's sink" not in train.rest_story(state)[1]
     assert attn == "softmax" or "(not compared" in train.rest_story(state)[1]
 
 

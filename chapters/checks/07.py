@@ -51,4 +51,4 @@ def mask(answer):
     pattern = record(model, x, ["2.pattern"], mask=answer)[1]["2.pattern"]
     weight = probe.sink_score(pattern, 1, TASK.resting(x)).mean().item()
     assert weight > 0.8, \
-        f"{weight:.2f} of the attention is on token 1. What did token 0 have, alone?"
+        f"{weight:.2f} of the attention is on token 1. Who sees only itself?"

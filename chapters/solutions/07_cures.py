@@ -10,11 +10,11 @@ prediction = ["sigmoid", "gated", "logit"]
 
 def head_norm(z, gain, eps=1e-5):
     # The mean is taken over D alone: each head of each token has its own length.
-    # eps stands under the root, so that a zero vector stays zero.
+    # eps, under the root, prevents a division of zero by zero.
     return gain * z / (z.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-# Token 1 now sees only itself, as token 0 did: it is the one that has averaged nothing.
-# The loss stays as it was, so that place 0 is no better a place to rest than any other.
+# Token 1 now sees only itself, as token 0 does, which the others no longer see. The loss
+# at resting queries stays as it was: place 1 is as good to rest on as place 0.
 mask = torch.ones(16, 16, dtype=torch.bool)
 mask[1:, 0] = False
