@@ -14,7 +14,7 @@ def head_norm(z, gain, eps=1e-5):
     return gain * z / (z.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-# Token 1 now sees only itself, as token 0 does, which the others no longer see. The loss
-# at resting queries stays as it was: place 1 is as good to rest on as place 0.
+# Token 1 now sees only itself, as token 0 does, which the others no longer see. At
+# resting queries the loss stays as it was: place 1 is as good to rest on as place 0.
 mask = torch.ones(16, 16, dtype=torch.bool)
 mask[1:, 0] = False
