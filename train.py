@@ -568,6 +568,13 @@ LEARNED = 0.02  # nats above a perfect predictor, of all targets; a model above 
 SOFTMAX = Path(__file__).parent / "tests" / "results" / "rest.json"  # seeds to compare with
 
 
+def is_usual(run: Run) -> bool:
+    """Whether it is trained as the committed seeds of softmax were."""
+    usual = asdict(resolve(Run(run.attn, seed=run.seed)))
+    free = ("out", "evals", *MACHINE)
+    return all(value == usual[name] for name, value in asdict(run).items() if name not in free)
+
+
 def rest_story(state: State) -> tuple[str, str]:
     """What was seen, and the verdict: how much of softmax's sink does the attention take?"""
     run = state.run
@@ -595,9 +602,7 @@ def rest_story(state: State) -> tuple[str, str]:
     if run.attn == "softmax":
         which = "a" if here > probe.SINK else "no"
         return told, f"rests on the first token with {here:.0%} of its attention: {which} sink"
-    usual = asdict(resolve(Run(run.attn, seed=run.seed)))
-    if any(value != usual[name] for name, value in asdict(run).items()
-           if name not in ("out", "evals", *MACHINE)):
+    if not is_usual(run):
         return told, (f"rests on the first token with {here:.0%} of its attention (not compared: "
                       "softmax was trained with other settings)")
     taken = (mean - here) / (mean - uniform)
