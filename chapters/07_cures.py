@@ -174,9 +174,9 @@ for axis, title, rows in zip(axes, ("random tokens", "text"), shares.values()):
     figures.dots(axis, rows, title, hot=["softmax, loss +0.00"], xlim=(-2, 100),
                  xlabel="% of heads with a sink, a dot an order of batches")
 figure.suptitle("What comes back under headnorm depends on the order of the batches")
-show(figure, "07_retrofit", "% of heads, random tokens; text. Softmax 76; 73. Headnorm "
-     "9 to 56; 21 to 70. Scaled 53 to 67; 73 to 74. Gated 74; 72. Logit 41 to 42; 65 to "
-     "70. Sigmoid 1 to 3; 1 to 28.")
+show(figure, "07_retrofit", "Random tokens, text: softmax 75, 73 %; headnorm 9 to 56, "
+     "21 to 70; scaled 53 to 67, 73 to 74; gated 74, 72; logit 41 to 42, 65 to 70; "
+     "sigmoid 1 to 3, 1 to 28.")
 of_softmax, of_headnorm, of_scaled, *_ = shares["random"].values()
 assert min(of_headnorm) < of_softmax[0] / 5, "it never takes most of the sink"
 assert max(of_headnorm) > of_softmax[0] / 2, "it takes half of it in every order"
