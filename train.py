@@ -158,6 +158,12 @@ def usual_folder(run: Run, usual: dict) -> str:
     return f"{OUT}/" + re.sub(r"[^\w.+-]", "_", name)[:100]
 
 
+def changed(run: Run, there: dict) -> list[str]:
+    """The settings in which a run differs from those of another; its place and machine are none."""
+    return [name for name, value in asdict(run).items()
+            if name not in ("out", *MACHINE) and there.get(name) != value]
+
+
 def model_config(run: Run, corpus) -> Config:
     """The shape of the model that a run trains."""
     same = ("attn", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -571,8 +577,7 @@ SOFTMAX = Path(__file__).parent / "tests" / "results" / "rest.json"  # seeds to 
 def is_usual(run: Run) -> bool:
     """Whether it is trained as the committed seeds of softmax were."""
     usual = asdict(resolve(Run(run.attn, seed=run.seed)))
-    free = ("out", "evals", *MACHINE)
-    return all(value == usual[name] for name, value in asdict(run).items() if name not in free)
+    return set(changed(run, usual)) <= {"evals"}
 
 
 def rest_story(state: State) -> tuple[str, str]:

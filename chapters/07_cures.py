@@ -171,7 +171,7 @@ for cure in ("softmax", "headnorm", "scaled", "gated", "logit", "sigmoid"):
 
 figure, axes = plt.subplots(1, 2, figsize=(8.8, 3), sharey=True)
 for axis, title, rows in zip(axes, ("random tokens", "text"), shares.values()):
-    figures.dots(axis, rows, title, hot=["softmax, loss +0.00"], xlim=(-2, 100),
+    figures.dots(axis, rows, title, hot=list(rows)[:1], xlim=(-2, 100),
                  xlabel="% of heads with a sink, a dot an order of batches")
 figure.suptitle("What comes back under headnorm depends on the order of the batches")
 show(figure, "07_retrofit", "Random tokens, text: softmax 75, 73 %; headnorm 9 to 56, "

@@ -169,7 +169,7 @@ def windows(kind, N=64, seed=0):
     if kind == "rest":
         return TASK.batch(N, 16, generator)
     if kind == "letters":
-        return torch.randint(TASK.K, (N, 16), generator=generator), None
+        return TASK.rest(N, 16, generator), None
     if kind == "quiet":
         return data.load("copy").rest(N, 64, generator)
     corpus = data.load("copy" if kind == "copy" else "stdlib", vocab_size=257)
@@ -221,10 +221,10 @@ def is_finished(run):
     if not (folder / "config.json").exists():
         return False
     there = read_config(folder)["run"]
-    for name, value in asdict(run).items():
-        if name not in (*train.MACHINE, "out") and there.get(name) != value:
-            raise UserError(f"{folder} holds a run with {train.flag(name)} "
-                            f"{there.get(name)}, not {value}; move it out of the way")
+    for name in train.changed(run, there):
+        raise UserError(f"{folder} holds a run with {train.flag(name)} "
+                        f"{there.get(name)}, not {getattr(run, name)}; move it out "
+                        "of the way")
     path = folder / "model.pt"
     return path.exists() and load_checkpoint(path)["step"] == run.steps
 

@@ -153,6 +153,7 @@ class Rest:
         return (x < self.K) & late
 
     encode, decode = Copy.encode, Copy.decode  # letters and ids, by self.symbols
+    rest = Copy.rest  # windows without a trigger
 
     def optimal_loss(self, x: torch.Tensor) -> float:
         """Nats per target of a perfect predictor in windows x: 0 at a trigger, ln V elsewhere."""

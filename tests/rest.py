@@ -70,7 +70,7 @@ def measure(model, task, T=16) -> dict:
     """All numbers of a run, in fresh windows; `letters only` are windows without a trigger."""
     generator = torch.Generator().manual_seed(4321)
     x, y = task.batch(1024, T, generator)
-    letters = torch.randint(task.K, (1024, T), generator=generator)
+    letters = task.rest(1024, T, generator)
     rests = task.resting(x)
     return {"chain": probe.chain(model, x[:256], queries=rests[:256]),
             "rank": rank(model, x[:256]),
@@ -165,12 +165,12 @@ def verdict(found, attn) -> str:
 
 def price(found) -> str:
     """What each loss is beside softmax's, each at its best rate, in a sentence."""
-    said = []
-    for attn in found["grid"]:
-        pairs = zip(best_cells(found, attn), best_cells(found, "softmax"))
-        gaps = [ours["val_loss"] - softmax["val_loss"] for ours, softmax in pairs]
+    said, softmax = [], best_cells(found, "softmax")
+    for attn in (attn for attn in found["grid"] if attn != "softmax"):
+        pairs = zip(best_cells(found, attn), softmax)
+        gaps = [ours["val_loss"] - theirs["val_loss"] for ours, theirs in pairs]
         said.append(f"{attn} {fmean(gaps):+.4f} ± {runner.half_interval(gaps):.4f}")
-    return f"Loss over all targets minus softmax's, nats: {', '.join(said[1:])}."
+    return f"Loss over all targets minus softmax's, nats: {', '.join(said)}."
 
 
 # ---------------------------------------------------------------- the page

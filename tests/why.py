@@ -120,8 +120,7 @@ def train_and_measure(name: str, seed: int) -> dict:
     for _ in range(run.steps):
         train.train_step(state, cast)
     found = rest.measure(model.eval(), corpus.task)
-    letters = torch.randint(corpus.task.K, (256, run.seq_len),
-                            generator=torch.Generator().manual_seed(0))
+    letters = corpus.task.rest(256, run.seq_len, torch.Generator().manual_seed(0))
     z = record(model, letters, ["0.z"])[1]["0.z"]
     return found | {"parity": probe.over_median(probe.variance(z), 0).item()}
 
