@@ -8,14 +8,14 @@
 # %% [markdown]
 # # 07 · Heads that must rest, and their cures
 #
-# **Claim.** In a task where heads must be silent, softmax attention grows a sink on an
-# ordinary first token, in every seed of a small model. Some cures end it; one takes a
-# part, at its best learning rate most. Where the first token is of use, every attention
-# tried goes on using it.
+# **Claim.** Where heads must be silent, softmax attention grows a sink on an ordinary
+# first token, in every seed of a small model. Some cures end it; one takes a part, at
+# its best learning rate most. Where the first token is of use, every attention tried
+# goes on using it.
 #
 # **You learn** to ask what a head needs before you cure it. **You need** chapters 00
 # and 01. **Run time**: ten seconds, once six small models are trained (four minutes on
-# two fast cores, twelve on slow or busy ones; they stay in `out/`).
+# two fast cores, twelve on slow or busy ones).
 
 # %%
 from statistics import fmean
@@ -32,21 +32,19 @@ from model import ATTENTIONS
 # ## A head with nothing to look for
 #
 # A window has 16 random symbols; the first has no target (-). At a *trigger* (W, X, Y
-# or Z) the model must name the symbol before it. Everywhere else the target is a random
-# symbol: all are equally likely, and a head has nothing to add. Three layers of four
-# heads read this, and the logits see only what the last layer's heads deliver. So a
-# head that is not silent disturbs the answer.
+# or Z) the model must name the symbol before it. Everywhere else the target is random,
+# and a head has nothing to add. The logits see only what the heads of the last of three
+# layers deliver. So a head that is not silent disturbs the answer.
 
 # %%
 softmax = models("softmax")["softmax"]  # trained first, if it is missing: a minute
 x, y = windows("rest", 256)
 shown = (x >= TASK.K).sum(1).argmax()  # the window with most triggers
-print("tokens ", " ".join(TASK.symbols[token] for token in x[shown]))
-print("targets", " ".join("-" if t < 0 else TASK.symbols[t] for t in y[shown]))
+print("tokens ", *(TASK.symbols[token] for token in x[shown]))
+print("targets", *("-" if token < 0 else TASK.symbols[token] for token in y[shown]))
 
 resting = TASK.resting(x)  # (N, T): no trigger, and not in the first quarter
-found = probe.chain(softmax, x, queries=resting)
-uniform = probe.uniform_weight(resting)
+found, uniform = probe.chain(softmax, x, queries=resting), probe.uniform_weight(resting)
 print(f"{found['sink']:.2f} of the strongest head's attention is on token 0 (uniform: "
       f"{uniform:.2f}); its value: {found['drain']:.2f} of the mean length")
 assert found["sink"] > 0.9 and found["drain"] < 0.2, "it does not rest on nothing"
@@ -64,24 +62,23 @@ show(figure, "07_birth", "Between steps 65 and 333 attention to token 0 rises fr
 # %% [markdown]
 # A resting head that averages values puts noise into the logits. With all its weight on
 # *one* key whose value is nothing it adds nothing. Why token 0? It is the only one that
-# has averaged nothing (exercise 3).
+# has averaged nothing (exercise 2).
 #
 # ## Five ways to attend: predict first (exercise 1)
 #
-# Let $\ell_{ts}$ be the score of key $s \le t$, $A_{ts}$ its softmax over $s$, and
-# $\sigma(x) = 1 / (1 + e^{-x})$.
+# Let $\ell_{ts}$ be the score of key $s \le t$, $A_{ts}$ its softmax over $s$, $\sigma$
+# the sigmoid.
 #
 # - *Softmax*: $z_t = \sum_s A_{ts} v_s$. The weights add up to 1.
 # - *Sigmoid*: the weights are $\sigma(\ell_{ts} - \log n)$, $n$ the training length.
-# - *Gated* (arXiv 2505.06708): $\sigma(w \cdot x_t) z_t$, where $x_t$ is the token's
-#   normed state. The gate may close.
-# - *Logit*, as in gpt-oss: the weights are $e^{\ell_{ts}} / (e^b + \sum_r
-#   e^{\ell_{tr}})$, with the learned score $b$ of a key that is not there.
-# - *Headnorm*, the paper's: $\lambda \odot \mathrm{RMSNorm}(z_t)$. Each output has the
-#   same length, times a learned gain.
+# - *Gated* (arXiv 2505.06708): $\sigma(w \cdot x_t) z_t$ with the normed state $x_t$.
+# - *Logit* (gpt-oss): the weights are $e^{\ell_{ts}} / (e^b + \sum_r e^{\ell_{tr}})$,
+#   with the learned score $b$ of a key that is not there.
+# - *Headnorm* (the paper): $\lambda \odot \mathrm{RMSNorm}(z_t)$, with a learned gain
+#   $\lambda$.
 #
-# With which of them is the weight on token 0 that *reaches the output* (gated:
-# attention times gate) less than twice that of uniform attention, in every seed?
+# With which is the weight on token 0 that *reaches the output* (gated: attention times
+# gate) less than twice that of uniform attention, in every seed?
 
 # %%
 prediction = [...]  # names out of ATTENTIONS
@@ -92,9 +89,9 @@ trained = models("copy", *ATTENTIONS)  # what is missing is trained, two at a ti
 letters, _ = windows("letters", 256)  # no trigger: all queries rest
 patterns = {attn: probe.reaching(trained[attn], letters).mean((0, 1))
             for attn in ATTENTIONS}  # mean over windows and heads: (T, T)
-figure = figures.maps(patterns, [(0,)] * 5, "Sigmoid, gated and logit let a head be "
-                      "silent")
-show(figure, "07_maps", "A full column at token 0 under softmax, one that fades under "
+figure = figures.maps(patterns, [(0,)] * 5,
+                      "Sigmoid, gated and logit let a head be silent")
+show(figure, "07_maps", "A column at token 0 under softmax, a fading one under "
      "headnorm, next to nothing anywhere under sigmoid, gated and logit.")
 
 # %% [markdown]
@@ -102,15 +99,16 @@ show(figure, "07_maps", "A full column at token 0 under softmax, one that fades 
 #
 # It does two things at once. *Parity*, the paper's reason: heads rest on the first
 # token because its $z$ varies most, and now all vary alike. *Silence*: heads rest on a
-# value that is nothing, and now no output can be nothing. The lower rows of the next
-# figure tell them apart. The norm stands only in layer 0, where the chain begins, only
-# in layer 2, where heads must rest, or in both. *Levelled* attention, $z_t / (\sum_s
-# A_{ts}^2)^{1/2}$, varies nearly alike at all positions (chapter 01) and may be
-# nothing. With *readout final* an MLP follows, and no head must be silent.
+# value that is nothing, and now no output can be nothing. Variants tell them apart: the
+# norm only in layer 0, where the chain begins, only in layer 2, where heads must rest,
+# or in both. *Levelled* attention, $z_t / (\sum_s A_{ts}^2)^{1/2}$, varies nearly alike
+# at all positions (chapter 01) and may be nothing. With *readout final* an MLP follows,
+# and no head must be silent.
 
 # %%
-grid = read_json(ROOT / "tests/results/rest.json")["grid"]  # python -m tests.rest
-variants = read_json(ROOT / "tests/results/why.json")["runs"]  # python -m tests.why
+results = ROOT / "tests/results"
+grid = read_json(results / "rest.json")["grid"]  # python -m tests.rest
+variants = read_json(results / "why.json")["runs"]  # python -m tests.why
 runs = {attn: grid[attn]["0.005"] | variants.get(attn, {})
         for attn in ("softmax", "sigmoid", "gated", "logit", "headnorm")}
 runs["headnorm, rate 0.01"] = grid["headnorm"]["0.01"]  # its best; the others: 0.005
@@ -125,8 +123,8 @@ figures.dots(axis, seeds, "Three cures end the sink; headnorm takes a part",
              hot=["softmax"], xlim=(-0.02, 1.02),
              xlabel="weight on token 0, a dot a seed (dotted: uniform attention)")
 axis.axvline(uniform, **figures.DOTTED)
-show(figure, "07_seeds", "Softmax near one, with the norm in layer 0 mostly; sigmoid, "
-     "gated and logit zero; readout final as uniform; all others spread between.")
+show(figure, "07_seeds", "Near one: softmax, mostly norm in layer 0. Zero: sigmoid, "
+     "gated, logit. As uniform: readout final. All others spread between.")
 check("07.prediction", prediction)
 mean = {name: fmean(values) for name, values in seeds.items()}
 print(*(f"{name}: {value:.2f}" for name, value in mean.items()), sep="\n")
@@ -134,67 +132,61 @@ assert min(seeds["softmax"]) > 0.9, "a seed of softmax has no sink"
 for cure in ("sigmoid", "gated", "logit"):
     assert max(seeds[cure]) < uniform, f"{cure} has a sink"
 assert mean["headnorm, rate 0.01"] < 0.5 * mean["headnorm"], "the rate does not matter"
-assert mean["norm in layer 0"] > 0.9, "parity in layer 0 takes the sink"
-assert mean["levelled"] < 0.5, "levelled attention keeps the sink"
+assert mean["levelled"] < 0.5 < 0.9 < mean["norm in layer 0"], "parity explains it"
 assert mean["softmax, readout final"] < 1.2 * uniform, "no need to rest, but a sink"
 
 # %% [markdown]
 # Neither explains it alone. Parity in layer 0 leaves the sink, and the norm in layer 2
-# leaves two thirds of it. Levelled heads could rest on token 0 in silence, yet most of
-# their weight is elsewhere. But where no head must be silent no sink is born, and
-# *logit*, which changes only that a head need not look anywhere, ends it: here a head
-# needs a reason to rest.
+# leaves two thirds of it in the mean. Levelled heads could rest on token 0 in silence,
+# yet most of their weight is elsewhere. But where no head must be silent no sink is
+# born, and *logit*, whose only change is that a head need not look anywhere, ends it:
+# here a head needs a reason to rest.
 #
 # One seed, or one learning rate, judges no cure. And "no sink on token 0" is not "no
-# sink": headnorm's heads also rest on symbols that they recognise ([all numbers, and
-# how to repeat one](../tests/results/rest.md)). This model trains 0.15 million weights;
-# the paper reports no sink under headnorm, at 152 million.
+# sink": headnorm's heads also rest on symbols that they recognise ([all
+# numbers](../tests/results/rest.md)). This model trains 0.15 million weights; the paper
+# reports no sink under headnorm, at 152 million.
 #
 # ## Built into SmolLM2
 #
-# `python -m tests.retrofit` builds a cure into the finished SmolLM2 and trains it for
-# 500 steps on Python's standard library. *Scaled*, headnorm's control, gives heads the
-# same mean length by constants. Both take the sink on random tokens at once; what
-# counts is what comes back.
+# `python -m tests.retrofit` builds a cure into SmolLM2, which then trains 500 steps on
+# Python's standard library. *Scaled*, headnorm's control, gives all heads the same mean
+# length by constants. On random tokens sigmoid and both of these take the sink at once;
+# what counts is what comes back.
 
 # %%
-retrofit = read_json(ROOT / "tests/results/retrofit.json")
-whole = fmean(retrofit["softmax"]["end"]["losses"])
-shares = {"random": {}, "text": {}}  # windows of random tokens, of held-out text
+retrofit = read_json(results / "retrofit.json")
+usual, back = fmean(retrofit["softmax"]["end"]["losses"]), {}
+rows = [("", "loss", "heads with a sink, random tokens", "in text")]
 for cure in ("softmax", "headnorm", "scaled", "gated", "logit", "sigmoid"):
-    ends = [model["end"] for name, model in retrofit.items()
-            if name.split(",")[0] == cure]
-    price = fmean(fmean(end["losses"]) for end in ends) - whole
-    for kind, rows in shares.items():
-        rows[f"{cure}, loss {round(price, 2) + 0.0:+.2f}"] = [  # no -0.00
-            100 * fmean(chain["share"] for chain in end[kind]) for end in ends]
-
-figure, axes = plt.subplots(1, 2, figsize=(8.8, 3), sharey=True)
-for axis, title, rows in zip(axes, ("random tokens", "text"), shares.values()):
-    figures.dots(axis, rows, title, hot=list(rows)[:1], xlim=(-2, 100),
-                 xlabel="% of heads with a sink, a dot an order of batches")
-figure.suptitle("What comes back under headnorm depends on the order of the batches")
-show(figure, "07_retrofit", "Random tokens, text: softmax 75, 73 %; headnorm 9 to 56, "
-     "21 to 70; scaled 53 to 67, 73 to 74; gated 74, 72; logit 41 to 42, 65 to 70; "
-     "sigmoid 1 to 3, 1 to 28.")
-of_softmax, of_headnorm, of_scaled, *_ = shares["random"].values()
-assert min(of_headnorm) < of_softmax[0] / 5, "it never takes most of the sink"
-assert max(of_headnorm) > of_softmax[0] / 2, "it takes half of it in every order"
-assert min(of_scaled) > of_softmax[0] / 2, "the control is a cure as well"
+    ends = [run["end"] for name, run in retrofit.items() if name.split(",")[0] == cure]
+    price = round(fmean(fmean(end["losses"]) for end in ends) - usual, 2) + 0.0  # no -0
+    back[cure], text = ([fmean(chain["share"] for chain in end[kind]) for end in ends]
+                        for kind in ("random", "text"))
+    in_words = (" ".join(f"{s:4.0%}" for s in shares) for shares in (back[cure], text))
+    rows.append((cure, f"{price:+.2f}", *in_words))
+probe.table(rows, left=4)
+whole = back["softmax"][0]
+assert min(back["headnorm"]) < whole / 5, "it never takes most of the sink"
+assert max(back["headnorm"]) > whole / 2, "it takes half of it in every order"
+assert min(back["scaled"]) > whole / 2, "the control is a cure as well"
 
 # %% [markdown]
-# (Loss: mean over orders, nats above softmax's only order. Headnorm's dots at 56 and 70
-# % and logit's at 42 and 70 % count a head by its mean over windows, which finds more.)
-# Headnorm costs some 0.4 nats; in text more than half is there in all orders but one.
-# Sigmoid ends at 1 % in one order, at +0.44; in the other, at +0.52, at 28 % in text.
-# Gated and logit cost hardly anything, and leave half or more.
+# (A number for each order of the batches; loss: nats above softmax's only order, their
+# mean. Attention itself is counted here, gates are not. Headnorm's 56 and 70 % and
+# logit's 42 and 70 % count a head by its mean over windows, which finds more.)
+#
+# What headnorm takes on random tokens depends on the order; in text more than half is
+# back in all but one, and the price is 0.4 nats. Sigmoid ends the sink in one order, at
+# +0.44; in the other it has not healed (+0.52). Gated and logit cost hardly anything,
+# and leave half or more.
 #
 # ## A sink that is of use: the ruler
 #
-# Another small model, `copy`, reads 8 to 24 letters, then, in most windows, the same
-# again and again in UPPER case. To expect the end of the letters it must count them,
-# from some token: rotary positions tell only distances. In windows that repeat nothing,
-# hide token 0 from all later queries, or, as a control, token 5.
+# The small model `copy` reads 8 to 24 letters, then, in most windows, the same again
+# and again in UPPER case. To expect the end of the letters it must count them, from
+# some token: rotary positions tell only distances. In windows that repeat nothing, hide
+# token 0 or, as a control, token 5.
 
 # %%
 quiet, _ = windows("quiet")
@@ -202,25 +194,23 @@ curves = {}
 for name, hidden in {"untouched": 63, "token 5 hidden": 5, "token 0 hidden": 0}.items():
     seen = torch.ones(64, 64, dtype=torch.bool)
     seen[hidden + 1:, hidden] = False  # 63 is the last: nobody looks there
-    with torch.no_grad():
-        logits, _ = trained["copy"](quiet, mask=seen)
+    logits, _ = trained["copy"](quiet, mask=seen)
     upper = logits.softmax(-1)[..., 16:32].sum(-1)  # the ids of upper-case letters
-    curves[name] = upper.mean(0)[:32]
+    curves[name] = upper.mean(0)[:32].detach()
 figure, axis = plt.subplots(figsize=(6.4, 2.8))
 figures.lines(axis, curves, hot=["token 0 hidden"])
 figures.dress(axis, "Without token 0 the model is one place behind", {},
               xlabel="position", ylabel="probability that the letters end")
-show(figure, "07_ruler", "With token 0 hidden the curve is the same, one place to the "
-     "right.")
+show(figure, "07_ruler", "With token 0 hidden, the same curve one place to the right.")
 before, without_5, without_0 = curves.values()
 moved = (without_0 - before)[1:].abs().mean()
 assert (without_0[2:] - before[1:-1]).abs().mean() < moved / 3, "token 0 is no ruler"
 assert (without_5 - before)[1:].abs().mean() < moved / 3, "token 5 does a third as much"
 
 # %% [markdown]
-# It counts from token 1. So do models with headnorm, gated and sigmoid (which has not
-# learned to copy), with a sink or without ([five seeds](../tests/results/cures.md)):
-# none takes away the *use*.
+# Now it counts from token 1. So do models with headnorm, gated and sigmoid (which has
+# not learned to copy), with a sink or without ([five
+# seeds](../tests/results/cures.md)): none takes away the *use*.
 #
 # ## What would falsify this
 #
@@ -234,18 +224,7 @@ assert (without_5 - before)[1:].abs().mean() < moved / 3, "token 5 does a third 
 #
 # **1.** The prediction above.
 #
-# **2.** Write head-wise RMSNorm. `z` is (N, T, H, D), `gain` is (D,), for all heads.
-
-
-# %%
-def head_norm(z, gain, eps=1e-5):
-    ...
-
-
-check("07.head_norm", head_norm)
-
-# %% [markdown]
-# **3.** Move the sink of `softmax` to token 1: hide one token from all others, in all
+# **2.** Move the sink of `softmax` to token 1: hide one token from all others, in all
 # layers, by a mask (16, 16), True where a query may look. Why does it move there?
 
 # %%

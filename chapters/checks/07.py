@@ -1,9 +1,8 @@
 """Checks of chapter 07."""
 
 import torch
-import torch.nn.functional as F
 
-from lesson import TASK, models, windows, written_without
+from lesson import TASK, models, windows
 from model import ATTENTIONS, record
 import probe
 
@@ -14,29 +13,6 @@ def prediction(answer):
     assert set(answer) <= set(ATTENTIONS), f"Names out of {names}."
     assert set(answer) == {"sigmoid", "gated", "logit"}, \
         "Whose dots in the figure are all left of twice the dotted line?"
-
-
-def head_norm(answer):
-    written_without(answer, "RMSNorm", "rms_norm")
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(2, 5, 3, 8, generator=generator)
-    z[:, :, 1] *= 100  # a loud head
-    gain = torch.linspace(0.5, 2, 8)
-    got = answer(z, torch.ones(8))
-    assert got is not None, "Return a tensor of the shape of z."
-    assert got.shape == z.shape, "The shape must stay (N, T, H, D)."
-    cosine = F.cosine_similarity(got, z, dim=-1)
-    assert cosine.min() > 0.999, "Only divide: RMSNorm subtracts no mean."
-    squares = got.square().mean(-1)
-    assert torch.allclose(squares, torch.ones(2, 5, 3), atol=1e-3), \
-        "Each head of each token has mean square 1: take the mean over D alone."
-    assert torch.allclose(answer(z, gain), got * gain, atol=1e-5), \
-        "The gain multiplies the D entries after the division."
-    nothing = answer(torch.zeros(1, 1, 1, 4), torch.ones(4))
-    assert nothing.abs().max() == 0, "A zero vector stays zero: what is eps for?"
-    small = torch.full((1, 1, 1, 4), 1e-3)
-    half = answer(small, torch.ones(4), eps=3e-6)
-    assert (half - 0.5).abs().max() < 1e-3, "eps is added under the root."
 
 
 @torch.no_grad()

@@ -7,13 +7,6 @@ import torch
 # head must still look somewhere: several seeds rest on token 0.
 prediction = ["sigmoid", "gated", "logit"]
 
-
-def head_norm(z, gain, eps=1e-5):
-    # The mean is taken over D alone: each head of each token has its own length.
-    # eps, under the root, prevents a division of zero by zero.
-    return gain * z / (z.square().mean(-1, keepdim=True) + eps).sqrt()
-
-
 # Token 1 now sees only itself, as token 0 does, which the others no longer see. At
 # resting queries the loss stays as it was: place 1 is as good to rest on as place 0.
 mask = torch.ones(16, 16, dtype=torch.bool)
