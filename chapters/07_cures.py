@@ -159,7 +159,8 @@ retrofit = read_json(results / "retrofit.json")
 usual, back = fmean(retrofit["softmax"]["end"]["losses"]), {}
 rows = [("", "loss", "heads with a sink, random tokens", "in text")]
 for cure in ("softmax", "headnorm", "scaled", "gated", "logit", "sigmoid"):
-    ends = [run["end"] for name, run in retrofit.items() if name.split(",")[0] == cure]
+    names = sorted(name for name in retrofit if name.split(",")[0] == cure)
+    ends = [retrofit[name]["end"] for name in names]
     price = round(fmean(fmean(end["losses"]) for end in ends) - usual, 2) + 0.0  # no -0
     back[cure], text = ([fmean(chain["share"] for chain in end[kind]) for end in ends]
                         for kind in ("random", "text"))
@@ -169,17 +170,17 @@ probe.table(rows, left=4)
 whole = back["softmax"][0]
 assert min(back["headnorm"]) < whole / 5, "it never takes most of the sink"
 assert max(back["headnorm"]) > whole / 2, "it takes half of it in every order"
-assert min(back["scaled"]) > whole / 2, "the control is a cure as well"
+assert min(back["scaled"]) > whole / 5, "the control is a cure as well"
 
 # %% [markdown]
 # (A number for each order of the batches; loss: nats above softmax's only order, their
 # mean. Attention itself is counted here, gates are not. Headnorm's 56 and 70 % and
 # logit's 42 and 70 % count a head by its mean over windows, which finds more.)
 #
-# What headnorm takes on random tokens depends on the order; in text more than half is
-# back in all but one, and the price is 0.4 nats. Sigmoid ends the sink in one order, at
-# +0.44; in the other it has not healed (+0.52). Gated and logit cost hardly anything,
-# and leave half or more.
+# What headnorm takes on random tokens depends on the order, and in one its control
+# takes more; in text more than half is back in all but one. Its price is 0.4 nats.
+# Sigmoid ends the sink in one order, at +0.44; in the other it has not healed (+0.52).
+# Gated and logit cost hardly anything, and leave half or more.
 #
 # ## A sink that is of use: the ruler
 #

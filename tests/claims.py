@@ -488,11 +488,12 @@ and no silent output, explains that alone ([chapter 07](chapters/book/07.md)).
 **Built into a finished model headnorm costs loss and need not last, and a sink may have a use.**
 After 500 steps of retraining, SmolLM2 with headnorm has a sink in {left} of the heads on random
 tokens and in {left in text} in Python code, in {orders} orders of the batches (one was counted
-otherwise: [the cures](tests/results/cures.md)), at {price} nats of loss (its control, in which the
-sink comes back: {control price}; trained on unchanged, SmolLM2 has {whole} and {whole in text}).
-Sigmoid ({sigmoid price} nats) ends it in one of two orders, and in the dearer one it has not
-healed; a learned logit costs hardly anything and leaves more than half. Where heads count positions
-from the first token, every attention tried goes on using it, and headnorm does not end the sink.
+otherwise: [the cures](tests/results/cures.md)), at {price} nats of loss; its control in
+{control left} and {control left in text}, at {control price}; SmolLM2 trained on unchanged in
+{whole} and {whole in text}. Sigmoid ({sigmoid price} nats) ends it in one of two orders, and in
+the dearer one it has not healed; a learned logit costs hardly anything and leaves more than half.
+Where heads count positions from the first token, every attention tried goes on using it, and
+headnorm does not end the sink.
 """  # for the README; what stands in braces is a `value_at`, of SmolLM2 where it names no lane
 
 IN_FULL = """
@@ -580,6 +581,9 @@ def other_numbers(found) -> dict[str, str]:
             "outlier after W_O": after, "W_O sd": f"{w_o:.0%}",
             "left in text": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share,
                                           "text"),
+            "control left": retrofit.span(rebuilt, "scaled", "{:.0%}", retrofit.sink_share),
+            "control left in text": retrofit.span(rebuilt, "scaled", "{:.0%}",
+                                                  retrofit.sink_share, "text"),
             "control price": retrofit.span(rebuilt, "scaled", "{:+.2f}", retrofit.extra_loss),
             "left": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share),
             "copying": copying(found),

@@ -30,8 +30,9 @@ Scaled gated came when all of the others were known. Written before it: it is ju
 beside scaled, whose sink had to come back too.
 
 Headnorm and its control are trained again with batches in other orders, sigmoid and logit with two,
-all judged like the first. Orders 3 to 6, sigmoid and logit were added when the others were known,
-in which the sink of text came back under headnorm in one of two orders:
+all judged like the first, where the control of the same order ends with at least half of the heads.
+Orders 3 to 6, sigmoid and logit were added when the others were known, in which the sink of text
+came back under headnorm in one of two orders:
 
     it comes back in text, if at least half of softmax's share does
 
@@ -47,6 +48,7 @@ Written when the first had been seen for 200 steps (heads with a sink 0.00 at fi
     the control with at least half; the model does not need its sink, if the first ends within a
     tenth of a nat of the control
 """
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -68,7 +70,7 @@ CURES = ("softmax", "headnorm", "scaled", "gated", "scaled gated")
 NEURONS = ("softmax", "super redrawn", "others redrawn")
 ORDERS = {"headnorm": range(2, 7), "scaled": range(2, 7), "logit": (1, 2), "sigmoid": (1, 2)}
 MODELS = (*CURES, *NEURONS[1:],
-          *(f"{name}, order {i}" for name, orders in ORDERS.items() for i in orders))
+          *(f"{name}, order {i}" for name, numbers in ORDERS.items() for i in numbers))
 STEPS, B, T, END = 500, 4, 128, 0  # END: <|endoftext|>, which SmolLM2 knows between documents
 LOOKS = (0, 5, 10, 20, 40, 60, 80, 120, 160, 200, 260, 320, 380, 440, STEPS)
 FILE, PAGE, FIGURE = (RESULTS / name for name in ("retrofit.json", "cures.md", "retrofit.png"))
@@ -239,34 +241,30 @@ def span(found, name, form, number, *more) -> str:
     return " to ".join(dict.fromkeys(form.format(v) for v in (min(values), max(values))))
 
 
-HEALED = 0.5  # nats above softmax's loss: of a model that ends above that nothing is concluded
+def verdict(found, name, kind) -> str:
+    """What the criteria say of a cure in one order of batches, on random tokens or in text."""
+    _, comma, order = name.partition(", order ")
+    control = "scaled" if order in ("", "1") else f"scaled{comma}{order}"
+    left = sink_share(found, name, kind) / sink_share(found, "softmax", kind)
+    if extra_loss(found, name) > 0.5:
+        return "has not healed"
+    if sink_share(found, control, kind) < 0.5:
+        return "cannot be told"
+    return "works" if left <= 0.2 else "fails" if left >= 0.5 else "is undecided"
 
 
-def counted(found, name, kind) -> tuple[int, int, int, int]:
-    """By the criteria: in how many orders of batches a cure works, in how many it does not, because
-    the sink comes back, in how many the model has not healed, and of how many."""
-    whole, names = sink_share(found, "softmax", kind), in_orders(found, name)
-    healed = [each for each in names if extra_loss(found, each) <= HEALED]
-    left = [sink_share(found, each, kind) / whole for each in healed]
-    works, fails = sum(share <= 0.2 for share in left), sum(share >= 0.5 for share in left)
-    return works, fails, len(names) - len(healed), len(names)
-
-
-def orders_in_words(found) -> str:
-    """How the models end that were trained in several orders of batches, a line each."""
+def orders(found) -> str:
+    """How the models end that were trained in several orders of batches."""
     def ends(name, kind):
-        works, fails, late, n = counted(found, name, kind)
-        share = span(found, name, "{:.0%}", sink_share, kind)
-        said = f"works in {works} of {n}, does not in {fails}"
-        return share, said + (f", has not healed in {late}" if late else "")
+        verdicts = Counter(verdict(found, each, kind) for each in in_orders(found, name))
+        said = ", ".join(f"{word} in {n}" for word, n in verdicts.most_common())
+        return f"{span(found, name, '{:.0%}', sink_share, kind)}: {said}"
 
-    lines = []
-    for name in filter(partial(in_orders, found), ORDERS):
-        (random, on_random), (text, in_text) = ends(name, "random"), ends(name, "text")
-        lines.append(f"- *{name}*: a sink in {random} of the heads on random tokens (as a cure it "
-                     f"{on_random}) and in {text} in text ({in_text}), at a loss of "
-                     f"{span(found, name, '{:+.2f}', extra_loss)}")
-    return "\n".join(lines)
+    rows = [(name, str(len(in_orders(found, name))), ends(name, "random"), ends(name, "text"),
+             span(found, name, "{:+.2f}", extra_loss))
+            for name in filter(partial(in_orders, found), ORDERS)]
+    head = ("", "orders", "heads with a sink, random tokens", "in text", "loss minus softmax's")
+    return runner.markdown(head, rows)
 
 
 @figures.styled
@@ -288,7 +286,7 @@ def draw(found):
 
 
 def tables(found) -> dict[str, str]:
-    return {"retrofit": table(found), "orders": orders_in_words(found)}
+    return {"retrofit": table(found), "orders": orders(found)}
 
 
 def render(found) -> None:

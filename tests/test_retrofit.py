@@ -83,3 +83,22 @@ def test_a_short_training(monkeypatch):
     assert last["scaled, order 2"] != last["scaled"]
     assert len(retrofit.table(found).splitlines()) == 2 + len(found)
     assert len(retrofit.draw(found).axes) == 6
+
+
+def ended(share, loss):
+    looks = {"losses": [loss], "random": [{"share": share}], "text": [{"share": share}]}
+    return {"end": looks}
+
+
+@pytest.mark.parametrize("share, loss, control, verdict", [
+    (0.16, 3.4, 0.5, "works"), (0.17, 3.4, 0.5, "is undecided"), (0.4, 3.4, 0.5, "fails"),
+    (0.1, 3.6, 0.5, "has not healed"), (0.1, 3.4, 0.49, "cannot be told")])
+def test_a_cure_is_judged_beside_the_control_of_its_order(share, loss, control, verdict):
+    found = {"softmax": ended(0.8, 3.0), "headnorm, order 2": ended(share, loss),
+             "scaled, order 2": ended(control, 3.0), "scaled": ended(0.7, 3.0)}
+    assert retrofit.verdict(found, "headnorm, order 2", "random") == verdict
+
+
+def test_first_orders_share_their_control():
+    found = {"softmax": ended(0.8, 3), "scaled": ended(0.4, 3), "logit, order 1": ended(0, 3)}
+    assert retrofit.verdict(found, "logit, order 1", "text") == "cannot be told"
