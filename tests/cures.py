@@ -1,7 +1,7 @@
 """Which cures work where a cure can be seen: every attention at every learning rate, five seeds.
 
     python -m tests.cures             # trains and measures what is missing: six hours of one core
-    python -m tests.cures --render    # only the tables of tests/results/cures.md, from the JSON
+    python -m tests.cures --render    # only the tables and the figure of cures.md, from the JSON
 
 The setting is `--size micro`: copying, ordinary first tokens. Data, order and first weights are
 equal for all runs of a seed. Our criteria, written when two of the runs had been seen (softmax and

@@ -5,7 +5,7 @@ JSON already is never measured again: delete an entry to have it measured anew. 
 whole file.
 
 On every page ± is the 95 % interval of the mean over seeds where there are seeds, and the standard
-deviation over batches of windows where there is one model; the head of each table says which.
+deviation over batches of windows where there is one model; each page says which.
 """
 
 import sys

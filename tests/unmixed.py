@@ -153,7 +153,7 @@ def shares(model, x, mean, k, queries=None) -> dict:
     """{name of an intervention: its share, by probe.RULE} for windows x (N, T), `mean` being
     `mean_alone`; and the strongest head's attention to token 0, untouched."""
     sinks = Sinks(model, x, k, queries)
-    known = {token: Alone(mean, alone(model, x[:, p])) for token, p in (("first", 0), ("k", k))}
+    known = {"first": Alone(mean, alone(model, x[:, 0])), "k": Alone(mean, alone(model, x[:, k]))}
     found = {"sink": probe.summary(sinks.free[0])["sink"]}
     for name, edit in interventions():
         tap = probe.intervene(model, edit, known[edit.token], None, k, x.shape[1])

@@ -11,8 +11,8 @@
 Headnorm brings parity and takes the no-op away. Each variant below does one of the two, both, or
 neither. Weights, data and order of a seed are equal for all; seeds 10 to 14 of *softmax* and
 *headnorm* are those of tests/rest.py, which had been seen when this was written, all others had
-not. Told is the weight on token 0 of tests/rest.py, and the share taken of what softmax gives there
-above uniform attention, in the same seed. Our criteria, written before:
+not. Told is the weight on token 0 of tests/rest.py; judged, the share taken of what softmax gives
+there above uniform attention, in the same seed. Our criteria, written before:
 
     a variant takes the sink, if it takes at least half of it in 8 or more of 10 seeds that have
     learned; it leaves it, if it takes less than a fifth in 8 or more; else the seeds disagree
