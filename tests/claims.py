@@ -4,12 +4,12 @@
     python -m tests.claims --render     only the tables, from the committed JSON
 
 `SmolLM2` is one trained model, so it has no seeds: its spread is that of 8 or 16 disjoint batches
-of 8 windows of 64 tokens (16 of 4 in text), random ones unless a line says text. The others are
-five seeds each of models that train.py makes: `rest` is the default (heads that must rest, read at
-the queries that do), `cures` its cures beside it, in five other seeds, from rest.json, `text` is
-`--size tiny` (each window starts with <|bos|>, which a head can know by its embedding), `micro` is
-copying (read in windows of random symbols, where nothing is to be copied). Token k is token 10, in
-rest 6 (Q8: 5); the middle token is 32, in rest 8.
+of 8 windows of 64 tokens (in text 8, or 16 of 4 windows), random ones unless a line says text. The
+others are five seeds each of models that train.py makes: `rest` is the default (heads that must
+rest, read at the queries that do), `cures` its cures beside it, in five other seeds, from
+rest.json, `text` is `--size tiny` (each window starts with <|bos|>, which a head can know by its
+embedding), `micro` is copying (read in windows of random symbols, where nothing is to be copied).
+Token k is token 10, in rest 6 (Q8: 5); the middle token is 32, in rest 8.
 
 The hypotheses and margins in claims.csv were written down before they were measured; `place` says
 where in the JSON a number stands (`value_at`). A test holds in a batch (or seed) or it does not:
@@ -257,9 +257,8 @@ def unmixed_seed(run):
 def loss_at(model, corpus, length, tokens=16384):
     """Validation loss in windows of another length than that of training."""
     generator = torch.Generator().manual_seed(1)
-    windows = corpus.batch(tokens // length, length, generator, "val", 1.0)
-    parts = zip(*(tokens.split(16) for tokens in windows))
-    return fmean(model(x, y)[1].item() for x, y in parts)
+    x, y = corpus.batch(tokens // length, length, generator, "val", 1.0)
+    return fmean(model(*part)[1].item() for part in zip(x.split(16), y.split(16)))
 
 
 # ---------------------------------------------------------------- reading the records
@@ -401,8 +400,8 @@ def evaluations(found) -> str:
 
 def chain_table(found) -> str:
     """The README's table: a row for each link of SmolLM2 that is cut and forged."""
-    head, rows = ["link", "cut", "share taken", "control", "forged", "share", "control",
-                  "cut; forged"], []
+    head = ("link", "cut", "share taken", "control", "forged", "share", "control", "cut; forged")
+    rows = []
     sink = fmean(values_of(found, "SmolLM2", "first.sink"))
     for link in (link for link in probe.LINKS if link.cut):  # these can be forged, too
         cells, words = [f"**{link.name}**"], []
@@ -418,10 +417,10 @@ def chain_table(found) -> str:
 
 def links_table(found) -> str:
     """A row for each link: SmolLM2 as it is, `rest` and `micro` cut and forged, with controls."""
-    rows, head = [], (
-        "link", "SmolLM2, first token (an ordinary one)",
-        *(f"{lane}, {word}" for lane in ("rest", "micro")
-          for word in ("cut", "its control", "forged", "its control")))
+    head = ["link", "SmolLM2, first token (an ordinary one)"]
+    for lane in ("rest", "micro"):
+        head += [f"{lane}, {word}" for word in ("cut", "its control", "forged", "its control")]
+    rows = []
     for link in probe.LINKS:
         headline = link.numbers[0]
         first, ordinary = (fmean(values_of(found, "SmolLM2", f"{token}.{headline.key}"))
@@ -450,9 +449,8 @@ BORN = {"variance": "variance of z", "variance_out": "variance after W_O",
 
 def birth_table(found) -> str:
     """When does each number of `rest` move? Ordered by the median step."""
-    rows = []
+    births, rows = [seed["softmax"]["birth"] for seed in found["rest"].values()], []
     for key, name in BORN.items():
-        births = [seed["softmax"]["birth"] for seed in found["rest"].values()]
         first, last = (fmean(birth[at][key] for birth in births) for at in (0, -1))
         steps = [runner.half_time(birth, key) for birth in births]
         rows.append((median(steps), (name, probe.digits(first), probe.digits(last),
@@ -463,19 +461,20 @@ def birth_table(found) -> str:
 
 FOUND = """
 **In a real Llama a handful of neurons a layer carries the sink.** Silence five of the 1,536 neurons
-of each layer of SmolLM2 at the first token, and its sink is gone ({cut neurons.share %} ± {neurons
-sd} of it: less than uniform attention is left); the next tokens get that attention. Silence all
-others there instead, and it loses {neurons at 0.all others %} ± {others sd} ([chapter
-03](chapters/book/03.md)).
+of each layer of SmolLM2 at the first token, and its sink is gone ({cut neurons.share %} ± {cut
+neurons.share sd} of it: less than uniform attention is left); the next tokens get that attention.
+Silence all others there instead, and it loses {neurons at 0.all others %} ± {neurons at 0.all
+others sd} ([chapter 03](chapters/book/03.md)).
 
 **A value that was not mixed with others forges one.** A token of SmolLM2 whose z is the *mean* of
-tokens that see only themselves gets {unmixed.forge, every: mean only %} ± {unmixed sd} of the two
-sinks: variance, the paper's reason, is not needed to forge one. (In our copying model it is; in the
-default model mean and deviation each forge a weak one: [chapter 06](chapters/book/06.md).)
+tokens that see only themselves gets {unmixed.forge, every: mean only %} ± {unmixed.forge, every:
+mean only sd} of the two sinks: variance, the paper's reason, is not needed to forge one. (In our
+copying model it is; in the default model mean and deviation each forge a weak one: [chapter
+06](chapters/book/06.md).)
 
 **Not every link holds.** Giving the first token the RMS of the others before W_O takes {cut
-W_O.share %} ± {W_O sd} of the sink, and in the first layer, on random tokens, W_O weakens the
-outlier that it is said to pass on: {outlier} times the median before, {outlier after W_O} after
+W_O.share %} ± {cut W_O.share sd} of the sink, and in the first layer, on random tokens, W_O weakens
+the outlier that it is said to pass on: {outlier} times the median before, {outlier after W_O} after
 ([claim by claim](tests/results/claims.md)).
 
 **Where heads must rest, sigmoid ends the sink, and headnorm takes a part or most of it.** Where
@@ -487,13 +486,13 @@ and no silent output, explains that alone ([chapter 07](chapters/book/07.md)).
 
 **Built into a finished model headnorm costs loss and need not last, and a sink may have a use.**
 After 500 steps of retraining, SmolLM2 with headnorm has a sink in {left} of the heads on random
-tokens and in {left in text} in Python code, in {orders} orders of the batches (one was counted
-otherwise: [the cures](tests/results/cures.md)), at {price} nats of loss; its control in
-{control left} and {control left in text}, at {control price}; SmolLM2 trained on unchanged in
-{whole} and {whole in text}. Sigmoid ({sigmoid price} nats) ends it in one of two orders, and in
-the dearer one it has not healed; a learned logit costs hardly anything and leaves more than half.
-Where heads count positions from the first token, every attention tried goes on using it, and
-headnorm does not end the sink.
+tokens and in {left in text} in Python code, in {orders} orders of the batches ([the
+cures](tests/results/cures.md)), at {price} nats of loss; its control in {control left} and {control
+left in text}, at {control price}; SmolLM2 trained on unchanged in {whole} and {whole in text}.
+Sigmoid ({sigmoid price} nats) ends it in one of two orders, and in the dearer one it has not
+healed; a learned logit costs hardly anything and leaves two fifths of it or more. Where heads count
+positions from the first token, every attention tried goes on using it, and headnorm does not end
+the sink.
 """  # for the README; what stands in braces is a `value_at`, of SmolLM2 where it names no lane
 
 IN_FULL = """
@@ -544,10 +543,11 @@ text and in a finished Llama, [the cures](cures.md).
 def findings(found, paragraphs) -> str:
     """FOUND or IN_FULL with its numbers, means over batches or seeds."""
     def fill_in(braces):
-        lane, place, as_percent = braces.groups()
-        mean = fmean(with_sink_only(values_of(found, lane or "SmolLM2", place)))
-        if as_percent:
-            return f"{mean:.0%}"
+        lane, place, how = braces.groups()
+        values = with_sink_only(values_of(found, lane or "SmolLM2", place))
+        mean = fmean(values)
+        if how:
+            return f"{mean if how == ' %' else stdev(values):.0%}"
         return probe.digits(mean) if abs(mean) >= 1 else f"{round(mean, 2) + 0.0:.2f}"
 
     words, lines = other_numbers(found), []
@@ -555,44 +555,35 @@ def findings(found, paragraphs) -> str:
         text = " ".join(text.split())
         for name, says in words.items():
             text = text.replace(f"{{{name}}}", says)
-        text = re.sub(r"\{(?:(\w+): )?(.+?)( %)?\}", fill_in, text)
+        text = re.sub(r"\{(?:(\w+): )?(.+?)( %| sd)?\}", fill_in, text)
         lines.append(textwrap.fill("- " + text, 100, subsequent_indent="  ",
                                    break_long_words=False, break_on_hyphens=False))
     return "\n".join(lines)
 
 
 def other_numbers(found) -> dict[str, str]:
-    """The numbers of FOUND and IN_FULL that are no `value_at`: spreads, and those of other JSON."""
-    of_rest, rebuilt = read_json(rest.FILE), read_json(retrofit.FILE)
-    carried = fmean(values_of(found, "SmolLM2", "neurons at 0.like carries"))
-    outlier, after = (runner.mean_std_words(values_of(found, "SmolLM2", f"first.{key}"))
-                      for key in ("variance", "variance_out"))
-    neurons, w_o, unmixed, others = (stdev(values_of(found, "SmolLM2", place)) for place in (
-        "cut neurons.share", "cut W_O.share", "unmixed.forge, every: mean only",
-        "neurons at 0.all others"))
-    of_why = read_json(why.FILE)
-    by_seed = {attn: rest.interval([rest.weight(seed) for seed in why.runs(of_why, attn)])
-               for attn in ("softmax", "headnorm")}
-    return {"like carries": f"{carried:.2%}", "outlier": outlier,
-            "neurons sd": f"{neurons:.0%}", "unmixed sd": f"{unmixed:.0%}",
-            "others sd": f"{others:.0%}", **by_seed,
-            "headnorm at best": rest.interval([
-                rest.weight(seed) for seed in rest.best_cells(of_rest, "headnorm")]),
-            "outlier after W_O": after, "W_O sd": f"{w_o:.0%}",
-            "left in text": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share,
-                                          "text"),
-            "control left": retrofit.span(rebuilt, "scaled", "{:.0%}", retrofit.sink_share),
-            "control left in text": retrofit.span(rebuilt, "scaled", "{:.0%}",
-                                                  retrofit.sink_share, "text"),
-            "control price": retrofit.span(rebuilt, "scaled", "{:+.2f}", retrofit.extra_loss),
-            "left": retrofit.span(rebuilt, "headnorm", "{:.0%}", retrofit.sink_share),
-            "copying": copying(found),
-            "price": retrofit.span(rebuilt, "headnorm", "{:+.2f}", retrofit.extra_loss),
-            "sigmoid price": retrofit.span(rebuilt, "sigmoid", "{:+.2f}", retrofit.extra_loss),
-            "orders": f"{len(retrofit.alike(rebuilt, 'headnorm'))} of "
-                      f"{len(retrofit.in_orders(rebuilt, 'headnorm'))}",
-            "whole": f"{retrofit.sink_share(rebuilt, 'softmax'):.0%}",
-            "whole in text": f"{retrofit.sink_share(rebuilt, 'softmax', 'text'):.0%}"}
+    """The numbers of FOUND and IN_FULL that are no `value_at`: of other JSON, or in words."""
+    rebuilt, of_why = read_json(retrofit.FILE), read_json(why.FILE)
+    of = partial(values_of, found, "SmolLM2")
+
+    def weight(seeds):
+        return rest.interval([rest.weight(seed) for seed in seeds])
+
+    words = {"like carries": f"{fmean(of('neurons at 0.like carries')):.2%}",
+             "outlier": runner.mean_std_words(of("first.variance")),
+             "outlier after W_O": runner.mean_std_words(of("first.variance_out")),
+             "softmax": weight(why.runs(of_why, "softmax")),
+             "headnorm": weight(why.runs(of_why, "headnorm")),
+             "headnorm at best": weight(rest.best_cells(read_json(rest.FILE), "headnorm")),
+             "copying": copying(found),
+             "orders": str(len(retrofit.in_orders(rebuilt, "headnorm")))}
+    for name, model in (("left", "headnorm"), ("control left", "scaled"), ("whole", "softmax")):
+        words[name] = retrofit.shares(rebuilt, model)
+        words[f"{name} in text"] = retrofit.shares(rebuilt, model, "text")
+    for name, model in (("price", "headnorm"), ("control price", "scaled"),
+                        ("sigmoid price", "sigmoid")):
+        words[name] = retrofit.prices(rebuilt, model)
+    return words
 
 
 def copying(found) -> str:

@@ -2,7 +2,7 @@
 while it heals?
 
     python -m tests.retrofit            # what is missing: 40 to 80 minutes of a core a model
-    python -m tests.retrofit --render   # only the table and the figure, from the JSON
+    python -m tests.retrofit --render   # only the tables and the figure, from the JSON
 
 SmolLM2 gets another attention, and is trained on for STEPS steps of 4 x 128 tokens of Python's
 standard library, all models with the same batches:
@@ -15,11 +15,9 @@ standard library, all models with the same batches:
     scaled gated   both: the sink is lost at first, and has to come back beside gates
 
 We look at the share of all pairs of a window and a head whose attention to token 0 passes SINK, in
-random tokens. ("counted": "heads" in the JSON marks two models in which heads were counted by their
-mean over windows. Where many heads have a sink that finds more: 0.79 for 0.73 in SmolLM2 as it is,
-0.56 for 0.46 in headnorm, order 4.) Written when headnorm had been seen for 60 steps (share 0.28 at
-step 40 and 0.03 at step 60, loss 4.5 and falling; at a learning rate of 0.001 it did not heal), and
-nothing of the others:
+random tokens. Written when headnorm had been seen for 60 steps (share 0.28 at step 40 and 0.03 at
+step 60, loss 4.5 and falling; at a learning rate of 0.001 it did not heal), and nothing of the
+others:
 
     the setting can tell, if softmax and scaled end with at least half of the heads, and the loss of
     each model ends within half a nat of softmax's
@@ -169,13 +167,13 @@ def retrofit(name: str) -> dict:
     folder = smollm2.fetch()
     source, corpus = GPT.from_llama(folder), stdlib(smollm2.encoding(folder))
     x, _ = corpus.batch(8, T, torch.Generator().manual_seed(2), bos=0.0)
-    name, _, order = name.partition(", order ")
-    looks = LOOKS[:1] if order else LOOKS  # the figure shows none of another order
+    name, _, number = name.partition(", order ")
+    order = int(number or 1)
+    looks = LOOKS[:1] if number else LOOKS  # the figure shows none of another order
     model = rebuilt(source, name, x)
     run = SimpleNamespace(lr=3e-4, warmup=20, steps=STEPS, weight_decay=0.1, batch_size=B,
                           seq_len=T, bos=0.0, repeat=0.0)
-    seeds = {1: 1} | {i: 8 + i for i in range(2, 7)}  # of the batches, by order
-    state = runner.training(run, model, corpus, seeds[int(order or 1)])
+    state = runner.training(run, model, corpus, seed=1 if order == 1 else 8 + order)
     cast = torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(CPU))
     log = []
     for step in range(STEPS + 1):
@@ -197,8 +195,7 @@ def table(found) -> str:
     rows = []
     for name in filter(found.__contains__, MODELS):
         first, end = found[name]["log"][0], found[name]["end"]
-        heads = " (heads)" if found[name].get("counted") == "heads" else ""
-        row = [name + heads, f"{first['random'][0]['share']:.2f}"]
+        row = [name, f"{first['random'][0]['share']:.2f}"]
         for kind, key in (("random", "share"), ("text", "share"),
                           ("random", "norm_ratio"), ("random", "drain")):
             row.append(mean_std_words([chain[key] for chain in end[kind]]))
@@ -211,8 +208,7 @@ def table(found) -> str:
 
 
 def sink_share(found, name, kind="random") -> float:
-    """The share of all `pairs` that have a sink after the training (of heads, where they were
-    counted)."""
+    """The share of all `pairs` that have a sink after the training."""
     return fmean(chain["share"] for chain in found[name]["end"][kind])
 
 
@@ -227,18 +223,20 @@ def in_orders(found, name) -> list[str]:
     return [each for each in found if each.partition(",")[0] == name]
 
 
-def alike(found, name) -> list[str]:
-    """`in_orders`, but for those whose sinks were counted otherwise, if there are others."""
-    names = in_orders(found, name)
-    return [each for each in names if "counted" not in found[each]] or names
+def least_to_most(form, values) -> str:
+    """The range of some numbers, in words."""
+    return " to ".join(dict.fromkeys(map(form.format, (min(values), max(values)))))
 
 
-def span(found, name, form, number, *more) -> str:
-    """The least and the largest of number(found, model, *more) over all orders, in words; of shares
-    only over those that are `alike`."""
-    names = (alike if number is sink_share else in_orders)(found, name)
-    values = [number(found, each, *more) for each in names]
-    return " to ".join(dict.fromkeys(form.format(v) for v in (min(values), max(values))))
+def shares(found, name, kind="random") -> str:
+    """`sink_share` over all orders of batches."""
+    return least_to_most("{:.0%}", [sink_share(found, each, kind)
+                                    for each in in_orders(found, name)])
+
+
+def prices(found, name) -> str:
+    """`extra_loss` over all orders of batches."""
+    return least_to_most("{:+.2f}", [extra_loss(found, each) for each in in_orders(found, name)])
 
 
 def verdict(found, name, kind) -> str:
@@ -258,10 +256,10 @@ def orders(found) -> str:
     def ends(name, kind):
         verdicts = Counter(verdict(found, each, kind) for each in in_orders(found, name))
         said = ", ".join(f"{word} in {n}" for word, n in verdicts.most_common())
-        return f"{span(found, name, '{:.0%}', sink_share, kind)}: {said}"
+        return f"{shares(found, name, kind)}: {said}"
 
     rows = [(name, str(len(in_orders(found, name))), ends(name, "random"), ends(name, "text"),
-             span(found, name, "{:+.2f}", extra_loss))
+             prices(found, name))
             for name in filter(partial(in_orders, found), ORDERS)]
     head = ("", "orders", "heads with a sink, random tokens", "in text", "loss minus softmax's")
     return runner.markdown(head, rows)
