@@ -26,7 +26,7 @@ class Copy:
     query can know when to close. The repeats begin anywhere, because where they begin with the
     first token, heads look at it to read it. Its letter is of no use here. Its place is: how long
     the passage has lasted tells whether it may end, and rotary positions tell only distances, so
-    that a model measures from the first token (chapter 07).
+    that a model measures from the first token (chapter 08).
     """
 
     def __init__(self, letters: str = "abcdefghijklmnop"):

@@ -1,10 +1,13 @@
 """tests/retrofit.py: a rebuilt model is what its name says, and a training can be drawn."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import probe
 from data import Corpus
+from data.common import read_json
 from tests import retrofit
 from tests.tiny import activation, near, tiny_model, tokens
 
@@ -102,3 +105,13 @@ def test_a_cure_is_judged_beside_the_control_of_its_order(share, loss, control, 
 def test_first_orders_share_their_control():
     found = {"softmax": ended(0.8, 3), "scaled": ended(0.4, 3), "logit, order 1": ended(0, 3)}
     assert retrofit.verdict(found, "logit, order 1", "text") == "cannot be told"
+
+
+@pytest.mark.parametrize("name", ["softmax", "headnorm", "scaled", "sigmoid", "gated", "logit"])
+def test_chapter_07_tells_what_was_measured(name):
+    found = read_json(retrofit.FILE)
+    orders = str(len(retrofit.in_orders(found, name)))
+    row = (name, orders, retrofit.shares(found, name), retrofit.shares(found, name, "text"),
+           retrofit.prices(found, name))
+    chapter = Path(retrofit.__file__).parent.parent / "chapters/07_cures.py"
+    assert f"# | {' | '.join(row)} |\n" in chapter.read_text("utf-8")
