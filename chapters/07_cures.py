@@ -73,7 +73,7 @@ show(figure, "07_birth", "Attention to token 0 rises from uniform to nearly one.
 #   learned.
 #
 # With which is the weight on token 0 that *reaches the output* (gated: attention times
-# gate) less than twice that of uniform attention, in every seed?
+# gate) below 0.22, twice that of uniform attention, in every seed?
 
 # %%
 prediction = [...]  # names out of ATTENTIONS
@@ -81,7 +81,7 @@ ask(prediction)
 
 # %%
 trained = models(*ATTENTIONS)  # what is missing is trained, two at a time
-letters, _ = windows("letters", 256)  # no trigger: all queries rest
+letters, _ = windows("letters", 256)  # no trigger
 patterns = {attn: probe.reaching(trained[attn], letters).mean((0, 1))
             for attn in ATTENTIONS}  # mean over windows and heads: (T, T)
 figure = figures.maps(patterns, [(0,)] * 5,
@@ -97,8 +97,8 @@ show(figure, "07_maps", "A column at token 0 under softmax, a fading one under "
 # value that is nothing, and now no output can be nothing. Variants tell them apart: the
 # norm only in layer 0, where the chain begins, only in layer 2, where heads must rest,
 # or in both. *Levelled* attention, $z_t / (\sum_s A_{ts}^2)^{1/2}$, varies nearly alike
-# at all positions (chapter 01) and may be nothing. With *readout final* an MLP follows,
-# and no head must be silent.
+# at all positions (chapter 01) and may be nothing. With *readout final* the usual MLP
+# and norm follow, and no head must be silent.
 
 # %%
 grid = read_json(ROOT / "tests/results/rest.json")["grid"]  # python -m tests.rest
@@ -146,9 +146,10 @@ assert mean["softmax, readout final"] < 1.2 * uniform, "no need to rest, but a s
 # Python's standard library. *Scaled*, headnorm's control, gives all heads the same mean
 # length by constants. On random tokens headnorm, scaled and sigmoid take the sink at
 # once; what counts is what comes back. Heads with a sink at the end, over one or more
-# orders of the batches, and the price in nats ([each](../tests/results/cures.md)):
+# orders of the batches, and the price in nats above softmax's one training
+# ([each](../tests/results/cures.md)):
 #
-# | SmolLM2 as | orders | random tokens | text | loss minus softmax's |
+# | SmolLM2 as | orders | random tokens | text | price |
 # |---|---|---|---|---|
 # | softmax | 1 | 75% | 73% | +0.00 |
 # | headnorm | 6 | 9% to 46% | 21% to 65% | +0.36 to +0.47 |
@@ -157,19 +158,21 @@ assert mean["softmax, readout final"] < 1.2 * uniform, "no need to rest, but a s
 # | gated | 1 | 74% | 72% | +0.00 |
 # | logit | 2 | 31% to 41% | 65% to 66% | -0.01 to +0.02 |
 #
-# (Attention itself is counted, gates are not.) What headnorm takes depends on the
-# order; in text more than half is back in all but one. Sigmoid ends the sink in one
-# order; in the other, the dearer, it has not healed.
+# (Attention is counted without gates, each query's made to add up to 1.) What headnorm
+# takes depends on the order; in text more than half is there in all but one. Sigmoid
+# ends the sink in one order; in the other its price, above half a nat, is too high to
+# judge it.
 #
 # ## A sink may be of use
 #
 # The model `copy` counts letters from token 0, as with a ruler: chapter 08 shows it. So
-# do such models with headnorm, gated and sigmoid, with a sink or without: none of these
-# takes away the *use* ([five seeds](../tests/results/cures.md)).
+# do such models with headnorm or gated attention, with a sink or without: neither takes
+# away the *use* ([five seeds](../tests/results/cures.md)).
 #
 # ## What would falsify this
 #
-# - A seed of softmax that learns without a sink, or one of the three cures with one.
+# - A seed of softmax that learns without a sink, or one of the three cures that gives
+#   token 0 more than uniform attention.
 # - A large text model with a learned logit from the start that keeps its sink: then it
 #   rests for another reason than that it must look somewhere.
 #

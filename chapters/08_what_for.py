@@ -147,9 +147,9 @@ assert (without_0[2:] - before[1:-1]).abs().mean() < moved / 3, "token 0 is no r
 assert (without_5 - before)[1:].abs().mean() < moved / 3, "token 5 does a third as much"
 
 # %% [markdown]
-# Now it counts from token 1. Models with headnorm, gated and sigmoid (which has not
-# learned to copy) do so, too, with a sink or without ([five
-# seeds](../tests/results/cures.md)): none of these cures takes away its use.
+# Now it counts from token 1. Models with headnorm or gated attention (chapter 07) do
+# so, too, with a sink or without ([five seeds](../tests/results/cures.md)): neither
+# takes away its use.
 #
 # ## Costs: one scale for all
 #
