@@ -40,7 +40,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -526,17 +525,6 @@ def layers(model, x, tap=None, ks=(0,), y=None, wanted=None, queries=None):
         for key, by_depth in values.items():
             values[key] = torch.stack(by_depth)
     return found, None if loss is None else loss.item()
-
-
-def as_rows(found) -> list[dict]:
-    """One entry of what `layers` gives as a plain table, for pandas or csv: rows of layer, head
-    (None for a number of the whole layer), number (its key), value."""
-    rows = []
-    for key, values in found.items():
-        for (layer, *head), value in np.ndenumerate(values.float().numpy()):
-            rows.append({"layer": layer, "head": head[0] if head else None,
-                         "number": key, "value": float(value)})
-    return rows
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ def test_each_is_drawn_and_readable(draw, name, says):
 def test_a_figure_is_the_same_twice():
     first, second = (figures.drawn(figures.new(1)[0], "svg") for _ in range(2))
     assert first == second
+    assert b"Software" not in figures.drawn(figures.new(1)[0])  # nor the version of matplotlib
 
 
 def test_numbers_that_do_not_exist_are_left_out(draw):

@@ -18,8 +18,8 @@ def test_measured_and_drawn(name, L, monkeypatch):
     fresh, committed = measure.result(name), read_json(measure.path(name))
     assert fresh.keys() == committed.keys()
     assert fresh["hypothesis"] == committed["hypothesis"]  # written down, and kept
-    figures = [measure.MEASUREMENTS[name][1](found) for found in (fresh, committed)]
-    assert len(figures[0].axes) == len(figures[1].axes)
+    for found in (fresh, committed):
+        measure.MEASUREMENTS[name][1](found)  # can be drawn
 
 
 def test_the_page_quotes_the_json():

@@ -200,12 +200,6 @@ def test_layers_become_one_number():
     assert near(probe.by_layer(probe.metric("drain"), found), drain)
 
 
-def test_layers_as_a_plain_table():
-    found = {"norm_ratio": torch.tensor([2.0]), "sink": torch.tensor([[3.0, 4.0]])}
-    rows = [list(row.values()) for row in probe.as_rows(found)]
-    assert rows == [[0, None, "norm_ratio", 2], [0, 0, "sink", 3], [0, 1, "sink", 4]]
-
-
 @pytest.mark.parametrize("measure, n, k, message", [
     (probe.chain, 1, 0, "2 or more windows"),
     (probe.cuts, 6, T // 2, "a sink can be forged")])
