@@ -158,10 +158,10 @@ assert mean["softmax, readout final"] < 1.2 * uniform, "no need to rest, but a s
 # | gated | 1 | 74% | 72% | +0.00 |
 # | logit | 2 | 31% to 41% | 65% to 66% | -0.01 to +0.02 |
 #
-# (Attention is counted without gates, each query's made to add up to 1.) What headnorm
-# takes depends on the order; in text more than half is there in all but one. Sigmoid
-# ends the sink in one order; in the other its price, above half a nat, is too high to
-# judge it.
+# (Counted is attention without gates, as a share of each query's sum.) What headnorm
+# takes depends on the order, and in one its control takes more; in text more than half
+# is there in all but one. Sigmoid ends the sink in one order; in the other its price,
+# above half a nat, is too high to judge it.
 #
 # ## A sink may be of use
 #
