@@ -13,8 +13,8 @@
 # its best learning rate most.
 #
 # **You learn** to ask what a head needs before you cure it. **You need** chapters 00
-# and 01. **Run time**: ten seconds, once five small models are trained (three minutes
-# on two cores, ten on slow or busy ones).
+# and 01. **Run time**: ten seconds, after three minutes of training (ten on busy
+# cores).
 
 # %%
 from statistics import fmean
@@ -28,9 +28,9 @@ from model import ATTENTIONS
 # %% [markdown]
 # ## A head with nothing to look for
 #
-# A window has 16 random symbols; the first has no target (-). At a *trigger* (W, X, Y
-# or Z) the model must name the symbol before it. Everywhere else the target is random,
-# and a head has nothing to add. The logits see only what the heads of the last of three
+# A window has 16 random symbols. At a *trigger* (W, X, Y or Z) the model must name the
+# symbol before it. Elsewhere the target is random (the first token has none, -), and a
+# head has nothing to add. The logits see only what the heads of the last of three
 # layers deliver. So a head that is not silent disturbs the answer.
 
 # %%
@@ -42,10 +42,8 @@ print("targets", *("-" if token < 0 else TASK.symbols[token] for token in y[show
 
 resting = TASK.resting(x)  # (N, T): no trigger, and not in the first quarter
 found, uniform = probe.chain(softmax, x, queries=resting), probe.uniform_weight(resting)
-print(f"{found['sink']:.2f} of the strongest head's attention is on token 0 (uniform: "
-      f"{uniform:.2f}); its value: {found['drain']:.2f} of the mean length")
+print(f"sink {found['sink']:.2f} (uniform {uniform:.2f}), value {found['drain']:.2f}")
 assert found["sink"] > 0.9 and found["drain"] < 0.2, "it does not rest on nothing"
-
 figure, axis = plt.subplots(figsize=(6.4, 2.6))
 figures.track(axis, log("softmax"), lambda row: row["links_rest"]["sink"],
               color=figures.ACCENT)
@@ -56,13 +54,12 @@ show(figure, "07_birth", "Attention to token 0 rises from uniform to nearly one.
 
 # %% [markdown]
 # A resting head that averages values puts noise into the logits. With all its weight on
-# *one* key whose value is nothing it adds nothing. Why token 0? It is the only one that
-# has averaged nothing (exercise 2).
+# *one* key whose value is nearly nothing (printed: its length over the mean) it adds
+# none. Why token 0? It is the only one that has averaged nothing (exercise 2).
 #
 # ## Five ways to attend: predict first (exercise 1)
 #
-# Let $\ell_{ts}$ be the score of key $s \le t$, $A_{ts}$ its softmax over $s$, $\sigma$
-# the sigmoid.
+# With the score $\ell_{ts}$ of key $s \le t$ and its softmax $A_{ts}$ over $s$:
 #
 # - *Softmax*: $z_t = \sum_s A_{ts} v_s$. The weights add up to 1.
 # - *Sigmoid*: the weights are $\sigma(\ell_{ts} - \log n)$, $n$ the training length.
@@ -84,8 +81,7 @@ trained = models(*ATTENTIONS)  # what is missing is trained, two at a time
 letters, _ = windows("letters", 256)  # no trigger
 patterns = {attn: probe.reaching(trained[attn], letters).mean((0, 1))
             for attn in ATTENTIONS}  # mean over windows and heads: (T, T)
-figure = figures.maps(patterns, [(0,)] * 5,
-                      "Sigmoid, gated and logit let a head be silent")
+figure = figures.maps(patterns, [(0,)] * 5, "Three cures let heads be silent")
 show(figure, "07_maps", "A column at token 0 under softmax, a fading one under "
      "headnorm, next to nothing anywhere under sigmoid, gated and logit.")
 
@@ -111,7 +107,6 @@ for name in ("norm in layer 0", "norm in layer 2", "norm in layers 0 and 2", "le
     runs[name] = variants[name]
 seeds = {name: [fmean(run["weights"]["reaching"]) for run in each.values()]
          for name, each in runs.items()}  # mean over the heads of the last layer
-
 figure, axis = plt.subplots(figsize=(6.4, 4))
 figures.dots(axis, seeds, "Three cures end the sink; headnorm takes a part",
              hot=["softmax"], xlim=(-0.02, 1.02),
@@ -145,9 +140,8 @@ assert mean["softmax, readout final"] < 1.2 * uniform, "no need to rest, but a s
 # `python -m tests.retrofit` builds a cure into SmolLM2, which then trains 500 steps on
 # Python's standard library. *Scaled*, headnorm's control, gives all heads the same mean
 # length by constants. On random tokens headnorm, scaled and sigmoid take the sink at
-# once; what counts is what comes back. Heads with a sink at the end, over one or more
-# orders of the batches, and the price in nats above softmax's one training
-# ([each](../tests/results/cures.md)):
+# once; what counts is what comes back. Heads with a sink at the end, over all orders of
+# the batches, and the price in nats above softmax ([each](../tests/results/cures.md)):
 #
 # | SmolLM2 as | orders | random tokens | text | price |
 # |---|---|---|---|---|
@@ -160,8 +154,8 @@ assert mean["softmax, readout final"] < 1.2 * uniform, "no need to rest, but a s
 #
 # (Counted is attention without gates, as a share of each query's sum.) What headnorm
 # takes depends on the order, and in one its control takes more; in text more than half
-# is there in all but one. Sigmoid ends the sink in one order; in the other its price,
-# above half a nat, is too high to judge it.
+# is there in all but one. Sigmoid ends the sink in one order; in the other it costs
+# over half a nat, too much to judge it.
 #
 # ## A sink may be of use
 #
