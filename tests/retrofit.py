@@ -75,6 +75,12 @@ FILE, PAGE, FIGURE = (RESULTS / name for name in ("retrofit.json", "cures.md", "
 CPU = torch.device("cpu")
 
 
+def model_and_order(name: str) -> tuple[str, int]:
+    """("headnorm", 4) of "headnorm, order 4"; a name without a number has order 1."""
+    model, _, number = name.partition(", order ")
+    return model, int(number or 1)
+
+
 # ---------------------------------------------------------------- rebuilding
 
 @torch.no_grad()
@@ -167,9 +173,8 @@ def retrofit(name: str) -> dict:
     folder = smollm2.fetch()
     source, corpus = GPT.from_llama(folder), stdlib(smollm2.encoding(folder))
     x, _ = corpus.batch(8, T, torch.Generator().manual_seed(2), bos=0.0)
-    name, _, number = name.partition(", order ")
-    order = int(number or 1)
-    looks = LOOKS[:1] if number else LOOKS  # the figure shows none of another order
+    looks = LOOKS if name in (*CURES, *NEURONS) else LOOKS[:1]  # those that the figure shows
+    name, order = model_and_order(name)
     model = rebuilt(source, name, x)
     run = SimpleNamespace(lr=3e-4, warmup=20, steps=STEPS, weight_decay=0.1, batch_size=B,
                           seq_len=T, bos=0.0, repeat=0.0)
@@ -220,7 +225,7 @@ def extra_loss(found, name) -> float:
 
 def in_orders(found, name) -> list[str]:
     """A model by name, in each order of batches in which it was trained."""
-    return [each for each in found if each.partition(",")[0] == name]
+    return [each for each in found if model_and_order(each)[0] == name]
 
 
 def least_to_most(form, values) -> str:
@@ -241,8 +246,8 @@ def prices(found, name) -> str:
 
 def verdict(found, name, kind) -> str:
     """What the criteria say of a cure in one order of batches, on random tokens or in text."""
-    _, comma, order = name.partition(", order ")
-    control = "scaled" if order in ("", "1") else f"scaled{comma}{order}"
+    _, order = model_and_order(name)
+    control = "scaled" if order == 1 else f"scaled, order {order}"
     left = sink_share(found, name, kind) / sink_share(found, "softmax", kind)
     if extra_loss(found, name) > 0.5:
         return "has not healed"

@@ -1,6 +1,5 @@
 """tests/unmixed.py: each edit sets the mean and the deviation that its name says."""
 
-
 import pytest
 import torch
 from torch.nn.functional import normalize
