@@ -133,9 +133,10 @@ curves = {}
 for name, hidden in {"untouched": 63, "token 5 hidden": 5, "token 0 hidden": 0}.items():
     seen = torch.ones(64, 64, dtype=torch.bool)
     seen[hidden + 1:, hidden] = False  # 63 is the last: nobody looks there
-    logits, _ = copying(quiet, mask=seen)
+    with torch.no_grad():
+        logits, _ = copying(quiet, mask=seen)
     upper = logits.softmax(-1)[..., 16:32].sum(-1)  # the ids of upper-case letters
-    curves[name] = upper.mean(0)[:32].detach()
+    curves[name] = upper.mean(0)[:32]
 figure, axis = plt.subplots(figsize=(6.4, 2.8))
 figures.lines(axis, curves, hot=["token 0 hidden"])
 figures.dress(axis, "Without token 0 the model is one place behind", {},
